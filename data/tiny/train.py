@@ -1,0 +1,207 @@
+"""Train the embedded model and its draft, from the tokenizer on, on text that corpus.py makes up as it goes.
+
+    python -m data.tiny.train                  # tokenizer, model, draft, figures: an hour on two cores
+    python -m data.tiny.train --only draft     # one of: tokenizer, model, draft, report
+
+Each batch is a function of (seed, step), so no text is seen twice by design and an interrupted run continues where its
+last saved state stands, with the same command. Deterministic for one machine and torch build; the text is the same
+everywhere. Needs requirements-dev.txt (the byte-pair trainer of `tokenizers`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.tiny import corpus
+from llama import checkpoint, cli
+from llama.config import PRESETS
+from llama.errors import InputError
+from llama.model import Transformer
+from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, ChatFormat, Tokenizer
+
+HERE = Path(__file__).parent
+SEQ_LEN = 256
+BATCH_SIZE = 16
+# name -> preset, directory, optimizer steps, peak learning rate
+MODELS = {
+    "model": ("tiny", HERE, 3000, 3e-3),
+    "draft": ("tiny-draft", HERE / "draft", 2500, 6e-3),
+}
+HELD_OUT_ROWS = 256
+SAVE_EVERY = 250
+
+
+def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_dir: str = "runs/tiny") -> None:
+    """Train what the repository ships.
+
+    Args:
+        only: tokenizer, model, draft or report; all of them in this order by default.
+        seed: of the corpus and of the initial weights.
+        device: cpu or cuda.
+        work_dir: where the training state is kept for resuming; may be deleted afterwards.
+    """
+    stages = ["tokenizer", *MODELS, "report"]
+    if only is not None and only not in stages:
+        raise InputError(f"--only={only}: expected one of {', '.join(stages)}")
+    for stage in [only] if only else stages:
+        if stage == "tokenizer":
+            train_tokenizer(seed)
+        elif stage == "report":
+            write_report(seed)
+        else:
+            train_model(stage, seed, torch.device(device), Path(work_dir))
+
+
+def train_tokenizer(seed: int, n_documents: int = 40_000) -> None:
+    """Learn byte pairs and write them as a tiktoken rank file: 256 single bytes, then the merges in order."""
+    import tokenizers  # only this stage needs it
+
+    rng = random.Random(f"tokenizer-{seed}")
+    documents = (corpus.document(rng) for _ in range(n_documents))
+    texts = ("\n".join([doc.text, *(content for _, content in doc.dialog)]) for doc in documents)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    n_ranks = PRESETS["tiny"].vocab_size - N_SPECIAL
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=n_ranks, initial_alphabet=to_bytes.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    pieces = [bytes([byte]) for byte in range(256)]
+    pieces += [_piece_bytes(left) + _piece_bytes(right) for left, right in merges]
+    if len(pieces) != n_ranks:
+        raise InputError(f"the corpus yields {len(pieces)} tokens, not {n_ranks}; it has too few different words")
+    lines = [f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces)]
+    (HERE / "tokenizer.model").write_text("".join(lines), encoding="ascii")
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Undo the byte-level alphabet, in which each byte is shown as one printable character (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    shifted = {256 + i: byte for i, byte in enumerate(b for b in range(256) if b not in printable)}
+    return bytes(shifted.get(ord(char), ord(char)) for char in piece)
+
+
+def rows(tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
+    """Endless training rows of SEQ_LEN + 1 ids, documents end to end, a pure function of `name`."""
+    rng = random.Random(name)
+    chat = ChatFormat(tokenizer)
+    ids: list[int] = []
+    while True:
+        while len(ids) < SEQ_LEN + 1:
+            doc = corpus.document(rng)
+            if doc.dialog:
+                ids.append(tokenizer.bos_id)
+                for role, content in doc.dialog:
+                    ids += chat.encode_message({"role": role, "content": content})
+            else:
+                ids += tokenizer.encode(doc.text, bos=True, eos=True)
+        yield ids[: SEQ_LEN + 1]
+        ids = []  # every row begins with a document, as every prompt does
+
+
+def batch(tokenizer: Tokenizer, seed: int, step: int) -> torch.Tensor:
+    """The [BATCH_SIZE, SEQ_LEN + 1] ids of one step."""
+    stream = rows(tokenizer, f"train-{seed}-{step}")
+    return torch.tensor([next(stream) for _ in range(BATCH_SIZE)])
+
+
+def loss_of(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross entropy in nats."""
+    logits = model(ids[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 100 steps, then a cosine down to 2 % of the peak."""
+    warm = min(1.0, (step + 1) / 100)
+    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
+    """Train one model in bf16 autocast with AdamW, resuming from `work_dir`, and write it in Meta's layout."""
+    preset, directory, steps, peak = MODELS[stage]
+    tokenizer = Tokenizer(HERE / "tokenizer.model")
+    model = Transformer(PRESETS[preset])
+    model.init_weights(torch.Generator().manual_seed(seed))
+    model.to(device)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    state_path = work_dir / f"{stage}-{seed}.pt"
+    start, seconds = _resume(state_path, model, optimizer)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"{preset} ({model.args.n_params():,})")
+    began = time.monotonic() - seconds
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        ids = batch(tokenizer, seed, step).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            _save_state(state_path, model, optimizer, step + 1, time.monotonic() - began)
+    _export(model.to(torch.bfloat16), directory)
+
+
+def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
+
+
+def _save_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def _export(model: Transformer, directory: Path) -> None:
+    """Put params.json and the weights beside whatever else `directory` holds."""
+    fresh = directory / ".new"
+    checkpoint.save(model, fresh)
+    for file in fresh.iterdir():
+        os.replace(file, directory / file.name)
+    fresh.rmdir()
+
+
+@torch.no_grad()
+def held_out(directory: Path, tokenizer: Tokenizer, kind: str | None = None) -> float:
+    """Mean loss in nats per token of the files as shipped, in fp32, on text from seeds that training never uses."""
+    model = checkpoint.load(directory, torch.float32)
+    stream = rows(tokenizer, "held-out")
+    ids = torch.tensor([next(stream) for _ in range(HELD_OUT_ROWS)])
+    losses = [loss_of(model, part) for part in ids.split(16)]
+    return torch.stack(losses).mean().item()
+
+
+def write_report(seed: int) -> None:
+    """Measure what was written and put the figures into README.md."""
+
+
+if __name__ == "__main__":
+    cli.run(main)

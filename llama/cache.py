@@ -1,0 +1,48 @@
+"""The KV cache: keys and values of every layer and position in one preallocated pair of tensors.
+
+Created by the generation loop, passed down through `Transformer.forward`, owned by nobody else: a new call starts with
+a new cache, and taking tokens back (speculative decoding) is a smaller `pos`. Shapes never change, so that a decode
+step can be captured or compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.config import ModelArgs
+
+
+class KVCache:
+    """Keys and values, each [n_layers, batch, n_kv_heads, max_len, head_dim]; 2 * that many values of `dtype`."""
+
+    def __init__(
+        self, args: ModelArgs, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (args.n_layers, batch_size, args.n_kv_heads, max_len, args.head_dim)
+        # Zeros, not empty: a masked slot still takes part as 0 * v, and 0 * NaN would be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_len = max_len
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Write K and V of T new tokens at `pos` ([B, T]; None: 0..T-1) and return all slots of the layer.
+
+        Raises ValueError under autograd: a cache is written in place, so it cannot be part of a backward pass. A
+        position outside 0..max_len-1 is a RuntimeError on the CPU and a device assert on CUDA, never a lost write.
+        """
+        if k_BKTD.requires_grad:
+            raise ValueError("a KV cache is for inference: run under torch.no_grad(), or train with cache=None")
+        keys, values = self.k[layer], self.v[layer]
+        if pos is None:
+            T = k_BKTD.shape[2]
+            keys[:, :, :T], values[:, :, :T] = k_BKTD, v_BKTD
+        else:
+            slots = pos[:, None, :, None].expand_as(k_BKTD)
+            keys.scatter_(2, slots, k_BKTD)
+            values.scatter_(2, slots, v_BKTD)
+        return keys, values

@@ -1,0 +1,499 @@
+"""Checkpoints on disk: Meta's directories (params.json + consolidated.NN.pth) and Hugging Face's (config.json +
+*.safetensors), read and written.
+
+Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
+device, so nothing is allocated before the files are known to fit. The weights are memory-mapped and assigned block by
+block: where the dtype is kept on the CPU they are the mapped file itself; where it changes, one block at a time is in
+memory twice. Nothing is unpickled beyond tensors (`weights_only=True`).
+
+Left out on purpose: training state (snapshot.py), downloading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
+from llama.errors import EnvironmentFailure, InputError
+from llama.model import Transformer
+
+MAX_JSON_BYTES = 64 << 20
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+
+# Meta's name <-> Hugging Face's, for everything outside and inside a block.
+HF_TOP = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}
+HF_BLOCK = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+# Tables that follow from the configuration; old checkpoints carry them, no model needs them.
+DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# How Meta's model-parallel shards were cut: these along their input dimension, norms not at all, the rest along dim 0.
+SHARDED_ON_INPUT = ("attention.wo.weight", "feed_forward.w2.weight")
+
+
+def load(
+    ckpt_dir: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", progress: bool = False
+) -> Transformer:
+    """Build the model of a checkpoint directory, in evaluation mode, with `dtype` (None: as stored) on `device`.
+
+    Raises InputError naming file and field for anything missing, malformed, unexpected or not representable in `dtype`.
+    """
+    directory = Path(ckpt_dir)
+    if not directory.is_dir():
+        raise InputError(f"checkpoint directory {directory} does not exist; pass --ckpt_dir")
+    has_meta, has_hf = (directory / "params.json").exists(), (directory / "config.json").exists()
+    if has_meta == has_hf:
+        found = (
+            "both a params.json and a config.json" if has_meta else "neither params.json (Meta) nor config.json (HF)"
+        )
+        raise InputError(f"{directory} holds {found}; exactly one says which layout it is")
+    source = _MetaSource(directory) if has_meta else _HfSource(directory)
+    args = source.args
+    with torch.device("meta"):
+        model = Transformer(args)
+    _check_keys(source, model)
+    names = [name for name, _ in model.named_parameters()]
+    bar = tqdm(total=len(names), desc=f"loading {directory.name}", unit="tensor", disable=not progress, leave=False)
+    with bar:
+        for block in _by_block(names):
+            with source.open() as read:
+                for name in block:
+                    weight = _convert(read(name), name, dtype, device, source)
+                    _assign(model, name, weight)
+                    bar.update()
+    model.to(device)  # moves the RoPE frequencies, the only thing not on it yet
+    return model.eval()
+
+
+def save(model: Transformer, directory: str | Path, layout: str = "meta") -> None:
+    """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout.
+
+    The directory appears under its name only when complete. Raises InputError where it already holds something.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise EnvironmentFailure(f"cannot write to {target.parent}: {error.strerror}") from error
+    try:
+        {"meta": _write_meta, "hf": _write_hf}[layout](model, scratch)
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        scratch.replace(target)
+    except OSError as error:
+        raise EnvironmentFailure(f"cannot write checkpoint {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# Reading
+
+
+class _MetaSource:
+    """params.json and consolidated.00.pth, .01.pth, ...; one file per model-parallel rank."""
+
+    def __init__(self, directory: Path) -> None:
+        self.paths = sorted(directory.glob("consolidated.*.pth"))
+        expected = [f"consolidated.{i:02d}.pth" for i in range(len(self.paths))]
+        if not self.paths or [path.name for path in self.paths] != expected:
+            found = ", ".join(path.name for path in self.paths) or "none"
+            raise InputError(f"{directory}: expected shards consolidated.00.pth, 01, ... without a gap; found {found}")
+        self.where = self.paths[0] if len(self.paths) == 1 else directory / "consolidated.*.pth"
+        shapes = [{key: tuple(t.shape) for key, t in _read_pth(path).items()} for path in self.paths]
+        for path, shard in zip(self.paths, shapes, strict=True):
+            if shard.keys() != shapes[0].keys():
+                odd = sorted(shard.keys() ^ shapes[0].keys())[0]
+                raise InputError(f"{path}: its keys differ from those of {self.paths[0].name}, first at {odd}")
+        params_path = directory / "params.json"
+        params = _read_json(params_path)
+        declared_tied = params.get("tie_word_embeddings")
+        with _naming(params_path):
+            args = ModelArgs.from_params(params)
+        self.dim = args.dim
+        self.shapes = {key: self._merged_shape(key, [s[key] for s in shapes]) for key in shapes[0]}
+        if args.vocab_size == -1 and len(self.shapes.get(EMBEDDING, ())) == 2:
+            args = dataclasses.replace(args, vocab_size=self.shapes[EMBEDDING][0])
+        with _naming(params_path):
+            self.args = self._resolve_head(args, declared_tied)
+
+    def _resolve_head(self, args: ModelArgs, declared_tied: bool | None) -> ModelArgs:
+        """A tied checkpoint may still list `output.weight`: released ones do, as a second name for the table."""
+        if args.vocab_size == -1:
+            raise ValueError(f"vocab_size: is -1, and {self.where} holds no {EMBEDDING} to take it from")
+        if not args.tie_word_embeddings and HEAD not in self.shapes and declared_tied is None:
+            raise ValueError(
+                f"tie_word_embeddings: {self.where} holds no {HEAD}; set it to true if the head is the embedding table"
+            )
+        if args.tie_word_embeddings and HEAD in self.shapes:
+            with self.open() as read:
+                if not torch.equal(read(HEAD), read(EMBEDDING)):
+                    raise ValueError(
+                        f"tie_word_embeddings: the head is tied, but {HEAD} differs from {EMBEDDING} in {self.where}"
+                    )
+        return args
+
+    def _axis(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """The dimension along which ranks hold different parts; None where each holds the whole."""
+        if len(shape) < 2:
+            return None
+        if name == EMBEDDING:  # Llama 2 cut the vectors, Llama 3 the vocabulary
+            return 0 if shape[1] == self.dim else 1
+        return 1 if name.endswith(SHARDED_ON_INPUT) else 0
+
+    def _merged_shape(self, name: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        axis = self._axis(name, shapes[0])
+        merged = list(shapes[0])
+        if axis is not None:
+            merged[axis] = sum(shape[axis] for shape in shapes if len(shape) == len(merged))
+        for path, shape in zip(self.paths, shapes, strict=True):
+            cut = [size for i, size in enumerate(shape) if i != axis]
+            if len(shape) != len(merged) or cut != [size for i, size in enumerate(shapes[0]) if i != axis]:
+                raise InputError(
+                    f"{path}:{name}: shape {list(shape)} does not fit {list(shapes[0])} of the first shard"
+                )
+        return tuple(merged)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], Tensor]]:
+        """Map the shards for a while; pages read through the mapping are given back when it closes."""
+        shards = [_read_pth(path) for path in self.paths]
+
+        def read(name: str) -> Tensor:
+            parts = [shard[name] for shard in shards]
+            axis = self._axis(name, tuple(parts[0].shape)) if len(parts) > 1 else None
+            return parts[0] if axis is None else torch.cat(parts, axis)
+
+        yield read
+
+
+class _HfSource:
+    """config.json and model.safetensors, or files with an index; what it reads has Meta's names and row order."""
+
+    def __init__(self, directory: Path) -> None:
+        config_path = directory / "config.json"
+        with _naming(config_path):
+            self.args = _args_from_hf(_read_json(config_path))
+        self.directory = directory
+        self.where = directory
+        self.names = _hf_names(self.args)
+        files = self._files()
+        self.file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        meta_name = {hf: meta for meta, hf in self.names.items()}
+        for path in files:
+            with _open_safetensors(path) as file:
+                for key in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
+                    name = meta_name.get(key, key)
+                    if name in self.file_of:
+                        raise InputError(f"{path}:{key}: also in {self.file_of[name].name}; a weight may stand once")
+                    self.file_of[name] = path
+                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
+        if self.args.tie_word_embeddings and HEAD in self.shapes:
+            with self.open() as read:
+                if not torch.equal(read(HEAD), read(EMBEDDING)):
+                    raise InputError(f"{self.where}: config.json ties the head, but lm_head differs from embed_tokens")
+
+    def _files(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.directory / "model.safetensors"
+            if not single.exists():
+                raise InputError(f"{self.directory} holds neither model.safetensors nor its .index.json")
+            return [single]
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise InputError(f"{index}:weight_map: must map weights to files")
+        for name in set(listed.values()):
+            path = self.directory / str(name)
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"{index}:weight_map: {name!r} is not a plain .safetensors file name in this directory"
+                )
+            if not path.is_file():
+                raise InputError(f"{index}:weight_map: {name} does not exist; download it")
+        return sorted({self.directory / name for name in listed.values()})
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], Tensor]]:
+        """Map the files for a while; pages read through the mapping are given back when it closes."""
+        handles: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            path = self.file_of[name]
+            if path not in handles:
+                handles[path] = _open_safetensors(path)
+            weight = handles[path].get_tensor(self.names[name])
+            return _swap_rotary_order(weight, name, self.args, to_hf=False)
+
+        yield read
+
+
+def _check_keys(source: _MetaSource | _HfSource, model: Transformer) -> None:
+    """Every weight of the model is there with its shape, and nothing else is."""
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    spare = {HEAD} if model.args.tie_word_embeddings else set()  # checked equal to the table already
+    for name, shape in wanted.items():
+        if name not in source.shapes:
+            raise InputError(f"{source.where}: weight {name} is missing; download the checkpoint again")
+        if source.shapes[name] != shape:
+            raise InputError(
+                f"{source.where}:{name}: has shape {list(source.shapes[name])}, the config says {list(shape)}"
+            )
+    for name in source.shapes:
+        if name not in wanted and name not in spare and not DERIVED_KEYS.fullmatch(name):
+            raise InputError(f"{source.where}: unexpected weight {name}; this is not a Llama text model of that config")
+
+
+def _by_block(names: list[str]) -> Iterator[list[str]]:
+    """Consecutive names of one transformer block, or one name outside the blocks."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        groups.setdefault(".".join(parts[:2]) if parts[0] == "layers" else name, []).append(name)
+    yield from groups.values()
+
+
+def _convert(
+    stored: Tensor, name: str, dtype: torch.dtype | None, device: torch.device | str, source: _MetaSource | _HfSource
+) -> Tensor:
+    if not stored.is_floating_point():
+        raise InputError(f"{source.where}:{name}: holds {stored.dtype}; expected floating-point weights")
+    try:
+        weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFailure(f"{device} has too little memory for the weights; use a 16-bit --dtype") from error
+    if weight.dtype == torch.float16 and stored.dtype != torch.float16 and not weight.isfinite().all():
+        raise InputError(f"{source.where}:{name}: values exceed float16; use --dtype=bfloat16 or float32")
+    return weight
+
+
+def _assign(model: Transformer, name: str, weight: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    """Map one shard. Only tensors are unpickled; anything else in the file is refused before it runs."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        raise EnvironmentFailure(
+            f"torch {torch.__version__} can be made to run code by a .pth file; install torch >= 2.10"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch raises a different type for each kind of damage; all mean the same to the user
+        reason = "would run code" if "weights_only" in str(error) else "is truncated or no PyTorch checkpoint"
+        raise InputError(f"{path} {reason}; download it again from a source you trust") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} must hold a flat dictionary of tensors")
+    return state
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is truncated or no safetensors file; download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn `field: reason` of ModelArgs into `reason in file:field`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}:{error}") from error
+
+
+# Hugging Face's layout
+
+
+def _hf_names(args: ModelArgs) -> dict[str, str]:
+    blocks = {
+        f"layers.{i}.{meta}": f"model.layers.{i}.{hf}" for i in range(args.n_layers) for meta, hf in HF_BLOCK.items()
+    }
+    return HF_TOP | blocks
+
+
+def _swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -> Tensor:
+    """Reorder the rows of wq and wk: Meta rotates neighbours (0,1), (2,3), ..., Hugging Face (0,D/2), (1,D/2+1), ..."""
+    if not name.endswith(("attention.wq.weight", "attention.wk.weight")) or weight.shape[0] % args.head_dim:
+        return weight
+    pair = (args.head_dim // 2, 2) if to_hf else (2, args.head_dim // 2)
+    return weight.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2)
+
+
+def _args_from_hf(config: dict[str, Any]) -> ModelArgs:
+    """ModelArgs of a config.json. Raises ValueError for an architecture or option that this code would not honour."""
+    required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+    for name in required:
+        if name not in config:
+            raise ValueError(f"{name}: is missing")
+    unsupported = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for name, only in unsupported.items():
+        if config.get(name, only) != only:
+            raise ValueError(f"{name}: {config[name]!r} is not supported, only {only!r}")
+    ffn = config["intermediate_size"]
+    args = ModelArgs(
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config.get("num_key_value_heads"),
+        vocab_size=config["vocab_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        **_rope_from_hf(config),
+    )
+    args = _with_ffn_dim(args, ffn)
+    if config.get("head_dim") not in (None, args.head_dim):
+        raise ValueError(f"head_dim: {config['head_dim']!r} is not supported, only hidden_size / num_attention_heads")
+    return args
+
+
+def _with_ffn_dim(args: ModelArgs, ffn_dim: Any) -> ModelArgs:
+    """Meta's params.json has no field for the FFN size itself; find the multiplier and rounding that give it."""
+    if not isinstance(ffn_dim, int) or not 0 < ffn_dim < 1 << 20:
+        raise ValueError(f"intermediate_size: {ffn_dim!r} is not a size")
+    for multiple_of in (256, 1024):
+        for multiplier in (None, 1.0, 1.3, 1.5):  # those of the released models
+            found = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+            if found.ffn_dim == ffn_dim:
+                return found
+    exact = (ffn_dim + 0.5) / (2 * (4 * args.dim) // 3)  # rounded down when used, hence the half
+    return dataclasses.replace(args, multiple_of=1, ffn_dim_multiplier=exact)
+
+
+def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps everything under `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling: {rope!r} is not an object")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'llama3'")
+    fixed = {
+        "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
+        "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
+    }
+    for name, only in fixed.items():
+        if rope.get(name) != only:
+            raise ValueError(f"rope_scaling: {name} {rope.get(name)!r} is not supported, only {only}")
+    if "factor" not in rope:
+        raise ValueError("rope_scaling: factor is missing")
+    return {"rope_theta": theta, "use_scaled_rope": True, "rope_scale_factor": rope["factor"]}
+
+
+def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": args.rope_scale_factor,
+        "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
+        "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
+    }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": scaling if args.use_scaled_rope else None,
+        # The context the released models were trained on; nothing here depends on it.
+        "max_position_embeddings": 131_072 if args.use_scaled_rope else 4096,
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+# Writing
+
+
+def _write_meta(model: Transformer, directory: Path) -> None:
+    state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    if model.args.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]  # Meta's code needs the key; torch.save stores shared memory once
+    _write_json(directory / "params.json", model.args.to_params())
+    with (directory / "consolidated.00.pth").open("wb") as file:
+        torch.save(state, file)
+        _sync(file)
+
+
+def _write_hf(model: Transformer, directory: Path) -> None:
+    names = _hf_names(model.args)
+    state = {
+        names[name]: _swap_rotary_order(weight.detach().cpu(), name, model.args, to_hf=True).contiguous()
+        for name, weight in model.state_dict().items()
+    }
+    _write_json(directory / "config.json", _hf_config(model.args, next(model.parameters()).dtype))
+    path = directory / "model.safetensors"
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    with path.open("rb+") as file:
+        _sync(file)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        _sync(file)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,113 @@
+"""From the command line to a typed `main(*, ...)` and back to one line and an exit code.
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+python-fire calls the function and writes `--help` from its docstring. Flags are checked against the signature first:
+fire itself would guess types from values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after
+the work is done. Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 1 a bug, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import fire
+import torch
+
+from llama.errors import EnvironmentFailure, InputError
+
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def run(main: Callable[..., None]) -> None:
+    """Call `main` with the flags of this process, and end the process with its exit code."""
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    try:
+        call(main, [arg for arg in argv if arg != "--debug"])
+        sys.stdout.flush()
+        code = 0
+    except KeyboardInterrupt:
+        code = _report("interrupted", 130)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(*explain(error))
+    sys.exit(code)
+
+
+def call(main: Callable[..., None], argv: list[str]) -> None:
+    """Check and convert flags, then call. Raises InputError for an unknown flag, a missing or an impossible value."""
+    hints = typing.get_type_hints(main)
+    kinds = {name: _kind(hints[name]) for name in inspect.signature(main).parameters}
+    normal = argv if any(arg in ("-h", "--help") for arg in argv) else _normalise(argv, kinds)
+    parsers = {name: functools.partial(_convert, name, kind) for name, kind in kinds.items()}
+    command = fire.decorators.SetParseFns(**parsers)(main)
+    fire.Fire(command, command=normal, name=os.path.basename(sys.argv[0]))
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for an exception."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, EnvironmentFailure):
+        return str(error), 3
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory; use a 16-bit --dtype, a smaller batch or a shorter sequence", 3
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}", 3
+    return f"unexpected {type(error).__name__}: {error}; this is a bug, --debug shows where", 1
+
+
+def _report(line: str, code: int) -> int:
+    print("error: " + " ".join(line.split()), file=sys.stderr)
+    return code
+
+
+def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
+    """Every flag as `--name=value`, each known, given once and convertible."""
+    flags: dict[str, str] = {}
+    rest = iter(argv)
+    for arg in rest:
+        if not arg.startswith("--") or arg == "--":
+            raise InputError(f"unexpected argument {arg!r}; flags are written --name=value")
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=1)
+            raise InputError(f"unknown flag --{name}; {f'did you mean --{close[0]}?' if close else 'see --help'}")
+        if name in flags:
+            raise InputError(f"flag --{name} is given twice")
+        if not equals:
+            value = "True" if kinds[name] is bool else next(rest, None)
+        if value is None:
+            raise InputError(f"flag --{name} needs a value")
+        _convert(name, kinds[name], value)
+        flags[name] = value
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def _kind(hint: Any) -> type:
+    """bool, int, float or str of an annotation like `int | None`."""
+    options = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    return options[0] if options else hint
+
+
+def _convert(name: str, kind: type, text: str) -> Any:
+    expected = {bool: "True or False", int: "an integer", float: "a number"}
+    try:
+        return BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise InputError(f"--{name}={text}: expected {expected[kind]}") from None

@@ -1,0 +1,199 @@
+"""Hyper-parameters of the Llama family, and the arithmetic that follows from them.
+
+`ModelArgs` has Meta's field names, so that a `params.json` reads straight into it. Sizes, FLOPs and bytes are methods
+here, so that no benchmark derives them again; the tests compare each with a model that was really built.
+Needs no torch: a plan for a machine can be made where nothing is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# RoPE scaling of Llama 3.1 and 3.2: wavelengths beyond the original context are stretched by `rope_scale_factor`.
+ROPE_ORIGINAL_CONTEXT = 8192
+ROPE_LOW_FREQ_FACTOR = 1.0
+ROPE_HIGH_FREQ_FACTOR = 4.0
+
+# Meta's params.json says `use_scaled_rope` but neither the factor nor whether the head is tied; both follow from the
+# shape (dim, n_layers, n_heads, n_kv_heads). Meta's own code uses 8 for every shape, which is wrong for 1B and 3B.
+KNOWN_SHAPES: dict[tuple[int, int, int, int], dict[str, Any]] = {
+    (2048, 16, 32, 8): {"rope_scale_factor": 32.0, "tie_word_embeddings": True},  # Llama 3.2 1B
+    (3072, 28, 24, 8): {"rope_scale_factor": 32.0, "tie_word_embeddings": True},  # Llama 3.2 3B
+    (4096, 32, 32, 8): {"rope_scale_factor": 8.0, "tie_word_embeddings": False},  # Llama 3.1 8B
+    (8192, 80, 64, 8): {"rope_scale_factor": 8.0, "tie_word_embeddings": False},  # Llama 3.1 and 3.3 70B
+    (16384, 126, 128, 8): {"rope_scale_factor": 8.0, "tie_word_embeddings": False},  # Llama 3.1 405B
+    (16384, 126, 128, 16): {"rope_scale_factor": 8.0, "tie_word_embeddings": False},  # the same, MP16 release
+}
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of one Llama model. Raises ValueError naming the field where a value is impossible.
+
+    The defaults are what Meta's loader assumes for a field that `params.json` leaves out (Llama 2 leaves out most).
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: one per query head (no grouping)
+    vocab_size: int = -1  # -1 in Llama 2's params.json: taken from the checkpoint
+    multiple_of: int = 256  # ffn_dim is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    use_scaled_rope: bool = False
+    rope_scale_factor: float | None = None  # ours; None: from KNOWN_SHAPES when use_scaled_rope is set
+    tie_word_embeddings: bool | None = None  # ours; None: from KNOWN_SHAPES, else False
+
+    def __post_init__(self) -> None:
+        known = KNOWN_SHAPES.get((self.dim, self.n_layers, self.n_heads, self.n_kv_heads or self.n_heads), {})
+        if self.n_kv_heads is None:
+            self._set("n_kv_heads", self.n_heads)
+        if self.tie_word_embeddings is None:
+            self._set("tie_word_embeddings", known.get("tie_word_embeddings", False) and self.use_scaled_rope)
+        if self.use_scaled_rope and self.rope_scale_factor is None:
+            if not known:
+                raise ValueError(
+                    "rope_scale_factor: use_scaled_rope is set for a shape that is not a known Llama; "
+                    "say which factor it was trained with (32 for Llama 3.2, 8 for Llama 3.1)"
+                )
+            self._set("rope_scale_factor", known["rope_scale_factor"])
+        self._check()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the documented way to fill in a field of a frozen dataclass
+
+    def _check(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
+            _require(name, getattr(self, name), int, 1, 1 << 20)
+        if self.vocab_size != -1:
+            _require("vocab_size", self.vocab_size, int, 1, 1 << 24)
+        for name in ("norm_eps", "rope_theta"):
+            _require(name, getattr(self, name), float, 1e-12, 1e12)
+        if self.ffn_dim_multiplier is not None:
+            _require("ffn_dim_multiplier", self.ffn_dim_multiplier, float, 1e-3, 1e3)
+        if self.rope_scale_factor is not None:
+            if not self.use_scaled_rope:
+                raise ValueError("rope_scale_factor: has no effect without use_scaled_rope; set that, or leave it out")
+            _require("rope_scale_factor", self.rope_scale_factor, float, 1.0, 1e6)
+        for name in ("use_scaled_rope", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: must be true or false, not {getattr(self, name)!r}")
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads: {self.n_heads} does not divide dim {self.dim}")
+        if self.head_dim % 2:
+            raise ValueError(f"n_heads: head size {self.head_dim} is odd; RoPE rotates pairs")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> ModelArgs:
+        """Read the content of a `params.json`. Raises ValueError for a field that this code would not honour."""
+        names = {field.name for field in fields(cls)}
+        for name in params:
+            if name not in names:
+                raise ValueError(f"{name}: unknown field; known are {', '.join(sorted(names))}")
+        return cls(**params)
+
+    def to_params(self) -> dict[str, Any]:
+        """The content of a `params.json`; fields outside Meta's schema only where the shape does not imply them."""
+        params = {name: value for name, value in asdict(self).items() if value is not None}
+        lean = {k: v for k, v in params.items() if k not in ("rope_scale_factor", "tie_word_embeddings")}
+        try:
+            implied = ModelArgs(**lean)
+        except ValueError:  # scaled RoPE, unknown shape: the factor has to be written down
+            implied = None
+        return lean if implied == self else params
+
+    # Shapes
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden size of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up to `multiple_of`."""
+        hidden = 2 * (4 * self.dim) // 3
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+    # Counts. "token" is one position of one sequence.
+
+    def block_linear_params(self) -> int:
+        """Weights in the matrix products of one block: wq, wk, wv, wo, w1, w2, w3."""
+        kv_dim = self.n_kv_heads * self.head_dim
+        return 2 * self.dim * self.dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim
+
+    def n_params(self) -> int:
+        """Stored parameters; a tied head is counted once."""
+        tables = self.vocab_size * self.dim * (1 if self.tie_word_embeddings else 2)
+        norms = (2 * self.n_layers + 1) * self.dim
+        return tables + self.n_layers * self.block_linear_params() + norms
+
+    def weight_bytes(self, bytes_per_param: float) -> int:
+        return int(self.n_params() * bytes_per_param)
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """K and V of all layers: 2 * n_layers * n_kv_heads * head_dim values."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value
+
+    def kv_cache_bytes(self, batch_size: int, max_len: int, bytes_per_value: int) -> int:
+        return batch_size * max_len * self.kv_bytes_per_token(bytes_per_value)
+
+    def forward_flops(self, n_tokens: int, start: int = 0, logit_rows: int = 1) -> int:
+        """Floating-point operations in the matrix products of one sequence's forward pass.
+
+        Two per weight and token, plus attention: a token at position p multiplies its query with p + 1 keys and sums
+        p + 1 values (2 * dim each, times 2). `start` tokens are in the cache already; `logit_rows` positions are
+        projected to the vocabulary.
+        """
+        body = 2 * self.n_layers * self.block_linear_params() * n_tokens
+        pairs = sum(range(start + 1, start + n_tokens + 1))
+        return body + self.n_layers * 4 * self.dim * pairs + 2 * self.vocab_size * self.dim * logit_rows
+
+    def decode_bytes(self, batch_size: int, context: int, bytes_per_value: int) -> int:
+        """Bytes that one cached decode step cannot avoid reading: each matrix once, and the K and V of the context.
+
+        An untied embedding table is only looked up, so it does not count; a tied one is the head.
+        """
+        read = self.n_params() - (0 if self.tie_word_embeddings else self.vocab_size * self.dim)
+        return read * bytes_per_value + self.kv_cache_bytes(batch_size, context, bytes_per_value)
+
+
+def _require(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    """A number of the right kind within sane bounds, so that nothing huge is allocated before the error."""
+    right = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+    if not right or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}: {value!r} is not a{'n integer' if kind is int else ' number'} in {low:g}..{high:g}")
+
+
+_LLAMA3 = {"vocab_size": 128_256, "norm_eps": 1e-5, "rope_theta": 500_000.0}
+_TINY = {**_LLAMA3, "vocab_size": 4096, "use_scaled_rope": True, "rope_scale_factor": 32.0, "tie_word_embeddings": True}
+
+PRESETS: dict[str, ModelArgs] = {
+    "llama3.2-1b": ModelArgs(
+        dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, use_scaled_rope=True, **_LLAMA3
+    ),
+    "llama3.2-3b": ModelArgs(
+        dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, use_scaled_rope=True, **_LLAMA3
+    ),
+    "llama3.1-8b": ModelArgs(
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim_multiplier=1.3,
+        multiple_of=1024,
+        use_scaled_rope=True,
+        **_LLAMA3,
+    ),
+    "llama2-7b": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000, norm_eps=1e-5),
+    # The embedded model (data/tiny) and the draft for it: 3.2's architecture, small enough to ship.
+    "tiny": ModelArgs(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim_multiplier=1.5, **_TINY),
+    "tiny-draft": ModelArgs(dim=64, n_layers=3, n_heads=2, n_kv_heads=1, multiple_of=64, **_TINY),
+}

@@ -1,0 +1,57 @@
+"""Which device and dtype to compute on, checked by really computing there."""
+
+from __future__ import annotations
+
+import torch
+
+from llama.errors import EnvironmentFailure, InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> tuple[torch.device, torch.dtype]:
+    """Turn names into a device and a dtype that work together on this machine.
+
+    "auto" is the GPU where there is one; and fp32 on a CPU (exact), bf16 on a GPU that computes in it, fp16 on an older
+    one. Raises InputError for an unknown name, EnvironmentFailure where a tiny matrix product does not run.
+    """
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFailure("no CUDA device is available; use --device=cpu, or install a CUDA build of torch")
+    if dtype == "auto":
+        dtype = _native_dtype(resolved)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    _probe(resolved, dtype)
+    return resolved, dtype
+
+
+def _native_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, which is slower than fp32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> None:
+    """A wheel without kernels for the card still reports CUDA as available; only computing something finds out."""
+    try:
+        ones = torch.ones(8, 8, device=device, dtype=dtype)
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        if "no kernel image" in str(error):
+            name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+            raise EnvironmentFailure(
+                f"{name} is sm_{major}{minor}, but torch {torch.__version__} was built for "
+                f"{' '.join(torch.cuda.get_arch_list())}; for a P100 install torch from the cu126 wheels (see README)"
+            ) from error
+        raise EnvironmentFailure(f"{device} cannot multiply {dtype} matrices: {error}") from error

@@ -1,0 +1,9 @@
+"""The two ways a run can fail that are not bugs; `cli.py` turns each into one line and an exit code."""
+
+
+class InputError(ValueError):
+    """What the user gave is wrong: a file, a flag, a prompt. Exit code 2. The message names place and remedy."""
+
+
+class EnvironmentFailure(RuntimeError):
+    """What the machine lacks: a device, memory, disk space. Exit code 3."""

@@ -1,0 +1,316 @@
+"""The generation loop: token ids in, token ids out, with the KV cache on or off.
+
+`Llama` has Meta's interface (build, generate, text_completion, chat_completion). Prompts of unequal length are padded
+on the right: a causal mask already hides the pads from real tokens, and each row decodes at its own position,
+overwriting its pads. So a row gets what it would get alone, and no step is spent on a token that is already known.
+
+Nothing is read back from the device while tokens are produced, except now and then whether every row has stopped.
+Left out on purpose: files (checkpoint.py), sampling (sampling.py), speculative and captured decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from llama import checkpoint
+from llama import device as devices
+from llama.cache import KVCache
+from llama.errors import InputError
+from llama.model import Transformer
+from llama.sampling import check_sampling, next_token
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+# Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
+STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
+ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,256 fp32 values are 66 MB a row)
+
+
+class CompletionPrediction(TypedDict, total=False):
+    """`tokens` and `logprobs` (natural logarithms) only where asked for."""
+
+    generation: str
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    temperature: float
+    top_p: float
+    top_k: int | None
+    generator: torch.Generator
+
+
+class _Batch:
+    """Prompts padded to one [B, T] tensor, and how far each row may go."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, pad_id: int, device
+    ) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        self.budgets = [min(max_gen_len, max_seq_len - length) for length in lengths]
+        self.n_steps = max(self.budgets)
+        self.longest = max(lengths)
+        total = max(length + budget for length, budget in zip(lengths, self.budgets, strict=True))
+        self.tokens = torch.tensor([[*prompt, *[pad_id] * (total - len(prompt))] for prompt in prompts]).to(device)
+        self.last = torch.tensor(lengths).to(device) - 1  # position of each row's newest token
+        # The token sampled last is never fed back, so it needs no slot.
+        self.max_len = max(total - 1, self.longest)
+
+
+class Llama:
+    """A model with its tokenizer and limits; `.model` and `.tokenizer` are public.
+
+    max_seq_len: prompt and generated tokens of one row together. max_batch_size: rows of one call. seed: of the random
+    stream that sampling draws from, across calls; a call's own `seed` starts a stream of its own.
+    """
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path,
+        max_seq_len: int,
+        max_batch_size: int,
+        seed: int = 1,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: bool = False,
+    ) -> Llama:
+        """Load a checkpoint directory in Meta's or Hugging Face's layout. See device.resolve for the two "auto"."""
+        target, weights = devices.resolve(device, dtype)
+        tokenizer = Tokenizer(tokenizer_path)
+        model = checkpoint.load(ckpt_dir, weights, target, progress)
+        return Llama(model, tokenizer, max_seq_len, max_batch_size, seed)
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 32,
+        seed: int = 1,
+    ) -> None:
+        if tokenizer.n_words != model.args.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.n_words} words, the model {model.args.vocab_size}; "
+                "pass the --tokenizer_path that belongs to this checkpoint"
+            )
+        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+            if value < 1:
+                raise InputError(f"{name} {value} is out of range; use at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        self.formatter = ChatFormat(tokenizer)
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    @torch.no_grad()  # not inference_mode: a model that samples between training steps must still be able to train
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        top_k: int | None = None,
+        use_cache: bool = True,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue each prompt by at most `max_gen_len` tokens, or to a stop token (not returned), or to max_seq_len.
+
+        logprobs: also return the log-probability of each returned token under the model, before temperature and cuts
+        (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
+        stop_tokens: default the end-of-text token. Raises InputError for prompts or settings out of range.
+        """
+        self._check(prompt_tokens, max_gen_len)
+        sampling = self._sampling(temperature, top_p, top_k, seed)
+        batch = _Batch(prompt_tokens, max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
+        stops = self.tokenizer.stop_tokens if stop_tokens is None else list(stop_tokens)
+        prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
+        drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs)
+        tokens_out, logprobs_out = [], []
+        for row, prompt in enumerate(prompt_tokens):
+            ids = drawn[row][: batch.budgets[row]]
+            length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+            tokens_out.append([*prompt, *ids[:length]] if echo else ids[:length])
+            logprobs_out.append(prompt_logprobs[row] + drawn_logprobs[row][:length])
+        return tokens_out, logprobs_out if logprobs else None
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        *,
+        top_k: int | None = None,
+        use_cache: bool = True,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> Iterator[int]:
+        """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
+        self._check([prompt], max_gen_len)
+        sampling = self._sampling(temperature, top_p, top_k, seed)
+        batch = _Batch([prompt], max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
+        stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        for drawn, _ in self._steps(batch, sampling, use_cache):
+            token = drawn.item()
+            if token in stops:
+                return
+            yield token
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options,
+    ) -> list[CompletionPrediction]:
+        """Continue texts. max_gen_len None: to a stop token or max_seq_len. options: the keyword ones of `generate`."""
+        ids = [self.encode_prompt(prompt) for prompt in prompts]
+        limit = self.max_seq_len if max_gen_len is None else max_gen_len
+        tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, echo, **options)
+        results: list[CompletionPrediction] = []
+        for row, drawn in enumerate(tokens):
+            text = drawn[1:] if echo else drawn  # without the begin-of-text token, which the prompt did not spell
+            results.append({"generation": self.tokenizer.decode(text)})
+            if logprobs:
+                results[row]["tokens"] = [self.tokenizer.decode([token]) for token in drawn]
+                results[row]["logprobs"] = values[row]
+        return results
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **options,
+    ) -> list[ChatPrediction]:
+        """Answer dialogs (an optional system message, then user and assistant in turn) as the assistant."""
+        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        limit = self.max_seq_len if max_gen_len is None else max_gen_len
+        options.setdefault("stop_tokens", self.tokenizer.chat_stop_tokens)
+        tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, **options)
+        results: list[ChatPrediction] = []
+        for row, drawn in enumerate(tokens):
+            results.append({"generation": {"role": "assistant", "content": self.tokenizer.decode(drawn)}})
+            if logprobs:
+                results[row]["tokens"] = [self.tokenizer.decode([token]) for token in drawn]
+                results[row]["logprobs"] = values[row]
+        return results
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Begin-of-text and the ids of a prompt. Raises InputError for an empty one."""
+        if prompt == "":
+            raise InputError("the prompt is empty; write at least one character")
+        return self.tokenizer.encode(prompt, bos=True, eos=False)
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_gen_len: int) -> None:
+        if not prompts:
+            raise InputError("there is no prompt; pass at least one")
+        if len(prompts) > self.max_batch_size:
+            raise InputError(
+                f"{len(prompts)} prompts exceed max_batch_size {self.max_batch_size}; raise it or pass fewer"
+            )
+        if max_gen_len < 0:
+            raise InputError(f"max_gen_len {max_gen_len} is out of range; use 0 or more")
+        for row, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= self.max_seq_len:
+                raise InputError(
+                    f"prompt {row} has {len(prompt)} tokens, outside 1 to max_seq_len {self.max_seq_len}; "
+                    "shorten it or raise --max_seq_len"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
+                raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
+
+    def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> _Sampling:
+        check_sampling(temperature, top_p, top_k)
+        generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
+        return _Sampling(temperature, top_p, top_k, generator)
+
+    def _run(
+        self, batch: _Batch, sampling: _Sampling, use_cache: bool, stops: list[int], logprobs: bool
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Draw until every row has stopped or used its budget; rows may run on past their end."""
+        stop_ids = torch.tensor(stops, device=self.device)
+        budgets = torch.tensor(batch.budgets, device=self.device)
+        done = budgets <= 0
+        drawn, values, logits = [], [], None
+        for step, (tokens, logits) in enumerate(self._steps(batch, sampling, use_cache), 1):
+            drawn.append(tokens)
+            if logprobs:
+                values.append(logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+            done = done | torch.isin(tokens, stop_ids) | (budgets <= step)
+            if step % STOP_CHECK_EVERY[self.device.type] == 0 and done.all():
+                break
+        if logits is not None and not logits.isfinite().all():
+            raise InputError(f"the model's logits are not finite in {logits.dtype}; use --dtype=float32 or bfloat16")
+        rows = len(batch.budgets)
+        tokens_out = torch.stack(drawn, 1).tolist() if drawn else [[]] * rows
+        return tokens_out, torch.stack(values, 1).tolist() if values else [[]] * rows
+
+    def _steps(self, batch: _Batch, sampling: _Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the next token of every row [B] and the logits [B, V] it was drawn from, `n_steps` times.
+
+        With the cache a step computes one position per row; without, the whole text so far. Either way only the newest
+        position of each row is projected to the vocabulary.
+        """
+        if batch.n_steps == 0:
+            return
+        model, tokens, pos = self.model, batch.tokens, batch.last
+        rows = torch.arange(tokens.shape[0], device=self.device)
+        cache = None
+        if use_cache:
+            weight = model.tok_embeddings.weight
+            cache = KVCache(model.args, len(rows), batch.max_len, weight.dtype, weight.device)
+        h = model.hidden(tokens[:, : batch.longest], None, cache)[rows, pos]
+        for step in range(1, batch.n_steps + 1):
+            logits = model.logits(h)
+            token = next_token(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.generator)
+            yield token, logits
+            if step == batch.n_steps:
+                return
+            pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a row past its end stays in its last slot, unread
+            if cache is not None:
+                h = model.hidden(token[:, None], pos[:, None], cache)[:, 0]
+            else:
+                tokens[rows, pos] = token
+                h = model.hidden(tokens[:, : min(batch.longest + step, batch.max_len)])[rows, pos]
+
+    def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log p of each prompt token given those before it, a row at a time, some positions at a time."""
+        results = []
+        for prompt in prompts:
+            ids = torch.tensor(prompt, device=self.device)
+            h = self.model.hidden(ids[None])[0, :-1]
+            parts = [torch.zeros(1, device=self.device)]
+            for h_part, targets in zip(h.split(ECHO_CHUNK), ids[1:].split(ECHO_CHUNK), strict=True):
+                logits = self.model.logits(h_part).float().log_softmax(-1)
+                parts.append(logits.gather(-1, targets[:, None])[:, 0])
+            results.append(torch.cat(parts).tolist())
+        return results

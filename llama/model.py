@@ -1,0 +1,240 @@
+"""The Llama network, from the smallest part to the whole: RMSNorm, RoPE, Attention, FeedForward, Block, Transformer.
+
+One forward serves training, generation with a KV cache and generation without. The model holds parameters and nothing
+that changes: a cache is created by the caller and passed in, and `pos` says where each token stands.
+
+Left out on purpose: sampling and the generation loop (generation.py), file formats (checkpoint.py), model parallelism.
+
+Shape suffixes:
+    B  sequences      T  tokens of this call     S  keys that they may attend to     V  vocabulary
+    H  query heads    K  key/value heads         D  size of one head                 P  rotated pairs, D / 2
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
+
+
+class Cache(Protocol):
+    """What attention needs of a KV cache; cache.KVCache is the one there is."""
+
+    max_len: int
+
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Store K and V of the new tokens, return those of all slots, each [B, K, S, D]."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang and Sennrich 2019). No mean, no bias."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # squares of 16-bit activations overflow fp16 and lose digits in bf16
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """Angle per position of each pair of head dimensions, fp32 [P]: theta^(-2i/D), rescaled for Llama 3.1 and 3.2.
+
+    Pairs that turn more than 4 times within the original context (8,192 positions) keep their frequency, those that
+    turn less than once are slowed down by `rope_scale_factor`, those between are interpolated. Computed in fp32 in this
+    order of operations because the released weights were trained with exactly those roundings: at position 100,000 one
+    unit in the last place of a frequency is 1e-5 rad.
+    """
+    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device="cpu").float() / args.head_dim
+    freqs = 1.0 / (args.rope_theta**exponents)
+    if not args.use_scaled_rope:
+        return freqs
+    wavelengths = 2 * math.pi / freqs
+    turns = ROPE_ORIGINAL_CONTEXT / wavelengths
+    smooth = (turns - ROPE_LOW_FREQ_FACTOR) / (ROPE_HIGH_FREQ_FACTOR - ROPE_LOW_FREQ_FACTOR)
+    slowed = freqs / args.rope_scale_factor
+    blended = (1 - smooth) * slowed + smooth * freqs
+    scaled = torch.where(wavelengths > ROPE_ORIGINAL_CONTEXT / ROPE_LOW_FREQ_FACTOR, slowed, blended)
+    return torch.where(wavelengths < ROPE_ORIGINAL_CONTEXT / ROPE_HIGH_FREQ_FACTOR, freqs, scaled)
+
+
+def rope_table(pos_BT: Tensor, freqs_P: Tensor) -> Tensor:
+    """cos and sin of every rotation as `freqs_cis`, fp32 [B, T, 1, P, 2] (the 1 is the head dimension)."""
+    angles_BTP = pos_BT[:, :, None].float() * freqs_P
+    return torch.stack((angles_BTP.cos(), angles_BTP.sin()), dim=-1)[:, :, None]
+
+
+def apply_rope(x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate the pairs (x0, x1), (x2, x3), ... of each head by the angle of their position (Su et al. 2021).
+
+    Meta's checkpoints pair neighbours; Hugging Face's pair x_i with x_{i + D/2}, and checkpoint.py reorders their rows.
+    Rotates in fp32: a 16-bit cosine is wrong by 1/500, a whole turn for distant positions.
+    """
+    pairs = x_BTHD.float().unflatten(-1, (-1, 2))
+    x0, x1 = pairs.unbind(-1)
+    cos, sin = freqs_cis.unbind(-1)
+    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).to(x_BTHD.dtype)
+
+
+def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v as [B, H, T, D], for grouped heads: query head h reads key/value head h // (H / K).
+
+    `mask` is [B, 1, T, S], True where attention is allowed; None means causal with S = T.
+    """
+    (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
+    if T == 1 and mask is not None:
+        # Decoding reads the whole cache once per step. Its H / K query heads become H / K query rows of their key/value
+        # head, so that no backend ever repeats K and V.
+        return F.scaled_dot_product_attention(q_BHTD.view(B, K, H // K, D), k_BKSD, v_BKSD, mask).view(B, H, T, D)
+    if H != K and not _kernels_group_heads(q_BHTD.device):
+        k_BKSD, v_BKSD = k_BKSD.repeat_interleave(H // K, dim=1), v_BKSD.repeat_interleave(H // K, dim=1)
+    grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
+    return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def _kernels_group_heads(device: torch.device) -> bool:
+    """Whether the fused attention kernels take fewer K/V heads than query heads.
+
+    Before sm_80 only the memory-efficient kernel runs, and it does not: asking would fall back to one that stores all
+    T * S scores, which costs far more than the repeated K and V (a quarter of a block's activations at most).
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, rotary positions, H / K query heads per key/value head (GQA, Ainslie et al. 2023)."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        # .unflatten instead of a stored head count: a pruned projection may have fewer heads
+        q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q = apply_rope(q_BTHD, freqs_cis).transpose(1, 2)
+        k = apply_rope(k_BTKD, freqs_cis).transpose(1, 2)
+        v = v_BTKD.transpose(1, 2)
+        if cache is not None:
+            k_all, v_all = cache.update(self.layer, k, v, pos)
+            if mask is not None:  # without a mask the tokens start at position 0, and their own keys are all there is
+                k, v = k_all, v_all
+        return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). Meta's names: w1 is the gate, w3 is up, w2 is down."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm is inside the residual branch."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), freqs_cis, mask, pos, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class TokenEmbedding(nn.Embedding):
+    """The table of token vectors, which is also the output head of a model with tied embeddings."""
+
+    def project(self, h: Tensor) -> Tensor:
+        """Logits [..., V]: the dot product of each hidden state with each row of the table."""
+        return F.linear(h, self.weight)
+
+
+class Transformer(nn.Module):
+    """A Llama text model. State-dict keys are Meta's; a tied head has no key of its own (`output` is None)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        if args.vocab_size == -1:
+            raise ValueError("vocab_size: must be resolved (dataclasses.replace) before a model is built")
+        self.args = args
+        self.tok_embeddings = TokenEmbedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None if args.tie_word_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.register_buffer("rope_freqs", rope_frequencies(args), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # model.to(bfloat16) casts buffers too and would round the frequencies; to_empty() would leave them undefined.
+        super()._apply(fn, recurse)
+        if self.rope_freqs.device.type != "meta":
+            self.rope_freqs = rope_frequencies(self.args).to(self.rope_freqs.device)
+        return self
+
+    def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+        """Random weights as GPT-2 starts: N(0, std), those that write to the residual divided by sqrt(2 n_layers)."""
+        for name, weight in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+            else:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                scale = std / math.sqrt(2 * self.args.n_layers) if residual else std
+                nn.init.normal_(weight, std=scale, generator=generator)
+
+    def hidden(self, tokens: Tensor, pos: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Final hidden states [B, T, dim], normalised, ready for `logits`. Arguments as in `forward`.
+
+        Public so that prefill projects only the positions it needs and a loss need not hold all logits at once.
+        """
+        B, T = tokens.shape
+        if pos is None:  # from the start of the sequence: plain causal attention, no mask needed
+            mask = None
+            pos_BT = torch.arange(T, device=tokens.device).expand(B, T)
+        else:
+            key_pos = pos[:, None, None] if cache is None else torch.arange(cache.max_len, device=pos.device)
+            mask = key_pos <= pos[:, None, :, None]  # [B, 1, T, S]
+            pos_BT = pos
+        freqs_cis = rope_table(pos_BT, self.rope_freqs)
+        x = self.tok_embeddings(tokens)
+        for block in self.layers:
+            x = block(x, freqs_cis, mask, pos, cache)
+        return self.norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Project hidden states [..., dim] to the vocabulary [..., V]."""
+        return self.tok_embeddings.project(h) if self.output is None else self.output(h)
+
+    def forward(self, tokens: Tensor, pos: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] in the dtype of the weights.
+
+        tokens: [B, T] int64.
+        pos: [B, T] int64, the position of each token, default 0..T-1 in every row; it alone drives RoPE, the cache
+            writes and the mask (a key is visible where its position is <= the query's).
+        cache: keys and values of earlier positions are read from it and those of `tokens` written to it; None is
+            "KV cache off", and the form used in training.
+        """
+        return self.logits(self.hidden(tokens, pos, cache))

@@ -1,0 +1,61 @@
+"""From logits to a token. Every way of decoding (cached or not, batched, speculative) shares these three functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.errors import InputError
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
+    """Raise InputError for a setting that defines no distribution."""
+    if not 0.0 <= temperature <= 100.0:  # also refuses NaN
+        raise InputError(f"temperature {temperature} is out of range; use 0 (greedy) to 100")
+    if not 0.0 < top_p <= 1.0:
+        raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
+
+
+def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
+    """The distribution that a token is drawn from: fp32 [..., V], rows summing to 1.
+
+    softmax(logits / temperature), then only the top_k most probable tokens, then only the nucleus: the smallest set of
+    most probable tokens whose probabilities reach top_p (Holtzman et al. 2020). Exactly one-hot at temperature 0.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # The largest logit is taken off before the division: softmax does not change, and a temperature of 1e-38 does not
+    # turn finite logits into inf - inf.
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    if top_k is not None and top_k < probs.shape[-1]:
+        smallest_kept = probs.topk(top_k, dim=-1).values[..., -1:]
+        probs = torch.where(probs < smallest_kept, 0.0, probs)
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        total = ordered.sum(-1, keepdim=True)  # less than 1 after top_k
+        before = ordered.cumsum(-1) - ordered  # mass of the tokens that are more probable: 0 for the first, so it stays
+        ordered = torch.where(before >= top_p * total, 0.0, ordered)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index per row of [..., V], with those probabilities, as int64 [...].
+
+    With independent E_i ~ Exp(1), argmax p_i / E_i is i with probability p_i. Unlike torch.multinomial this needs no
+    check of its input on the host, so the device never waits.
+    """
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / noise.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(-1)
+
+
+def next_token(
+    logits: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """The next token of each row of logits [..., V]; the most probable one at temperature 0."""
+    if temperature == 0:  # what draw() would give for a one-hot row, without V random numbers
+        return logits.argmax(-1)
+    return draw(logits_to_probs(logits, temperature, top_p, top_k), generator)

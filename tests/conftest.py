@@ -1,0 +1,68 @@
+"""Shared fixtures: a small random model, the embedded model, real tokenizers where at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Tokenizer, Transformer
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny"
+
+# 4 layers, grouped heads, tied head, scaled RoPE: every branch of the network in 0.18 M parameters.
+SMALL = ModelArgs(
+    dim=64,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=512,
+    multiple_of=32,
+    rope_theta=500_000.0,
+    use_scaled_rope=True,
+    rope_scale_factor=32.0,
+    tie_word_embeddings=True,
+)
+
+
+def random_model(args: ModelArgs = SMALL, seed: int = 0, std: float = 0.1) -> Transformer:
+    """Random weights, norms included (all ones would hide a swapped norm), large enough that tokens matter."""
+    model = Transformer(args)
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator, std)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Llama:
+    return Llama.build(TINY, TINY / "tokenizer.model", max_seq_len=512, max_batch_size=32, device="cpu")
+
+
+def asset(name: str) -> Path:
+    """A real file that the project may not contain, from the folder in LLAMA_ASSETS; skips the test without it."""
+    folder = os.environ.get("LLAMA_ASSETS")
+    if not folder or not (Path(folder) / name).exists():
+        pytest.skip(f"{name} is not at hand (set LLAMA_ASSETS to a folder that holds it)")
+    return Path(folder) / name
+
+
+@pytest.fixture
+def llama3_tokenizer() -> Tokenizer:
+    return Tokenizer(asset("llama3_tokenizer.model"))
+
+
+@pytest.fixture
+def llama2_tokenizer() -> Tokenizer:
+    return Tokenizer(asset("llama2_tokenizer.model"))
