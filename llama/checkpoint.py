@@ -48,6 +48,7 @@ HF_BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # rows in another order in the two layouts
 # Tables that follow from the configuration; old checkpoints carry them, no model needs them.
 DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # How Meta's model-parallel shards were cut: these along their input dimension, norms not at all, the rest along dim 0.
@@ -76,7 +77,13 @@ def load(
         model = Transformer(args)
     _check_keys(source, model)
     names = [name for name, _ in model.named_parameters()]
-    bar = tqdm(total=len(names), desc=f"loading {directory.name}", unit="tensor", disable=not progress, leave=False)
+    bar = tqdm(
+        total=len(names),
+        desc=f"loading {directory.name}",
+        unit="tensor",
+        disable=None if progress else True,
+        leave=False,
+    )
     with bar:
         for block in _by_block(names):
             with source.open() as read:
@@ -247,10 +254,12 @@ class _HfSource:
 
         def read(name: str) -> Tensor:
             path = self.file_of[name]
+            if name.endswith(ROTATED):  # copied, so read through a mapping of its own, which then ends with its pages
+                with _open_safetensors(path) as file:
+                    return _swap_rotary_order(file.get_tensor(self.names[name]), name, self.args, to_hf=False)
             if path not in handles:
                 handles[path] = _open_safetensors(path)
-            weight = handles[path].get_tensor(self.names[name])
-            return _swap_rotary_order(weight, name, self.args, to_hf=False)
+            return handles[path].get_tensor(self.names[name])
 
         yield read
 
@@ -361,7 +370,7 @@ def _hf_names(args: ModelArgs) -> dict[str, str]:
 
 def _swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -> Tensor:
     """Reorder the rows of wq and wk: Meta rotates neighbours (0,1), (2,3), ..., Hugging Face (0,D/2), (1,D/2+1), ..."""
-    if not name.endswith(("attention.wq.weight", "attention.wk.weight")) or weight.shape[0] % args.head_dim:
+    if not name.endswith(ROTATED) or weight.shape[0] % args.head_dim:
         return weight
     pair = (args.head_dim // 2, 2) if to_hf else (2, args.head_dim // 2)
     return weight.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2)

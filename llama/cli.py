@@ -52,10 +52,13 @@ def call(main: Callable[..., None], argv: list[str]) -> None:
     """Check and convert flags, then call. Raises InputError for an unknown flag, a missing or an impossible value."""
     hints = typing.get_type_hints(main)
     kinds = {name: _kind(hints[name]) for name in inspect.signature(main).parameters}
-    normal = argv if any(arg in ("-h", "--help") for arg in argv) else _normalise(argv, kinds)
+    script = os.path.basename(sys.argv[0])
+    if any(arg in ("-h", "--help") for arg in argv):
+        main.__annotations__ = kinds  # plain types read better than 'str | None'
+        fire.Fire(main, command=["--help"], name=script)
+        return
     parsers = {name: functools.partial(_convert, name, kind) for name, kind in kinds.items()}
-    command = fire.decorators.SetParseFns(**parsers)(main)
-    fire.Fire(command, command=normal, name=os.path.basename(sys.argv[0]))
+    fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=_normalise(argv, kinds), name=script)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -81,10 +84,13 @@ def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
     flags: dict[str, str] = {}
     rest = iter(argv)
     for arg in rest:
-        if not arg.startswith("--") or arg == "--":
+        if arg.strip("-") == "" or not arg.startswith("-"):
             raise InputError(f"unexpected argument {arg!r}; flags are written --name=value")
-        name, equals, value = arg[2:].partition("=")
+        name, equals, value = arg.removeprefix("-").removeprefix("-").partition("=")
         name = name.replace("-", "_")
+        if not arg.startswith("--"):  # a letter that begins one flag only, as --help lists it
+            matches = [flag for flag in kinds if flag[0] == name]
+            name = matches[0] if len(matches) == 1 else name
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1)
             raise InputError(f"unknown flag --{name}; {f'did you mean --{close[0]}?' if close else 'see --help'}")

@@ -81,8 +81,8 @@ class Tokenizer:
 
     def decode(self, t: Sequence[int]) -> str:
         """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens of Llama 3 show as their names."""
-        stream = StreamDecoder(self)
-        return "".join(itertools.chain((stream.push(token) for token in t), [stream.flush()]))
+        data = b"".join(map(self.token_bytes, t))
+        return (data.removeprefix(b" ") if self.backend.leading_space else data).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for. Raises InputError for an id outside the vocabulary."""
@@ -109,6 +109,14 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never got finished, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def find_tokenizer(ckpt_dir: str | Path) -> Path:
+    """The tokenizer.model of a checkpoint directory; Hugging Face's repositories keep it in `original/`."""
+    for path in (Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir) / "original" / "tokenizer.model"):
+        if path.is_file():
+            return path
+    raise InputError(f"{ckpt_dir} holds no tokenizer.model; pass --tokenizer_path")
 
 
 def _backend_for(data: bytes, path: Path) -> _Tiktoken | _SentencePiece:

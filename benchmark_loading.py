@@ -1,0 +1,111 @@
+"""How long a checkpoint takes to load, and how much memory at its peak.
+
+    python benchmark_loading.py                  # the real Llama 3.2 1B shape, random weights; needs 5 GB of disk
+    python benchmark_loading.py --model=tiny     # in seconds
+
+Each load happens in a fresh process, so that its peak of resident memory is its own. "ready" is the moment when every
+weight has been read once: a memory-mapped load returns long before that.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llama import Transformer, bench, checkpoint, cli
+from llama.config import PRESETS
+from llama.device import DTYPES
+from llama.errors import InputError
+
+RESULTS = Path(__file__).parent / "reports" / "results" / "loading.jsonl"
+
+
+def main(
+    *,
+    model: str = "llama3.2-1b",
+    repeats: int = 5,
+    work_dir: str | None = None,
+    results: str | None = None,
+    load_dir: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Measure loading time and peak memory from both layouts, with and without a change of dtype.
+
+    Args:
+        model: a preset: llama3.2-1b, llama3.2-3b, llama3.1-8b, llama2-7b, tiny or tiny-draft.
+        repeats: loads of each cell, each in a fresh process.
+        work_dir: where the checkpoint is written for the while; default: the system's temporary folder.
+        results: file that the measured rows are appended to; default: reports/results/loading.jsonl.
+        load_dir: load this directory once and print the figures as JSON, instead.
+        dtype: of load_dir; default: as stored.
+    """
+    if load_dir is not None:
+        print(json.dumps(load_once(load_dir, dtype)))
+        return
+    if model not in PRESETS:
+        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
+    if repeats < 1:
+        raise InputError(f"--repeats={repeats}: expected at least 1")
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        weights = random_weights(model)
+        for layout in ("meta", "hf"):
+            checkpoint.save(weights, Path(folder) / layout, layout)
+        del weights
+        cells = [(layout, dtype) for layout in ("meta", "hf") for dtype in ("bfloat16", "float32")]
+        figures: dict[tuple[str, str], list[dict[str, float]]] = {cell: [] for cell in cells}
+        for _ in tqdm(range(repeats), desc="loading", unit="round"):  # cells interleaved: a slow minute hits all
+            for layout, dtype in cells:
+                figures[layout, dtype].append(load_in_fresh_process(Path(folder) / layout, dtype))
+    print(f"\n{model}, {PRESETS[model].n_params():,} parameters stored in bfloat16; median of {repeats}")
+    print("layout  dtype      returns  ready    peak memory  x weights")
+    for (layout, dtype), runs in figures.items():
+        metrics = {name: bench.spread([run[name] for run in runs]) for name in runs[0]}
+        cell = {"model": model, "layout": layout, "stored": "bfloat16"}
+        bench.append_row(Path(results or RESULTS), "loading", cell, metrics, torch.device("cpu"), dtype, seed=0)
+        load, ready, peak, share = (metrics[name]["median"] for name in metrics)
+        print(f"{layout:7} {dtype:9} {load:6.2f} s {ready:6.2f} s {peak:9,.0f} MB {share:9.3f}")
+
+
+def random_weights(model: str) -> Transformer:
+    with torch.device("meta"):
+        network = Transformer(PRESETS[model])
+    network = network.to(torch.bfloat16).to_empty(device="cpu")
+    network.init_weights(torch.Generator().manual_seed(0))
+    return network
+
+
+def load_in_fresh_process(directory: Path, dtype: str) -> dict[str, float]:
+    command = [sys.executable, __file__, f"--load_dir={directory}", f"--dtype={dtype}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise InputError(f"loading failed: {run.stderr.strip()}")
+    return json.loads(run.stdout)
+
+
+def load_once(directory: str, dtype: str | None) -> dict[str, float]:
+    """Load, then read every weight; peak memory is that of the whole process, Python and torch included."""
+    began = time.perf_counter()
+    network = checkpoint.load(directory, DTYPES[dtype] if dtype else None)
+    load_s = time.perf_counter() - began
+    for weight in network.parameters():
+        weight.view(-1)[:: 4096 // weight.element_size()].sum().item()  # one value of each page
+    ready_s = time.perf_counter() - began
+    peak = bench.peak_memory_bytes(torch.device("cpu"))
+    weights = sum(weight.nbytes for weight in network.parameters())
+    return {
+        "load_s": load_s,
+        "ready_s": ready_s,
+        "peak_memory_mb": peak / bench.MB,
+        "peak_over_weights_x": peak / weights,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,240 @@
+"""Generate text with a Llama model, with the KV cache on or off.
+
+python inference.py                                        # the embedded model on sample prompts
+python inference.py --compare                              # cache on and off, side by side
+python inference.py --prompt="The fox saw" --stream
+python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.tiny.corpus import SAMPLE_PROMPTS
+from llama import Llama, bench, cli
+from llama.errors import InputError
+from llama.tokenizer import StreamDecoder, find_tokenizer
+
+EMBEDDED = Path(__file__).parent / "data" / "tiny"
+SAMPLE_CHATS = ("What colour is the sky on a clear day?", "Write a short story about a bear and a boat.", "Name a pet.")
+COLUMN = 56
+# A 16-bit logit near 16 is rounded by up to 1/16 (bf16); a larger gap between two candidates is no rounding.
+ROUNDING_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the user wrote, and the ids that the model gets for it."""
+
+    text: str
+    ids: list[int]
+
+
+def main(
+    *,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    chat: bool = False,
+    compare: bool = False,
+    stream: bool = False,
+    use_cache: bool = True,
+    temperature: float | None = None,
+    top_p: float = 0.9,
+    top_k: int | None = None,
+    max_gen_len: int = 64,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 32,
+    seed: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Generate text with a Llama model, with the KV cache on or off.
+
+    Args:
+        ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
+        tokenizer_path: tokenizer.model; default: the one in ckpt_dir.
+        prompt: one prompt; default: sample prompts.
+        prompt_file: a file of prompts, one a line, or a JSON list of strings.
+        chat: send each prompt as a user's message to an instruction-tuned model.
+        compare: generate with and without the cache and show texts, times and memory side by side.
+        stream: print each prompt's text while it is produced.
+        use_cache: False recomputes the whole text for every token.
+        temperature: 0 always takes the most probable token; default 0.6, and 0 with --compare.
+        top_p: sample only from the most probable tokens that together reach this share.
+        top_k: sample only from this many most probable tokens; default: no cut.
+        max_gen_len: tokens to generate at most, for each prompt.
+        max_seq_len: prompt and generated tokens together; a longer prompt is refused.
+        max_batch_size: prompts in one call.
+        seed: of sampling; the same seed and settings give the same text.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type.
+    """
+    if compare and (stream or not use_cache):
+        raise InputError("--compare runs with and without the cache itself; leave out --stream and --use_cache")
+    if compare and temperature not in (None, 0.0):
+        raise InputError("--compare needs --temperature=0: sampling would hide whether the cache changed anything")
+    if temperature is None:
+        temperature = 0.0 if compare else 0.6
+    texts = read_prompts(prompt, prompt_file, chat)
+    directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
+    tokenizer = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
+    llama = Llama.build(
+        directory, tokenizer, max_seq_len, max_batch_size, seed, device=device, dtype=dtype, progress=True
+    )
+    print(describe(llama, directory))
+    prompts = [Prompt(text, encode(llama, text, chat)) for text in texts]
+    stops = llama.tokenizer.chat_stop_tokens if chat else llama.tokenizer.stop_tokens
+    options = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if compare:
+        show_comparison(llama, prompts, {**options, "stop_tokens": stops})
+    elif stream:
+        show_stream(llama, prompts, {**options, "stop_tokens": stops, "use_cache": use_cache})
+    else:
+        show_batch(llama, prompts, {**options, "stop_tokens": stops, "use_cache": use_cache})
+
+
+def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> list[str]:
+    """The texts to continue. Raises InputError for both or an unreadable or empty file."""
+    if prompt is not None and prompt_file is not None:
+        raise InputError("--prompt and --prompt_file exclude each other")
+    if prompt is not None:
+        return [prompt]
+    if prompt_file is None:
+        return list(SAMPLE_CHATS if chat else SAMPLE_PROMPTS)
+    try:
+        content = Path(prompt_file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {prompt_file} as UTF-8 text: {error}") from error
+    if prompt_file.endswith(".json"):
+        try:
+            prompts = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{prompt_file} is not valid JSON: {error}") from error
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise InputError(f"{prompt_file} must hold a JSON list of strings")
+    else:
+        prompts = [line for line in content.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"{prompt_file} holds no prompt")
+    return prompts
+
+
+def encode(llama: Llama, text: str, chat: bool) -> list[int]:
+    ids = llama.encode_prompt(text)  # refuses an empty prompt in either form
+    return llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}]) if chat else ids
+
+
+def describe(llama: Llama, directory: Path) -> str:
+    """One line: what was loaded, how large, where and in which precision."""
+    weight = llama.model.tok_embeddings.weight
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else "CPU"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {name}"
+    if directory == EMBEDDED:
+        return f"embedded model, {size}; --ckpt_dir loads real weights\n"
+    return f"{directory}, {size}\n"
+
+
+def show_batch(llama: Llama, prompts: list[Prompt], options: dict) -> None:
+    """Generate for all prompts at once, then print."""
+    work = partial(llama.generate, [prompt.ids for prompt in prompts], **options)
+    (outputs, _), spent = bench.measure(work, llama.device)
+    for prompt, ids in zip(prompts, outputs, strict=True):
+        print(f"> {prompt.text}\n{llama.tokenizer.decode(ids).strip()}\n")
+    print(speed(sum(map(len, outputs)), spent, options["use_cache"]))
+
+
+def show_stream(llama: Llama, prompts: list[Prompt], options: dict) -> None:
+    """Generate prompt by prompt, each character as soon as it is complete."""
+    for prompt in prompts:
+        print(f"> {prompt.text}")
+        count, spent = bench.measure(partial(print_stream, llama, llama.stream(prompt.ids, **options)), llama.device)
+        print(f"\n{speed(count, spent, options['use_cache'])}\n")
+
+
+def print_stream(llama: Llama, tokens: Iterator[int]) -> int:
+    decoder = StreamDecoder(llama.tokenizer)
+    count = 0
+    for token in tokens:
+        print(decoder.push(token), end="", flush=True)
+        count += 1
+    print(decoder.flush(), end="", flush=True)
+    return count
+
+
+def speed(n_tokens: int, spent: bench.Measurement, use_cache: bool) -> str:
+    rate = n_tokens / spent.seconds
+    return f"[{n_tokens} tokens in {spent.seconds:.2f} s, {rate:.1f} tokens/s, KV cache {'on' if use_cache else 'off'}]"
+
+
+def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
+    """Each prompt alone, with the cache and without: both texts, whether the tokens agree, time and memory."""
+    llama.generate([prompts[0].ids], **{**options, "max_gen_len": 2})  # the first call pays for set-up in the libraries
+    totals = {True: 0.0, False: 0.0}
+    n_equal = 0
+    for number, prompt in enumerate(prompts, 1):
+        ids, spent = {}, {}
+        for use_cache in (True, False):
+            work = partial(llama.generate, [prompt.ids], **options, use_cache=use_cache)
+            (output, _), spent[use_cache] = bench.measure(work, llama.device)
+            ids[use_cache] = output[0]
+            totals[use_cache] += spent[use_cache].seconds
+        n_equal += ids[True] == ids[False]
+        print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
+        print(side_by_side("KV cache on", "KV cache off"))
+        print("-" * (2 * COLUMN + 3))
+        print(side_by_side(llama.tokenizer.decode(ids[True]), llama.tokenizer.decode(ids[False])))
+        print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False])}")
+        on, off = spent[True].seconds, spent[False].seconds
+        print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the cache")
+        print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {memory_kind(llama)})\n")
+    speedup = totals[False] / totals[True]
+    print(f"{n_equal} of {len(prompts)} prompts give equal tokens with the KV cache on and off;", end=" ")
+    print(f"{totals[True]:.2f} s on, {totals[False]:.2f} s off, {speedup:.2f} times as fast")
+
+
+def side_by_side(left: str, right: str) -> str:
+    """Two texts in two columns."""
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN) or [""]] for text in (left, right)
+    ]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in rows)
+
+
+def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int]) -> str:
+    """Whether two continuations agree; if not, where they part and by how much the logits of the two choices differ."""
+    if cached == uncached:
+        return f"equal ({len(cached)} of {len(cached)})"
+    stop = llama.tokenizer.eos_id
+    same = next(i for i in range(len(cached) + 1) if cached[i : i + 1] != uncached[i : i + 1])
+    first, second = ([*ids, stop][same] for ids in (cached, uncached))
+    with torch.no_grad():
+        tokens = torch.tensor([prompt + cached[:same]], device=llama.device)
+        logits = llama.model.logits(llama.model.hidden(tokens)[0, -1]).float()
+    margin = abs(logits[first] - logits[second]).item()
+    reason = "within rounding" if margin <= ROUNDING_MARGIN else "MORE THAN ROUNDING EXPLAINS: please report this"
+    names = " against ".join(repr(llama.tokenizer.decode([token])) for token in (first, second))
+    return f"first differ at token {same + 1}: {names}, logit margin {margin:.4f} ({reason})"
+
+
+def megabytes(spent: bench.Measurement) -> str:
+    return "not measurable here" if spent.peak_bytes is None else f"{spent.peak_bytes / bench.MB:,.0f} MB"
+
+
+def memory_kind(llama: Llama) -> str:
+    return "allocated on the GPU" if llama.device.type == "cuda" else "resident in the process"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,122 @@
+"""Time and peak memory of a piece of work, measured the same way everywhere, and the rows that keep the figures.
+
+A row says what was measured, on what, with which code and by which command; tables and plots are made from rows only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Wall-clock seconds, and the peak of memory in bytes: allocated on a GPU, resident in the process on a CPU.
+
+    `peak_bytes` is None where the operating system does not let the peak be reset (it needs Linux's /proc).
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def measure(work: Callable[[], Result], device: torch.device) -> tuple[Result, Measurement]:
+    """Run `work` once and measure it, device work included that it leaves running."""
+    peak_is_known = reset_peak_memory(device)
+    synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    return result, Measurement(seconds, peak_memory_bytes(device) if peak_is_known else None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work that was queued on the device; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new peak at the current use. False where that is not possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the resident high-water mark to the current size
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The highest memory use since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024  # "... kB", which means KiB here
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """What a row keeps of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def append_row(
+    path: Path,
+    experiment: str,
+    cell: dict[str, Any],
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: str,
+    seed: int,
+) -> None:
+    """Append one measured cell, as one line of JSON. Metric names end in their unit; MB is 1e6 bytes."""
+    row = {
+        "experiment": experiment,
+        "cell": cell,
+        "metrics": metrics,
+        "device": {"kind": device.type, "name": device_name(device)},
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "seed": seed,
+        "command": shlex.join(["python", *sys.argv]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    """The marketing name of a GPU or CPU, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checked-out commit, marked where files differ from it; "unknown" outside a checkout."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"

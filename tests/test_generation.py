@@ -1,0 +1,281 @@
+"""Generation: cache on = off, a batch = its rows alone, Meta's interface and return shapes, limits."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, random_model
+
+from data.tiny.corpus import document
+from llama import KVCache, Llama, Tokenizer, Transformer
+from llama.config import PRESETS
+from llama.errors import InputError
+from llama.tokenizer import StreamDecoder
+
+TOKENIZER = Tokenizer(TINY / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    """Random weights in the embedded model's shape."""
+    return Llama(random_model(PRESETS["tiny"], std=0.05), TOKENIZER, max_seq_len=300, max_batch_size=16)
+
+
+def ragged_prompts(n: int = 16, longest: int = 200, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    lengths = [1, longest] + [rng.randint(1, longest) for _ in range(n - 2)]
+    return [[rng.randrange(TOKENIZER.n_words) for _ in range(length)] for length in lengths]
+
+
+def test_cache_on_equals_off_over_a_thousand_tokens(tiny):
+    """The embedded model on 40 openings of its corpus: the greedy tokens agree, all of them."""
+    texts = [text for seed in range(80) if (text := document(random.Random(seed)).text)][:40]
+    prompts = [TOKENIZER.encode(text, bos=True, eos=False)[: 5 + i % 20] for i, text in enumerate(texts)]
+    on, off = [], []
+    for start in range(0, 40, 8):
+        part = prompts[start : start + 8]
+        on += tiny.generate(part, 40, temperature=0, stop_tokens=[])[0]
+        off += tiny.generate(part, 40, temperature=0, stop_tokens=[], use_cache=False)[0]
+    assert sum(map(len, on)) == 1600
+    assert on == off
+
+
+def test_cache_on_equals_off_per_step_logits(llama):
+    prompts = ragged_prompts(4, 30)
+    runs = [llama.generate(prompts, 20, 0, logprobs=True, stop_tokens=[], use_cache=c) for c in (True, False)]
+    assert runs[0][0] == runs[1][0]
+    torch.testing.assert_close(torch.tensor(runs[0][1]), torch.tensor(runs[1][1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_ragged_batch_equals_one_by_one(llama, use_cache):
+    prompts = ragged_prompts()
+    steps = 24 if use_cache else 6
+    together = llama.generate(prompts, steps, 0, logprobs=True, use_cache=use_cache)
+    alone = [llama.generate([prompt], steps, 0, logprobs=True, use_cache=use_cache) for prompt in prompts]
+    assert together[0] == [tokens[0] for tokens, _ in alone]
+    for row, (_, values) in enumerate(alone):
+        torch.testing.assert_close(torch.tensor(together[1][row]), torch.tensor(values[0]), atol=1e-5, rtol=0)
+
+
+def test_the_cache_toggle_is_really_on(llama, monkeypatch):
+    """With the cache each step computes one position and writes it; without, all positions and no cache at all."""
+    widths, writes = [], []
+    hidden, update = Transformer.hidden, KVCache.update
+    monkeypatch.setattr(
+        Transformer, "hidden", lambda self, tokens, *rest: widths.append(tokens.shape[1]) or hidden(self, tokens, *rest)
+    )
+    monkeypatch.setattr(
+        KVCache, "update", lambda self, layer, *rest: writes.append(layer) or update(self, layer, *rest)
+    )
+    llama.generate([[1, 2, 3]], 4, 0, stop_tokens=[])
+    assert widths == [3, 1, 1, 1] and writes == [0, 1, 2, 3] * 4
+    widths.clear(), writes.clear()
+    llama.generate([[1, 2, 3]], 4, 0, stop_tokens=[], use_cache=False)
+    assert widths == [3, 4, 5, 6] and writes == []
+
+
+def test_only_the_last_position_is_projected_and_the_cache_is_exact(llama, monkeypatch):
+    rows, lengths = [], []
+    logits, init = Transformer.logits, KVCache.__init__
+    monkeypatch.setattr(Transformer, "logits", lambda self, h: rows.append(h.shape[:-1].numel()) or logits(self, h))
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, args, b, n, *rest: lengths.append(n) or init(self, args, b, n, *rest)
+    )
+    llama.generate(ragged_prompts(3, 50), 5, 0, stop_tokens=[])
+    assert rows == [3] * 5 and lengths == [54]  # the fifth token is never fed back
+
+
+def test_limits(llama):
+    """At the limit nothing is generated, one before it one token is, beyond it the prompt is refused; never cut."""
+    prompt = ragged_prompts(2, 300)[1]
+    assert llama.generate([prompt], 10, 0, stop_tokens=[])[0] == [[]]
+    assert len(llama.generate([prompt[:299]], 10, 0, stop_tokens=[])[0][0]) == 1
+    with pytest.raises(InputError, match=r"301 tokens.*max_seq_len 300"):
+        llama.generate([[*prompt, 1]], 10, 0)
+    assert llama.generate([prompt[:5]], 0, 0)[0] == [[]]
+    assert len(llama.generate([prompt[:5]], 10**9, 0, stop_tokens=[])[0][0]) == 295
+    # a row without room, one with room for 3 and one with plenty, in one batch
+    mixed = [prompt, prompt[:297], prompt[:4]]
+    together = llama.generate(mixed, 9, 0, stop_tokens=[])[0]
+    assert [len(row) for row in together] == [0, 3, 9]
+    assert together == [llama.generate([p], 9, 0, stop_tokens=[])[0][0] for p in mixed]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_gen_len", "message"),
+    [
+        ([], 5, "no prompt"),
+        ([[]], 5, "prompt 0 has 0 tokens"),
+        ([[1]] * 17, 5, "17 prompts exceed max_batch_size 16"),
+        ([[1, 4096]], 5, "outside the vocabulary"),
+        ([[1, -1]], 5, "outside the vocabulary"),
+        ([[1]], -1, "max_gen_len -1"),
+    ],
+)
+def test_bad_requests(llama, prompts, max_gen_len, message):
+    with pytest.raises(InputError, match=message):
+        llama.generate(prompts, max_gen_len)
+    with pytest.raises(InputError):
+        next(llama.stream(prompts[0] if prompts else [], max_gen_len if max_gen_len < 0 else -1))
+
+
+def test_stop_tokens_end_a_row_and_are_not_returned(llama):
+    prompts = ragged_prompts(4, 20)
+    free = llama.generate(prompts, 12, 0, stop_tokens=[])[0]
+    stop = free[1][5]
+    stopped = llama.generate(prompts, 12, 0, stop_tokens=[stop])[0]
+    for row, tokens in enumerate(free):
+        assert stopped[row] == (tokens[: tokens.index(stop)] if stop in tokens else tokens)
+
+
+def test_generation_ends_once_every_row_has_stopped(llama, monkeypatch):
+    steps = []
+    hidden = Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, *args: steps.append(1) or hidden(self, *args))
+    first = llama.generate([[5, 6]], 1, 0, stop_tokens=[])[0][0]
+    steps.clear()
+    assert llama.generate([[5, 6]], 200, 0, stop_tokens=first)[0] == [[]]
+    assert len(steps) == 1
+
+
+def test_stop_sets_by_kind_of_model(llama3_tokenizer):
+    assert llama3_tokenizer.stop_tokens == [128_001]
+    assert llama3_tokenizer.chat_stop_tokens == [128_001, 128_008, 128_009]
+
+
+def test_seed_makes_sampling_repeatable(llama):
+    prompts = ragged_prompts(3, 10)
+    first, again, other = (llama.generate(prompts, 10, 1.0, seed=seed)[0] for seed in (7, 7, 8))
+    assert first == again != other
+    twin = Llama(llama.model, TOKENIZER, 300, 16, seed=7)
+    assert twin.generate(prompts, 10, 1.0)[0] == first  # the same stream ...
+    assert twin.generate(prompts, 10, 1.0)[0] != first  # ... which goes on across calls
+
+
+def test_sampled_tokens_equal_with_and_without_cache(llama):
+    prompts = ragged_prompts(3, 10)
+    options = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 3}
+    assert llama.generate(prompts, 15, **options) == llama.generate(prompts, 15, **options, use_cache=False)
+
+
+def test_logprobs_and_echo(llama):
+    """Against log_softmax of one plain forward pass over everything."""
+    prompts = ragged_prompts(3, 12)
+    tokens, values = llama.generate(prompts, 6, 0, logprobs=True, echo=True, stop_tokens=[])
+    bare, bare_values = llama.generate(prompts, 6, 0, logprobs=True, stop_tokens=[])
+    for row, prompt in enumerate(prompts):
+        assert tokens[row] == prompt + bare[row]
+        assert values[row][len(prompt) :] == bare_values[row]
+        ids = torch.tensor(tokens[row])
+        with torch.no_grad():
+            expected = llama.model(ids[None])[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        assert values[row][0] == 0.0
+        torch.testing.assert_close(torch.tensor(values[row][1:]), expected, atol=1e-5, rtol=0)
+    assert llama.generate(prompts, 6, 0)[1] is None
+
+
+def test_streaming_yields_what_generate_returns(tiny):
+    ids = tiny.encode_prompt("One day, a little fox named")
+    tokens = list(tiny.stream(ids, 30, temperature=0.7, seed=5))
+    assert [tokens] == tiny.generate([ids], 30, temperature=0.7, seed=5)[0]
+    decoder = StreamDecoder(tiny.tokenizer)
+    assert "".join([decoder.push(token) for token in tokens]) + decoder.flush() == tiny.tokenizer.decode(tokens)
+
+
+def test_calls_are_independent(llama):
+    """Prompts in any order, with a failing call between, give what a fresh object gives."""
+    a, b = ragged_prompts(2, 20)
+    fresh = [Llama(llama.model, TOKENIZER, 300, 16).generate([p], 8, 0)[0] for p in (a, b)]
+    for order in ((0, 1, 0), (1, 1, 0)):
+        for which in order:
+            assert llama.generate([(a, b)[which]], 8, 0)[0] == fresh[which]
+            with pytest.raises(InputError):
+                llama.generate([[99_999]], 8)
+
+
+def test_generating_between_training_steps_changes_nothing():
+    model = random_model(PRESETS["tiny-draft"]).train()
+    llama = Llama(model, TOKENIZER, 64, 4)
+
+    def gradients(sample: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(torch.arange(20)[None]).logsumexp(-1).mean()
+        if sample:
+            llama.generate([[1, 2, 3]], 5, 0.8)
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
+def test_non_finite_logits_are_an_error():
+    model = random_model(PRESETS["tiny-draft"])
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match=r"not finite in torch\.float32"):
+        Llama(model, TOKENIZER, 64, 4).generate([[1, 2, 3]], 5, 0)
+
+
+# Meta's interface
+
+
+def test_text_completion_shapes(tiny):
+    prompts = ["The little fox", "Question: What do cows eat?\nAnswer:"]
+    plain = tiny.text_completion(prompts, max_gen_len=8, temperature=0.6, top_p=0.9)
+    assert [set(result) for result in plain] == [{"generation"}] * 2
+    rich = tiny.text_completion(prompts, max_gen_len=8, temperature=0, logprobs=True, echo=True)
+    for prompt, result in zip(prompts, rich, strict=True):
+        assert result["generation"].startswith(prompt)
+        assert len(result["tokens"]) == len(result["logprobs"])
+        assert "".join(result["tokens"]) == "<|begin_of_text|>" + result["generation"]
+    with pytest.raises(InputError, match="empty"):
+        tiny.text_completion(["fine", ""])
+
+
+def test_chat_completion_shapes(tiny):
+    dialogs = [
+        [{"role": "user", "content": "Name a fruit."}],
+        [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": "Hello!"},
+            {"role": "user", "content": "What is the opposite of hot?"},
+        ],
+    ]
+    results = tiny.chat_completion(dialogs, max_gen_len=16, temperature=0, logprobs=True)
+    for result in results:
+        assert result["generation"]["role"] == "assistant"
+        assert result["generation"]["content"] == "".join(result["tokens"])
+        assert len(result["tokens"]) == len(result["logprobs"])
+        assert "<|" not in result["generation"]["content"]
+
+
+def test_a_script_written_for_metas_package_runs(tmp_path):
+    """The calls, keywords and result keys of the example scripts that Meta publishes, in a process of their own."""
+    script = tmp_path / "example.py"
+    script.write_text(
+        "from typing import List\n"
+        "import fire\n"
+        "from llama import Dialog, Llama\n"
+        "def main(ckpt_dir: str, tokenizer_path: str, temperature: float = 0.6, top_p: float = 0.9,\n"
+        "         max_seq_len: int = 128, max_gen_len: int = 16, max_batch_size: int = 4):\n"
+        "    generator = Llama.build(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,\n"
+        "                            max_batch_size=max_batch_size)\n"
+        "    prompts: List[str] = ['The fox', 'The bear went']\n"
+        "    for r in generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature,\n"
+        "                                       top_p=top_p):\n"
+        "        print('>', r['generation'])\n"
+        "    dialogs: List[Dialog] = [[{'role': 'user', 'content': 'Name a pet.'}]]\n"
+        "    for r in generator.chat_completion(dialogs, max_gen_len=None, temperature=temperature, top_p=top_p):\n"
+        "        print(r['generation']['role'].capitalize(), r['generation']['content'])\n"
+        "fire.Fire(main)\n"
+    )
+    command = [sys.executable, script, "--ckpt_dir", TINY, "--tokenizer_path", TINY / "tokenizer.model"]
+    run = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert run.stdout.count(">") >= 2 and "Assistant" in run.stdout

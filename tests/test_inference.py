@@ -1,0 +1,247 @@
+"""inference.py as a user runs it: what it prints, and one line with the right exit code for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, TINY, random_model
+
+import inference
+from llama import checkpoint, cli
+from llama.bench import Measurement
+from llama.errors import EnvironmentFailure, InputError
+
+PROMPT = "--prompt=The little fox"
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, with stderr apart."""
+    return subprocess.run([sys.executable, "inference.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def call(monkeypatch, capsys, *flags: str) -> tuple[int, str, str]:
+    """The same without the seconds that starting Python and torch takes."""
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(inference.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_without_arguments_it_writes_text_from_the_embedded_model():
+    done = run()
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("embedded model, 4,983,040 parameters, float32 on ")
+    assert done.stdout.count("\n> ") == len(inference.SAMPLE_PROMPTS)
+    assert re.search(r"\[\d+ tokens in [\d.]+ s, [\d.]+ tokens/s, KV cache on\]\n$", done.stdout)
+    assert run().stdout.split("[")[0] == done.stdout.split("[")[0]  # the same text every time
+
+
+def test_compare_shows_both_texts_and_a_verdict(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--compare", "--max_gen_len=24", "--device=cpu")
+    assert code == 0
+    n = len(inference.SAMPLE_PROMPTS)
+    assert out.count("tokens    equal (") == n
+    assert len(re.findall(r"time +[\d.]+ s on, [\d.]+ s off: [\d.]+ times as fast", out)) == n
+    assert len(re.findall(r"memory +[\d,]+ MB on, [\d,]+ MB off", out)) == n
+    assert f"{n} of {n} prompts give equal tokens" in out
+
+
+def test_compare_names_the_first_difference(tiny):
+    """A planted difference: the margin is that of the two tokens under the model, judged against rounding."""
+    prompt = tiny.encode_prompt("The little fox")
+    right = tiny.generate([prompt], 8, 0)[0][0]
+    wrong = [*right[:3], (right[3] + 1) % 3840, *right[4:]]
+    text = inference.verdict(tiny, prompt, right, wrong)
+    margin = float(re.search(r"first differ at token 4: .* against .*, logit margin ([\d.]+)", text)[1])
+    with torch.no_grad():
+        logits = tiny.model(torch.tensor([prompt + right[:3]]))[0, -1]
+    assert margin == pytest.approx(abs(logits[right[3]] - logits[wrong[3]]).item(), abs=1e-3)
+    assert ("MORE THAN ROUNDING" in text) == (margin > 0.1)
+    assert "first differ at token 9" in inference.verdict(tiny, prompt, right, right + [5])
+
+
+def test_stream_prints_the_same_text(monkeypatch, capsys):
+    flags = (PROMPT, "--temperature=0", "--max_gen_len=20", "--device=cpu")
+    _, batch, _ = call(monkeypatch, capsys, *flags)
+    code, streamed, _ = call(monkeypatch, capsys, *flags, "--stream")
+    body = batch.split("> The little fox\n")[1].split("\n\n[")[0]
+    assert code == 0 and body in streamed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_cache=False", PROMPT),
+        ("--nothing=1",),
+        ("--chat", "--max_gen_len=12"),
+        ("--chat", "--stream", "--max_gen_len=12", "--prompt=Name a fruit."),
+        ("--dtype=bfloat16", PROMPT, "--top_k=5", "--top_p=1", "--temperature=1.0", "--seed=4"),
+    ],
+)
+def test_other_ways_to_run(monkeypatch, capsys, flags):
+    code, out, err = call(monkeypatch, capsys, *flags, "--device=cpu")
+    assert (code, err) == (0, "") if "--nothing=1" not in flags else code == 2
+    assert code or "tokens/s" in out
+
+
+def test_prompt_files(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("\ufeffThe fox\r\n\nThe bear\r\n", encoding="utf-8")
+    (tmp_path / "p.json").write_text(json.dumps(["Question: A?\nAnswer:", "1,2"]))
+    flags = ("--max_gen_len=3", "--device=cpu")
+    assert "> The fox\n" in (out := call(monkeypatch, capsys, f"--prompt_file={tmp_path}/p.txt", *flags)[1])
+    assert "> The bear\n" in out
+    assert "> Question: A?\nAnswer:\n" in (
+        out := call(monkeypatch, capsys, f"--prompt_file={tmp_path}/p.json", *flags)[1]
+    )
+    assert "> 1,2\n" in out
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_other_checkpoints_load_by_directory(tmp_path, monkeypatch, capsys, layout):
+    model = checkpoint.load(TINY)
+    checkpoint.save(model, tmp_path / "m", layout)
+    flags = ("--max_gen_len=16", "--temperature=0", "--device=cpu", PROMPT)
+    tokenizer = f"--tokenizer_path={TINY}/tokenizer.model"
+    code, out, _ = call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}/m", tokenizer, *flags)
+    assert code == 0 and out.startswith(f"{tmp_path}/m, 4,983,040 parameters")
+    assert out.split("\n> ")[1].split("[")[0] == call(monkeypatch, capsys, *flags)[1].split("\n> ")[1].split("[")[0]
+
+
+BAD = {
+    "--ckpt_dir=/nowhere": r"/nowhere",
+    "--tokenizer_path=/nowhere": r"cannot read tokenizer /nowhere",
+    "--prompt=": "prompt is empty",
+    "--prompt": "needs a value",
+    "--prompt=a --prompt=b": "given twice",
+    "--prompt=\udcff": "lone surrogate",
+    "--prompt=a --prompt_file=b": "exclude each other",
+    "--prompt_file=/nowhere": "cannot read /nowhere",
+    "--temperature=-1": "temperature -1.0 is out of range",
+    "--temperature=nan": "temperature nan",
+    "--temperature=hot": "--temperature=hot: expected a number",
+    "--top_p=0": "top_p 0.0",
+    "--top_p=1.5": "top_p 1.5",
+    "--top_k=0": "top_k 0",
+    "--max_gen_len=-1": "max_gen_len -1",
+    "--max_gen_len=1.5": "expected an integer",
+    "--max_seq_len=0": "max_seq_len 0",
+    "--max_seq_len=3": "outside 1 to max_seq_len 3",
+    "--max_batch_size=2": "exceed max_batch_size 2",
+    "--use_cache=maybe": "expected True or False",
+    "--device=tpu": "device 'tpu'",
+    "--dtype=int3": "dtype 'int3'",
+    "--promt=x": "unknown flag --promt; did you mean --prompt?",
+    "The fox": "unexpected argument 'The'",
+    "--compare --stream": "--compare",
+    "--compare --temperature=0.5": "--temperature=0",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, flags):
+    code, _, err = call(monkeypatch, capsys, *flags.split())
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 300
+    assert re.search(BAD[flags], err)
+
+
+def test_bad_input_in_a_real_process():
+    done = run("--promt=x")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown flag --promt; did you mean --prompt?\n"
+    done = subprocess.run(
+        [sys.executable, "inference.py", b"--prompt=\xff"], cwd=ROOT, capture_output=True, env={**os.environ}
+    )
+    assert done.returncode == 2 and b"lone surrogate" in done.stderr
+
+
+def test_tokenizer_of_another_vocabulary(tmp_path, monkeypatch, capsys):
+    checkpoint.save(random_model(SMALL), tmp_path / "m")
+    tokenizer = f"--tokenizer_path={TINY}/tokenizer.model"
+    code, _, err = call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}/m", tokenizer, "--device=cpu")
+    assert code == 2 and "4096 words, the model 512" in err
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, "--help")
+    assert code == 0
+    for name in ("ckpt_dir", "tokenizer_path", "use_cache", "compare", "max_gen_len", "dtype"):
+        assert f"--{name}=" in out + err
+
+
+def test_environment_errors_exit_3(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = call(monkeypatch, capsys, "--device=cuda")
+    assert code == 3 and err.startswith("error: no CUDA device") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("bad\nthing"), 2, "error: bad thing\n"),
+        (EnvironmentFailure("no disk"), 3, "error: no disk\n"),
+        (MemoryError(), 3, "error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), 3, "error: out of memory"),
+        (OSError(28, "No space left on device", "x.bin"), 3, "error: No space left on device (x.bin)\n"),
+        (KeyError("x"), 1, "error: unexpected KeyError: 'x'; this is a bug"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_exceptions_become_one_line_and_a_code(monkeypatch, capsys, error, code, text):
+    def main(*, x: int = 1) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == code
+    assert (err := capsys.readouterr().err).startswith(text) and err.count("\n") == 1
+    if isinstance(error, Exception):
+        monkeypatch.setattr(sys, "argv", ["script", "--debug"])
+        with pytest.raises(type(error)):
+            cli.run(main)
+
+
+def test_a_card_without_kernels_is_named(monkeypatch):
+    from llama import device
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _d: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _d: (6, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch, "ones", broken)
+    with pytest.raises(EnvironmentFailure, match=r"P100.*sm_60.*sm_75 sm_80.*cu126"):
+        device.resolve("cuda", "auto")
+
+
+def test_old_cards_get_float16(monkeypatch):
+    from llama import device
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _d: (6, 0))
+    assert device._native_dtype(torch.device("cuda")) is torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _d: (9, 0))
+    assert device._native_dtype(torch.device("cuda")) is torch.bfloat16
+    assert device.resolve("cpu", "auto") == (torch.device("cpu"), torch.float32)
+
+
+def test_side_by_side_keeps_every_word():
+    left, right = "one two " * 30, "three\n\nfour"
+    table = inference.side_by_side(left, right)
+    halves = [[half.strip() for half in line.split("|")] for line in table.splitlines()]
+    assert " ".join(half[0] for half in halves).split() == left.split()
+    assert [half[1] for half in halves][:3] == ["three", "", "four"]
+    assert all(len(line) <= 2 * inference.COLUMN + 3 for line in table.splitlines())
+
+
+def test_unmeasurable_memory_says_so():
+    assert inference.megabytes(Measurement(1.0, None)) == "not measurable here"
+    assert inference.megabytes(Measurement(1.0, 1_234_000_000)) == "1,234 MB"

@@ -1,0 +1,89 @@
+"""The distribution that tokens are drawn from, and that they are drawn from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama.errors import InputError
+from llama.sampling import check_sampling, draw, logits_to_probs, next_token
+
+
+def logits(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_plain_softmax():
+    x = logits(4, 50)
+    torch.testing.assert_close(logits_to_probs(x), x.softmax(-1))
+    torch.testing.assert_close(logits_to_probs(x, temperature=0.5), (2 * x).softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temperature_zero_is_exactly_one_hot(dtype):
+    x = logits(8, 50).to(dtype)
+    x[0] = 0.0  # all equal: still one token
+    for options in ({}, {"top_p": 0.1}, {"top_k": 3}):
+        probs = logits_to_probs(x, temperature=0, **options)
+        assert torch.equal(probs.sum(-1), torch.ones(8)) and set(probs.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(probs.argmax(-1), x.argmax(-1))
+        assert torch.equal(draw(probs), next_token(x, 0, 0.9, None))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 100.0])
+def test_extreme_temperatures_stay_distributions(temperature):
+    probs = logits_to_probs(1e4 * logits(5, 30), temperature)
+    assert probs.isfinite().all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(5))
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
+    full, cut = logits_to_probs(logits(20, 40)), logits_to_probs(logits(20, 40), top_p=top_p)
+    for before, after in zip(full, cut, strict=True):
+        kept = after > 0
+        assert kept.any() and before[kept].min() >= before[~kept].max()
+        assert before[kept].sum() >= top_p - 1e-5
+        assert before[kept].sum() - before[kept].min() < top_p + 1e-5  # one fewer would not reach it
+        torch.testing.assert_close(after[kept], before[kept] / before[kept].sum())
+
+
+def test_top_k_then_top_p():
+    x = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    torch.testing.assert_close(logits_to_probs(x, top_k=2), torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]]))
+    torch.testing.assert_close(logits_to_probs(x, top_k=1), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(logits_to_probs(x, top_k=99), x.exp())
+    # the nucleus is taken of what top_k left: 4/7 alone reaches 0.5 of it
+    torch.testing.assert_close(logits_to_probs(x, top_k=2, top_p=0.5), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_draw_has_the_right_distribution():
+    """Chi-square over 100,000 draws; 15 degrees of freedom, p = 0.001 at 37.7."""
+    probs = logits_to_probs(logits(16), temperature=1.5)
+    generator = torch.Generator().manual_seed(0)
+    counts = draw(probs.expand(100_000, 16), generator).bincount(minlength=16)
+    expected = 100_000 * probs
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7
+    assert counts[probs == 0].sum() == 0
+
+
+def test_zero_probability_is_never_drawn():
+    probs = torch.tensor([0.0, 1.0, 0.0]).expand(50_000, 3)
+    assert (draw(probs, torch.Generator().manual_seed(0)) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "name"),
+    [
+        (-0.1, 0.9, None, "temperature"),
+        (float("nan"), 0.9, None, "temperature"),
+        (float("inf"), 0.9, None, "temperature"),
+        (1.0, 0.0, None, "top_p"),
+        (1.0, 1.01, None, "top_p"),
+        (1.0, float("nan"), None, "top_p"),
+        (1.0, 0.9, 0, "top_k"),
+    ],
+)
+def test_settings_out_of_range(temperature, top_p, top_k, name):
+    with pytest.raises(InputError, match=name):
+        check_sampling(temperature, top_p, top_k)
