@@ -63,14 +63,30 @@ def main(
         for _ in tqdm(range(repeats), desc="loading", unit="round"):  # cells interleaved: a slow minute hits all
             for layout, dtype in cells:
                 figures[layout, dtype].append(load_in_fresh_process(Path(folder) / layout, dtype))
-    print(f"\n{model}, {PRESETS[model].n_params():,} parameters stored in bfloat16; median of {repeats}")
-    print("layout  dtype      returns  ready    peak memory  x weights")
+    rows = []
     for (layout, dtype), runs in figures.items():
         metrics = {name: bench.spread([run[name] for run in runs]) for name in runs[0]}
         cell = {"model": model, "layout": layout, "stored": "bfloat16"}
-        bench.append_row(Path(results or RESULTS), "loading", cell, metrics, torch.device("cpu"), dtype, seed=0)
-        load, ready, peak, share = (metrics[name]["median"] for name in metrics)
-        print(f"{layout:7} {dtype:9} {load:6.2f} s {ready:6.2f} s {peak:9,.0f} MB {share:9.3f}")
+        target = Path(results) if results is not None else RESULTS
+        rows.append(bench.append_row(target, "loading", cell, metrics, torch.device("cpu"), dtype, seed=0))
+    print(markdown(rows), end="")
+
+
+def markdown(rows: list[dict]) -> str:
+    """Measured rows as a table. "ready": every weight has been read once."""
+    lines = ["| model | layout | loaded as | returns after | ready after | peak memory | of the weights |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        value = {name: spread["median"] for name, spread in row["metrics"].items()}
+        times = f"{value['load_s']:.2f} s | {value['ready_s']:.2f} s"
+        memory = f"{value['peak_memory_mb']:,.0f} MB | {value['peak_over_weights_x']:.3f} x"
+        lines.append(f"| {row['cell']['model']} | {row['cell']['layout']} | {row['dtype']} | {times} | {memory} |")
+    device = rows[0]["device"]["name"], rows[0]["threads"], rows[0]["torch"]
+    repeats = rows[0]["metrics"]["load_s"]["n"]
+    lines.append(
+        "\nMedian of {} loads; {}, {} threads, torch {}; the file is in the page cache.".format(repeats, *device)
+    )
+    return "\n".join(lines) + "\n"
 
 
 def random_weights(model: str) -> Transformer:

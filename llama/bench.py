@@ -85,8 +85,8 @@ def append_row(
     device: torch.device,
     dtype: str,
     seed: int,
-) -> None:
-    """Append one measured cell, as one line of JSON. Metric names end in their unit; MB is 1e6 bytes."""
+) -> dict[str, Any]:
+    """Append one measured cell, as one line of JSON, and return it. Metric names end in their unit; MB is 1e6 bytes."""
     row = {
         "experiment": experiment,
         "cell": cell,
@@ -103,6 +103,7 @@ def append_row(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    return row
 
 
 def device_name(device: torch.device) -> str:

@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.tiny.corpus import document
 from llama import KVCache, Llama, Tokenizer, Transformer
 from llama.config import PRESETS
 from llama.errors import InputError
+from llama.generation import STOP_CHECK_EVERY
 from llama.tokenizer import StreamDecoder
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
@@ -141,6 +143,26 @@ def test_generation_ends_once_every_row_has_stopped(llama, monkeypatch):
     steps.clear()
     assert llama.generate([[5, 6]], 200, 0, stop_tokens=first)[0] == [[]]
     assert len(steps) == 1
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts the operations that make the host wait for a value from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_nothing_is_read_back_while_tokens_are_made(llama, monkeypatch, use_cache, temperature):
+    """40 tokens with a look at the stop flags every 16, as on a GPU: two looks, and one check of the last logits."""
+    monkeypatch.setitem(STOP_CHECK_EVERY, "cpu", STOP_CHECK_EVERY["cuda"])
+    with ReadBacks() as seen:
+        llama.generate([[1, 2, 3], [4]], 40, temperature, 0.9, top_k=40, use_cache=use_cache, stop_tokens=[])
+    assert seen.count == 2 + 1
 
 
 def test_stop_sets_by_kind_of_model(llama3_tokenizer):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.tiny import corpus
-from llama import checkpoint, cli
+from llama import Llama, bench, checkpoint, cli
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.model import Transformer
@@ -39,7 +39,9 @@ MODELS = {
     "draft": ("tiny-draft", HERE / "draft", 2500, 6e-3),
 }
 HELD_OUT_ROWS = 256
+SAMPLE_LEN = 64
 SAVE_EVERY = 250
+RESULTS = HERE.parents[1] / "reports" / "results" / "tiny.jsonl"
 
 
 def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_dir: str = "runs/tiny") -> None:
@@ -58,7 +60,7 @@ def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_di
         if stage == "tokenizer":
             train_tokenizer(seed)
         elif stage == "report":
-            write_report(seed)
+            write_report(seed, Path(work_dir))
         else:
             train_model(stage, seed, torch.device(device), Path(work_dir))
 
@@ -95,14 +97,14 @@ def _piece_bytes(piece: str) -> bytes:
     return bytes(shifted.get(ord(char), ord(char)) for char in piece)
 
 
-def rows(tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
-    """Endless training rows of SEQ_LEN + 1 ids, documents end to end, a pure function of `name`."""
+def rows(tokenizer: Tokenizer, name: str, kind: str | None = None) -> Iterator[list[int]]:
+    """Endless rows of SEQ_LEN + 1 ids, documents (of one kind) end to end, a pure function of `name`."""
     rng = random.Random(name)
     chat = ChatFormat(tokenizer)
     ids: list[int] = []
     while True:
         while len(ids) < SEQ_LEN + 1:
-            doc = corpus.document(rng)
+            doc = corpus.KINDS[kind][1](rng) if kind else corpus.document(rng)
             if doc.dialog:
                 ids.append(tokenizer.bos_id)
                 for role, content in doc.dialog:
@@ -190,17 +192,62 @@ def _export(model: Transformer, directory: Path) -> None:
 
 
 @torch.no_grad()
-def held_out(directory: Path, tokenizer: Tokenizer, kind: str | None = None) -> float:
-    """Mean loss in nats per token of the files as shipped, in fp32, on text from seeds that training never uses."""
-    model = checkpoint.load(directory, torch.float32)
-    stream = rows(tokenizer, "held-out")
-    ids = torch.tensor([next(stream) for _ in range(HELD_OUT_ROWS)])
-    losses = [loss_of(model, part) for part in ids.split(16)]
-    return torch.stack(losses).mean().item()
+def held_out_loss(
+    model: Transformer, tokenizer: Tokenizer, kind: str | None = None, n_rows: int = HELD_OUT_ROWS
+) -> float:
+    """Mean loss in nats per token on text from a seed that training never uses; `kind` is one of corpus.KINDS."""
+    stream = rows(tokenizer, f"held-out-{kind}", kind)
+    ids = torch.tensor([next(stream) for _ in range(n_rows)])
+    return torch.stack([loss_of(model, part) for part in ids.split(16)]).mean().item()
 
 
-def write_report(seed: int) -> None:
-    """Measure what was written and put the figures into README.md."""
+def write_report(seed: int, work_dir: Path) -> None:
+    """Measure the files as shipped, in fp32, append the rows, and put figures and samples into README.md."""
+    tokenizer = Tokenizer(HERE / "tokenizer.model")
+    measured = []
+    for stage, (preset, directory, steps, _) in MODELS.items():
+        model = checkpoint.load(directory, torch.float32)
+        metrics = {
+            "held_out_loss_nats": held_out_loss(model, tokenizer),
+            "held_out_story_loss_nats": held_out_loss(model, tokenizer, "story"),
+            "parameters": model.args.n_params(),
+            "file_mb": (directory / "consolidated.00.pth").stat().st_size / bench.MB,
+            "trained_tokens": steps * BATCH_SIZE * SEQ_LEN,
+        }
+        state = work_dir / f"{stage}-{seed}.pt"
+        if state.exists():
+            metrics["train_s"] = torch.load(state, weights_only=True)["seconds"]
+        metrics = {name: bench.spread([value]) for name, value in metrics.items()}
+        cell = {"model": preset}
+        measured.append(bench.append_row(RESULTS, "tiny", cell, metrics, torch.device("cpu"), "float32", seed))
+    llama = Llama(checkpoint.load(HERE, torch.float32), tokenizer)
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, content in (("figures", figures_table(measured)), ("samples", samples(llama))):
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + marker + content + "<!-- end -->" + rest.partition("<!-- end -->")[2]
+    readme.write_text(text, encoding="utf-8")
+
+
+def figures_table(measured: list[dict]) -> str:
+    """The rows of both models as a Markdown table."""
+    lines = ["| model | parameters | file | trained on | held-out loss | perplexity | stories: loss | perplexity |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in measured:
+        value = {name: spread["median"] for name, spread in row["metrics"].items()}
+        losses = (value["held_out_loss_nats"], value["held_out_story_loss_nats"])
+        cells = " | ".join(f"{loss:.3f} | {math.exp(loss):.2f}" for loss in losses)
+        size = f"{value['parameters']:,} | {value['file_mb']:.2f} MB | {value['trained_tokens'] / 1e6:.1f} M tokens"
+        lines.append(f"| {row['cell']['model']} | {size} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def samples(llama: Llama) -> str:
+    """What the model writes after the sample prompts with greedy decoding, as a Markdown block."""
+    prompts = corpus.SAMPLE_PROMPTS
+    results = llama.text_completion(prompts, temperature=0, max_gen_len=SAMPLE_LEN)
+    texts = [f"> {prompt}\n{result['generation'].strip()}" for prompt, result in zip(prompts, results, strict=True)]
+    return "```text\n" + "\n\n".join(texts) + "\n```\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+# make run   generate text with the embedded model and compare the KV cache on and off
+# make test  lint, check formatting, run all tests
+# Both set up a virtual environment in .venv first; delete it to start over.
+
+PYTHON ?= python3
+
+.PHONY: run test
+run: .venv/run.stamp
+	.venv/bin/python inference.py
+	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
+
+test: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: requirements.txt requirements-dev.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@ .venv/run.stamp

@@ -1,0 +1,100 @@
+"""The documents tell the truth: commands run, tests and files exist, figures stand in a measured row."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import benchmark_loading
+from data.tiny import train
+from llama import checkpoint
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY_README = (TINY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced blocks, except those that say why the tests cannot run them."""
+    found = re.findall(rf"(<!-- not run by the tests: .+ -->\n)?```{language}\n(.*?)```", text, re.DOTALL)
+    return [block for skipped, block in found if not skipped]
+
+
+def commands() -> list[str]:
+    lines = [line for text in (README, TINY_README) for block in blocks(text, "sh") for line in block.splitlines()]
+    return [" ".join(shlex.split(line, comments=True)) and line for line in lines]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_run(line):
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":  # would start over; that the targets exist is what can be checked from inside
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert words[0] == "python"
+    run = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout or "--help" in words
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"))
+def test_python_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(block, {})
+    assert out.getvalue()
+
+
+def test_named_tests_and_files_exist():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", README))
+    assert len(names) > 15 and not {name for name in names if f"def {name}(" not in sources}
+    for path in re.findall(r"`((?:llama|data|reports)/[\w/.]+)`", README) + re.findall(r"\]\((\w[\w/.]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def newest_rows(experiment: str) -> list[dict]:
+    """The last measured row of each cell."""
+    lines = (ROOT / "reports" / "results" / f"{experiment}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["experiment"] for row in rows} == {experiment}
+    return list({(json.dumps(row["cell"]), row["dtype"]): row for row in rows}.values())
+
+
+def table_of(text: str, name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
+
+
+def test_loading_figures_are_the_measured_rows():
+    rows = newest_rows("loading")
+    assert table_of(README, "figures: loading") == benchmark_loading.markdown(rows)
+    for row in rows:
+        assert row["cell"]["model"] == "llama3.2-1b" and row["metrics"]["load_s"]["n"] >= 5
+        assert row["metrics"]["peak_over_weights_x"]["max"] <= 1.15
+
+
+def test_figures_of_the_embedded_model_are_the_measured_rows():
+    assert table_of(TINY_README, "figures") == train.figures_table(newest_rows("tiny"))
+
+
+def test_the_embedded_model_is_what_its_page_says(tiny):
+    """Measured again: the held-out loss of both models, the samples, the size of what ships."""
+    for row in newest_rows("tiny"):
+        directory = {preset: folder for preset, folder, *_ in train.MODELS.values()}[row["cell"]["model"]]
+        loss = train.held_out_loss(checkpoint.load(directory, torch.float32), tiny.tokenizer, n_rows=16)
+        assert loss == pytest.approx(row["metrics"]["held_out_loss_nats"]["median"], abs=0.1)
+    assert table_of(TINY_README, "samples") == train.samples(tiny)
+    shipped = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(os.path.getsize(path) for path in shipped) <= 12e6
+    main, draft = (checkpoint.load(TINY / part).args.n_params() for part in ("", "draft"))
+    assert draft * 10 <= main
