@@ -50,6 +50,14 @@ def tiny() -> Llama:
     return Llama.build(TINY, TINY / "tokenizer.model", max_seq_len=512, max_batch_size=32, device="cpu")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU, and a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU is at hand")
+    return torch.device(request.param)
+
+
 def asset(name: str) -> Path:
     """A real file that the project may not contain, from the folder in LLAMA_ASSETS; skips the test without it."""
     folder = os.environ.get("LLAMA_ASSETS")

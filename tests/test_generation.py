@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.tiny.corpus import document
+from data.tiny.corpus import SAMPLE_PROMPTS, document
 from llama import KVCache, Llama, Tokenizer, Transformer
 from llama.config import PRESETS
 from llama.errors import InputError
@@ -46,11 +46,29 @@ def test_cache_on_equals_off_over_a_thousand_tokens(tiny):
     assert on == off
 
 
-def test_cache_on_equals_off_per_step_logits(llama):
+def test_cache_on_equals_off_per_step_logits(device):
+    llama = Llama(random_model(PRESETS["tiny"], std=0.05).to(device), TOKENIZER)
     prompts = ragged_prompts(4, 30)
     runs = [llama.generate(prompts, 20, 0, logprobs=True, stop_tokens=[], use_cache=c) for c in (True, False)]
     assert runs[0][0] == runs[1][0]
     torch.testing.assert_close(torch.tensor(runs[0][1]), torch.tensor(runs[1][1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_differs_by_rounding_only(device, dtype):
+    """Where cached and uncached tokens part in 16 bits, the exact logits of the two candidates are nearly tied."""
+    half, exact = (
+        Llama.build(TINY, TINY / "tokenizer.model", 256, 32, device=str(device), dtype=d) for d in (dtype, "float32")
+    )
+    prompts = [half.encode_prompt(prompt) for prompt in SAMPLE_PROMPTS] + ragged_prompts(10, 30, seed=5)
+    on, off = (half.generate(prompts, 40, 0, stop_tokens=[], use_cache=c)[0] for c in (True, False))
+    for prompt, cached, uncached in zip(prompts, on, off, strict=True):
+        if cached == uncached:
+            continue
+        same = next(i for i, (a, b) in enumerate(zip(cached, uncached, strict=True)) if a != b)
+        with torch.no_grad():
+            logits = exact.model(torch.tensor([prompt + cached[:same]], device=device))[0, -1]
+        assert abs(logits[cached[same]] - logits[uncached[same]]) <= 0.1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

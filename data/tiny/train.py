@@ -33,10 +33,13 @@ from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, ChatFormat, Tokenizer
 HERE = Path(__file__).parent
 SEQ_LEN = 256
 BATCH_SIZE = 16
-# name -> preset, directory, optimizer steps, peak learning rate
-MODELS = {
-    "model": ("tiny", HERE, 3000, 3e-3),
-    "draft": ("tiny-draft", HERE / "draft", 2500, 6e-3),
+# Two phases: mostly stories, for grammar, then mostly questions and instructions, for facts. Each warms up and decays
+# the learning rate on its own: (mix of documents, optimizer steps, peak rate).
+Phase = tuple[corpus.Mix, int, float]
+# name -> preset, directory, phases
+MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
+    "model": ("tiny", HERE, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
+    "draft": ("tiny-draft", HERE / "draft", [(corpus.BALANCED, 1500, 6e-3), (corpus.QUESTIONS, 1500, 4e-3)]),
 }
 HELD_OUT_ROWS = 256
 SAMPLE_LEN = 64
@@ -97,14 +100,14 @@ def _piece_bytes(piece: str) -> bytes:
     return bytes(shifted.get(ord(char), ord(char)) for char in piece)
 
 
-def rows(tokenizer: Tokenizer, name: str, kind: str | None = None) -> Iterator[list[int]]:
-    """Endless rows of SEQ_LEN + 1 ids, documents (of one kind) end to end, a pure function of `name`."""
+def rows(tokenizer: Tokenizer, name: str, mix: corpus.Mix = corpus.BALANCED) -> Iterator[list[int]]:
+    """Endless rows of SEQ_LEN + 1 ids, documents end to end, a pure function of `name` and the mix."""
     rng = random.Random(name)
     chat = ChatFormat(tokenizer)
     ids: list[int] = []
     while True:
         while len(ids) < SEQ_LEN + 1:
-            doc = corpus.KINDS[kind][1](rng) if kind else corpus.document(rng)
+            doc = corpus.document(rng, mix)
             if doc.dialog:
                 ids.append(tokenizer.bos_id)
                 for role, content in doc.dialog:
@@ -115,9 +118,9 @@ def rows(tokenizer: Tokenizer, name: str, kind: str | None = None) -> Iterator[l
         ids = []  # every row begins with a document, as every prompt does
 
 
-def batch(tokenizer: Tokenizer, seed: int, step: int) -> torch.Tensor:
+def batch(tokenizer: Tokenizer, seed: int, step: int, mix: corpus.Mix) -> torch.Tensor:
     """The [BATCH_SIZE, SEQ_LEN + 1] ids of one step."""
-    stream = rows(tokenizer, f"train-{seed}-{step}")
+    stream = rows(tokenizer, f"train-{seed}-{step}", mix)
     return torch.tensor([next(stream) for _ in range(BATCH_SIZE)])
 
 
@@ -127,15 +130,18 @@ def loss_of(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a cosine down to 2 % of the peak."""
-    warm = min(1.0, (step + 1) / 100)
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def schedule(phases: list[Phase]) -> Iterator[tuple[corpus.Mix, float]]:
+    """Mix and learning rate of every step: linear warm-up over 100 steps, then a cosine down to 2 % of the peak."""
+    for mix, steps, peak in phases:
+        for step in range(steps):
+            warm = min(1.0, (step + 1) / 100)
+            yield mix, peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
     """Train one model in bf16 autocast with AdamW, resuming from `work_dir`, and write it in Meta's layout."""
-    preset, directory, steps, peak = MODELS[stage]
+    preset, directory, phases = MODELS[stage]
+    plan = list(schedule(phases))
     tokenizer = Tokenizer(HERE / "tokenizer.model")
     model = Transformer(PRESETS[preset])
     model.init_weights(torch.Generator().manual_seed(seed))
@@ -143,15 +149,16 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
     state_path = work_dir / f"{stage}-{seed}.pt"
     start, seconds = _resume(state_path, model, optimizer)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"{preset} ({model.args.n_params():,})")
+    bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=f"{preset} ({model.args.n_params():,})")
     began = time.monotonic() - seconds
     for step in bar:
+        mix, rate = plan[step]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        ids = batch(tokenizer, seed, step).to(device)
+            group["lr"] = rate
+        ids = batch(tokenizer, seed, step, mix).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model, ids)
         loss.backward()
@@ -160,7 +167,7 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
         optimizer.zero_grad()
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
             _save_state(state_path, model, optimizer, step + 1, time.monotonic() - began)
     _export(model.to(torch.bfloat16), directory)
 
@@ -193,10 +200,10 @@ def _export(model: Transformer, directory: Path) -> None:
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, tokenizer: Tokenizer, kind: str | None = None, n_rows: int = HELD_OUT_ROWS
+    model: Transformer, tokenizer: Tokenizer, mix: corpus.Mix = corpus.BALANCED, n_rows: int = HELD_OUT_ROWS
 ) -> float:
-    """Mean loss in nats per token on text from a seed that training never uses; `kind` is one of corpus.KINDS."""
-    stream = rows(tokenizer, f"held-out-{kind}", kind)
+    """Mean loss in nats per token on text from a seed that training never uses."""
+    stream = rows(tokenizer, "held-out", mix)
     ids = torch.tensor([next(stream) for _ in range(n_rows)])
     return torch.stack([loss_of(model, part) for part in ids.split(16)]).mean().item()
 
@@ -205,14 +212,14 @@ def write_report(seed: int, work_dir: Path) -> None:
     """Measure the files as shipped, in fp32, append the rows, and put figures and samples into README.md."""
     tokenizer = Tokenizer(HERE / "tokenizer.model")
     measured = []
-    for stage, (preset, directory, steps, _) in MODELS.items():
+    for stage, (preset, directory, phases) in MODELS.items():
         model = checkpoint.load(directory, torch.float32)
         metrics = {
             "held_out_loss_nats": held_out_loss(model, tokenizer),
-            "held_out_story_loss_nats": held_out_loss(model, tokenizer, "story"),
+            "held_out_story_loss_nats": held_out_loss(model, tokenizer, {"story": 1.0}),
             "parameters": model.args.n_params(),
             "file_mb": (directory / "consolidated.00.pth").stat().st_size / bench.MB,
-            "trained_tokens": steps * BATCH_SIZE * SEQ_LEN,
+            "trained_tokens": sum(steps for _, steps, _ in phases) * BATCH_SIZE * SEQ_LEN,
         }
         state = work_dir / f"{stage}-{seed}.pt"
         if state.exists():
