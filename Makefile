@@ -15,7 +15,7 @@ test: .venv/dev.stamp
 	.venv/bin/python -m pytest
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/run.stamp: requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install -q -r requirements.txt

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llama import Transformer, bench, checkpoint, cli
 from llama.config import PRESETS
 from llama.device import DTYPES
-from llama.errors import InputError
+from llama.errors import EnvironmentFailure, InputError
 
 RESULTS = Path(__file__).parent / "reports" / "results" / "loading.jsonl"
 
@@ -46,6 +46,8 @@ def main(
         load_dir: load this directory once and print the figures as JSON, instead.
         dtype: of load_dir; default: as stored.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if load_dir is not None:
         print(json.dumps(load_once(load_dir, dtype)))
         return
@@ -101,7 +103,7 @@ def load_in_fresh_process(directory: Path, dtype: str) -> dict[str, float]:
     command = [sys.executable, __file__, f"--load_dir={directory}", f"--dtype={dtype}"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise InputError(f"loading failed: {run.stderr.strip()}")
+        raise EnvironmentFailure(f"loading {directory} failed: {run.stderr.strip()}")
     return json.loads(run.stdout)
 
 

@@ -25,8 +25,9 @@ from llama.tokenizer import StreamDecoder, find_tokenizer
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 SAMPLE_CHATS = ("What colour is the sky on a clear day?", "Write a short story about a bear and a boat.", "Name a pet.")
 COLUMN = 56
-# A 16-bit logit near 16 is rounded by up to 1/16 (bf16); a larger gap between two candidates is no rounding.
-ROUNDING_MARGIN = 0.1
+# How far apart the logits of two candidates may be for rounding alone to decide between them. A logit of 16 to 32, as
+# trained models have, is a multiple of 1/8 in bfloat16, of 1/64 in float16, and errors of some layers add up.
+ROUNDING_MARGIN = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,8 @@ def main(
     texts = read_prompts(prompt, prompt_file, chat)
     directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
     tokenizer = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
-    llama = Llama.build(
-        directory, tokenizer, max_seq_len, max_batch_size, seed, device=device, dtype=dtype, progress=True
-    )
+    limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
+    llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, progress=True)
     print(describe(llama, directory))
     prompts = [Prompt(text, encode(llama, text, chat)) for text in texts]
     stops = llama.tokenizer.chat_stop_tokens if chat else llama.tokenizer.stop_tokens
@@ -111,7 +111,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> lis
     if prompt_file is None:
         return list(SAMPLE_CHATS if chat else SAMPLE_PROMPTS)
     try:
-        content = Path(prompt_file).read_text(encoding="utf-8-sig")
+        content = Path(prompt_file).read_text(encoding="utf-8-sig")  # also turns \r\n into \n
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {prompt_file} as UTF-8 text: {error}") from error
     if prompt_file.endswith(".json"):
@@ -122,15 +122,16 @@ def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> lis
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
             raise InputError(f"{prompt_file} must hold a JSON list of strings")
     else:
-        prompts = [line for line in content.splitlines() if line.strip()]
+        prompts = [line for line in content.split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"{prompt_file} holds no prompt")
     return prompts
 
 
 def encode(llama: Llama, text: str, chat: bool) -> list[int]:
-    ids = llama.encode_prompt(text)  # refuses an empty prompt in either form
-    return llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}]) if chat else ids
+    return (
+        llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}]) if chat else llama.encode_prompt(text)
+    )
 
 
 def describe(llama: Llama, directory: Path) -> str:
@@ -193,7 +194,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
         print(side_by_side("KV cache on", "KV cache off"))
         print("-" * (2 * COLUMN + 3))
         print(side_by_side(llama.tokenizer.decode(ids[True]), llama.tokenizer.decode(ids[False])))
-        print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False])}")
+        print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False], options['stop_tokens'])}")
         on, off = spent[True].seconds, spent[False].seconds
         print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the cache")
         print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {memory_kind(llama)})\n")
@@ -212,18 +213,19 @@ def side_by_side(left: str, right: str) -> str:
     return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in rows)
 
 
-def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int]) -> str:
+def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int], stops: list[int]) -> str:
     """Whether two continuations agree; if not, where they part and by how much the logits of the two choices differ."""
     if cached == uncached:
         return f"equal ({len(cached)} of {len(cached)})"
-    stop = llama.tokenizer.eos_id
     same = next(i for i in range(len(cached) + 1) if cached[i : i + 1] != uncached[i : i + 1])
-    first, second = ([*ids, stop][same] for ids in (cached, uncached))
     with torch.no_grad():
         tokens = torch.tensor([prompt + cached[:same]], device=llama.device)
-        logits = llama.model.logits(llama.model.hidden(tokens)[0, -1]).float()
-    margin = abs(logits[first] - logits[second]).item()
-    reason = "within rounding" if margin <= ROUNDING_MARGIN else "MORE THAN ROUNDING EXPLAINS: please report this"
+        logits = llama.model.logits(llama.model.hidden(tokens)[0, -1])
+    likely_stop = max(stops, key=lambda token: logits[token].item())  # what ended the shorter text, which omits it
+    first, second = ([*ids, likely_stop][same] for ids in (cached, uncached))
+    margin = abs(logits[first].float() - logits[second].float()).item()
+    explained = margin <= ROUNDING_MARGIN[logits.dtype]
+    reason = "within rounding" if explained else "MORE THAN ROUNDING EXPLAINS: please report this"
     names = " against ".join(repr(llama.tokenizer.decode([token])) for token in (first, second))
     return f"first differ at token {same + 1}: {names}, logit margin {margin:.4f} ({reason})"
 

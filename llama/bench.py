@@ -119,5 +119,9 @@ def device_name(device: torch.device) -> str:
 
 def _commit() -> str:
     """The checked-out commit, marked where files differ from it; "unknown" outside a checkout."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return run.stdout.strip() or "unknown"

@@ -38,6 +38,8 @@ class KVCache:
         if k_BKTD.requires_grad:
             raise ValueError("a KV cache is for inference: run under torch.no_grad(), or train with cache=None")
         keys, values = self.k[layer], self.v[layer]
+        if len(k_BKTD) != len(keys):
+            raise ValueError(f"the cache was made for {len(keys)} sequences, not {len(k_BKTD)}")
         if pos is None:
             T = k_BKTD.shape[2]
             keys[:, :, :T], values[:, :, :T] = k_BKTD, v_BKTD

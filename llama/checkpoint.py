@@ -15,12 +15,12 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -62,6 +62,56 @@ def load(
 
     Raises InputError naming file and field for anything missing, malformed, unexpected or not representable in `dtype`.
     """
+    source = _open_source(ckpt_dir)
+    _check_depth(source)
+    with torch.device("meta"):
+        model = Transformer(source.args)
+    _check_keys(source, model)
+    names = [name for name, _ in model.named_parameters()]
+    label = f"loading {Path(ckpt_dir).name}"
+    with tqdm(total=len(names), desc=label, unit="tensor", disable=None if progress else True, leave=False) as bar:
+        for block in _by_block(names):
+            with source.open() as read:
+                for name in block:
+                    weight = _convert(read(name), source, name, dtype, device)
+                    _assign(model, name, weight)
+                    bar.update()
+    stored = {weight.dtype for weight in model.parameters()}
+    if len(stored) > 1:
+        raise InputError(f"{source.where}: weights of several dtypes ({', '.join(map(str, stored))}); pass --dtype")
+    model.to(device)  # moves the RoPE frequencies, the only thing not on it yet
+    return model.eval()
+
+
+def read_args(ckpt_dir: str | Path) -> ModelArgs:
+    """The shape of a checkpoint, without reading its weights. Raises InputError as `load` does."""
+    return _open_source(ckpt_dir).args
+
+
+def save(model: Transformer, directory: str | Path, layout: Literal["meta", "hf"] = "meta") -> None:
+    """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout.
+
+    The directory appears under its name only when complete. Raises InputError where it already holds something.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+    write = {"meta": _write_meta, "hf": _write_hf}[layout]
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        scratch.mkdir(parents=True)
+        write(model, scratch)
+        scratch.replace(target)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
+        raise EnvironmentFailure(f"cannot write checkpoint {target}: {error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# Reading
+
+
+def _open_source(ckpt_dir: str | Path) -> _MetaSource | _HfSource:
     directory = Path(ckpt_dir)
     if not directory.is_dir():
         raise InputError(f"checkpoint directory {directory} does not exist; pass --ckpt_dir")
@@ -71,56 +121,7 @@ def load(
             "both a params.json and a config.json" if has_meta else "neither params.json (Meta) nor config.json (HF)"
         )
         raise InputError(f"{directory} holds {found}; exactly one says which layout it is")
-    source = _MetaSource(directory) if has_meta else _HfSource(directory)
-    args = source.args
-    with torch.device("meta"):
-        model = Transformer(args)
-    _check_keys(source, model)
-    names = [name for name, _ in model.named_parameters()]
-    bar = tqdm(
-        total=len(names),
-        desc=f"loading {directory.name}",
-        unit="tensor",
-        disable=None if progress else True,
-        leave=False,
-    )
-    with bar:
-        for block in _by_block(names):
-            with source.open() as read:
-                for name in block:
-                    weight = _convert(read(name), name, dtype, device, source)
-                    _assign(model, name, weight)
-                    bar.update()
-    model.to(device)  # moves the RoPE frequencies, the only thing not on it yet
-    return model.eval()
-
-
-def save(model: Transformer, directory: str | Path, layout: str = "meta") -> None:
-    """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout.
-
-    The directory appears under its name only when complete. Raises InputError where it already holds something.
-    """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise EnvironmentFailure(f"cannot write to {target.parent}: {error.strerror}") from error
-    try:
-        {"meta": _write_meta, "hf": _write_hf}[layout](model, scratch)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)  # mkdtemp makes it private
-        scratch.replace(target)
-    except OSError as error:
-        raise EnvironmentFailure(f"cannot write checkpoint {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-# Reading
+    return _MetaSource(directory) if has_meta else _HfSource(directory)
 
 
 class _MetaSource:
@@ -158,7 +159,7 @@ class _MetaSource:
             raise ValueError(
                 f"tie_word_embeddings: {self.where} holds no {HEAD}; set it to true if the head is the embedding table"
             )
-        if args.tie_word_embeddings and HEAD in self.shapes:
+        if args.tie_word_embeddings and {HEAD, EMBEDDING} <= self.shapes.keys():
             with self.open() as read:
                 if not _same(read(HEAD), read(EMBEDDING)):
                     raise ValueError(
@@ -186,6 +187,10 @@ class _MetaSource:
                     f"{path}:{name}: shape {list(shape)} does not fit {list(shapes[0])} of the first shard"
                 )
         return tuple(merged)
+
+    def label(self, name: str) -> str:
+        """How the files call a weight."""
+        return name
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
@@ -218,11 +223,13 @@ class _HfSource:
             with _open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
                     name = meta_name.get(key, key)
+                    if name in self.names and key not in meta_name:
+                        raise InputError(f"{path}:{key}: unexpected weight; it has Meta's name in an HF checkpoint")
                     if name in self.file_of:
                         raise InputError(f"{path}:{key}: also in {self.file_of[name].name}; a weight may stand once")
                     self.file_of[name] = path
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())
-        if self.args.tie_word_embeddings and HEAD in self.shapes:
+        if self.args.tie_word_embeddings and {HEAD, EMBEDDING} <= self.shapes.keys():
             with self.open() as read:
                 if not _same(read(HEAD), read(EMBEDDING)):
                     raise InputError(f"{self.where}: config.json ties the head, but lm_head differs from embed_tokens")
@@ -237,15 +244,18 @@ class _HfSource:
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index}:weight_map: must map weights to files")
-        for name in set(listed.values()):
-            path = self.directory / str(name)
+        for name in listed.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(
                     f"{index}:weight_map: {name!r} is not a plain .safetensors file name in this directory"
                 )
-            if not path.is_file():
+            if not (self.directory / name).is_file():
                 raise InputError(f"{index}:weight_map: {name} does not exist; download it")
         return sorted({self.directory / name for name in listed.values()})
+
+    def label(self, name: str) -> str:
+        """How the files call a weight."""
+        return self.names.get(name, name)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
@@ -264,20 +274,28 @@ class _HfSource:
         yield read
 
 
+def _check_depth(source: _MetaSource | _HfSource) -> None:
+    """Refuse a config with far more layers than the files before all of them are laid out."""
+    last = f"layers.{source.args.n_layers - 1}.attention_norm.weight"
+    if last not in source.shapes:
+        place = f"{source.where}:{source.label(last)}"
+        raise InputError(f"{place}: weight is missing; the config says {source.args.n_layers} layers")
+
+
 def _check_keys(source: _MetaSource | _HfSource, model: Transformer) -> None:
     """Every weight of the model is there with its shape, and nothing else is."""
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     spare = {HEAD} if model.args.tie_word_embeddings else set()  # checked equal to the table already
     for name, shape in wanted.items():
+        place = f"{source.where}:{source.label(name)}"
         if name not in source.shapes:
-            raise InputError(f"{source.where}: weight {name} is missing; download the checkpoint again")
+            raise InputError(f"{place}: weight is missing; download the checkpoint again")
         if source.shapes[name] != shape:
-            raise InputError(
-                f"{source.where}:{name}: has shape {list(source.shapes[name])}, the config says {list(shape)}"
-            )
+            raise InputError(f"{place}: has shape {list(source.shapes[name])}, the config says {list(shape)}")
     for name in source.shapes:
         if name not in wanted and name not in spare and not DERIVED_KEYS.fullmatch(name):
-            raise InputError(f"{source.where}: unexpected weight {name}; this is not a Llama text model of that config")
+            place = f"{source.where}:{source.label(name)}"
+            raise InputError(f"{place}: unexpected weight; this is not a Llama text model of that config")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -295,16 +313,17 @@ def _by_block(names: list[str]) -> Iterator[list[str]]:
 
 
 def _convert(
-    stored: Tensor, name: str, dtype: torch.dtype | None, device: torch.device | str, source: _MetaSource | _HfSource
+    stored: Tensor, source: _MetaSource | _HfSource, name: str, dtype: torch.dtype | None, device: torch.device | str
 ) -> Tensor:
-    if not stored.is_floating_point():
-        raise InputError(f"{source.where}:{name}: holds {stored.dtype}; expected floating-point weights")
+    place = f"{source.where}:{source.label(name)}"
+    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"{place}: holds {stored.dtype}; expected float32, bfloat16 or float16 weights")
     try:
         weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
     except torch.OutOfMemoryError as error:
         raise EnvironmentFailure(f"{device} has too little memory for the weights; use a 16-bit --dtype") from error
     if weight.dtype == torch.float16 and stored.dtype != torch.float16 and not weight.isfinite().all():
-        raise InputError(f"{source.where}:{name}: values exceed float16; use --dtype=bfloat16 or float32")
+        raise InputError(f"{place}: values exceed float16; use --dtype=bfloat16 or float32")
     return weight
 
 
@@ -324,10 +343,15 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch raises a different type for each kind of damage; all mean the same to the user
-        reason = "would run code" if "weights_only" in str(error) else "is truncated or no PyTorch checkpoint"
+        foreign = type(error).__name__ == "UnpicklingError"
+        reason = "holds more than tensors and might run code" if foreign else "is truncated or no PyTorch checkpoint"
         raise InputError(f"{path} {reason}; download it again from a source you trust") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} must hold a flat dictionary of tensors")
+    plain = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+        for key, t in state.items()
+    )
+    if not plain:
+        raise InputError(f"{path} must hold a flat dictionary of plain tensors")
     return state
 
 
@@ -339,12 +363,17 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
+    try:
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -5,7 +5,8 @@
 
 python-fire calls the function and writes `--help` from its docstring. Flags are checked against the signature first:
 fire itself would guess types from values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after
-the work is done. Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 1 a bug, 130 interrupted.
+the work is done. Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not
+finite, 1 a bug, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import io
 import os
 import sys
 import types
@@ -23,7 +25,7 @@ from typing import Any
 import fire
 import torch
 
-from llama.errors import EnvironmentFailure, InputError
+from llama.errors import EnvironmentFailure, InputError, NonFinite
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -31,6 +33,9 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 def run(main: Callable[..., None]) -> None:
     """Call `main` with the flags of this process, and end the process with its exit code."""
     argv = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to die
     debug = "--debug" in argv
     try:
         call(main, [arg for arg in argv if arg != "--debug"])
@@ -67,6 +72,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, EnvironmentFailure):
         return str(error), 3
+    if isinstance(error, NonFinite):
+        return str(error), 4
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory; use a 16-bit --dtype, a smaller batch or a shorter sequence", 3
     if isinstance(error, OSError):
@@ -80,7 +87,7 @@ def _report(line: str, code: int) -> int:
 
 
 def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
-    """Every flag as `--name=value`, each known, given once and convertible."""
+    """Every flag as `--name=value`, each known and given once."""
     flags: dict[str, str] = {}
     rest = iter(argv)
     for arg in rest:
@@ -98,9 +105,8 @@ def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
             raise InputError(f"flag --{name} is given twice")
         if not equals:
             value = "True" if kinds[name] is bool else next(rest, None)
-        if value is None:
-            raise InputError(f"flag --{name} needs a value")
-        _convert(name, kinds[name], value)
+            if value is None or value.startswith("--"):
+                raise InputError(f"flag --{name} needs a value; one that begins with -- is written --{name}=value")
         flags[name] = value
     return [f"--{name}={value}" for name, value in flags.items()]
 

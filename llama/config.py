@@ -27,6 +27,9 @@ KNOWN_SHAPES: dict[tuple[int, int, int, int], dict[str, Any]] = {
     (16384, 126, 128, 16): {"rope_scale_factor": 8.0, "tie_word_embeddings": False},  # the same, MP16 release
 }
 
+# Beyond these nothing is a Llama; they keep a hostile file from costing more than an error.
+LARGEST = {"dim": 1 << 20, "n_layers": 1024, "n_heads": 1 << 16, "multiple_of": 1 << 20}
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -49,6 +52,10 @@ class ModelArgs:
     tie_word_embeddings: bool | None = None  # ours; None: from KNOWN_SHAPES, else False
 
     def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "multiple_of"):
+            _require(name, getattr(self, name), int, 1, LARGEST[name])
+        if self.n_kv_heads is not None:
+            _require("n_kv_heads", self.n_kv_heads, int, 1, self.n_heads)
         known = KNOWN_SHAPES.get((self.dim, self.n_layers, self.n_heads, self.n_kv_heads or self.n_heads), {})
         if self.n_kv_heads is None:
             self._set("n_kv_heads", self.n_heads)
@@ -67,8 +74,6 @@ class ModelArgs:
         object.__setattr__(self, name, value)  # the documented way to fill in a field of a frozen dataclass
 
     def _check(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
-            _require(name, getattr(self, name), int, 1, 1 << 20)
         if self.vocab_size != -1:
             _require("vocab_size", self.vocab_size, int, 1, 1 << 24)
         for name in ("norm_eps", "rope_theta"):

@@ -25,6 +25,10 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
         raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("no CUDA device is available; use --device=cpu, or install a CUDA build of torch")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentFailure(
+            f"{resolved} does not exist; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     if dtype == "auto":
         dtype = _native_dtype(resolved)
     if isinstance(dtype, str):

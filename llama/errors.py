@@ -1,8 +1,12 @@
-"""The two ways a run can fail that are not bugs; `cli.py` turns each into one line and an exit code."""
+"""The ways a run can fail that are not bugs; `cli.py` turns each into one line and an exit code."""
 
 
 class InputError(ValueError):
     """What the user gave is wrong: a file, a flag, a prompt. Exit code 2. The message names place and remedy."""
+
+
+class NonFinite(ArithmeticError):
+    """The model computed NaN or infinity, so nothing that follows would mean anything. Exit code 4."""
 
 
 class EnvironmentFailure(RuntimeError):

@@ -21,9 +21,10 @@ from torch import Tensor
 from llama import checkpoint
 from llama import device as devices
 from llama.cache import KVCache
-from llama.errors import InputError
+from llama.config import ModelArgs
+from llama.errors import InputError, NonFinite
 from llama.model import Transformer
-from llama.sampling import check_sampling, next_token
+from llama.sampling import next_token
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
@@ -32,7 +33,7 @@ ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,25
 
 
 class CompletionPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` (natural logarithms) only where asked for."""
+    """A continued text; `tokens` and `logprobs` (natural logarithms) only where asked for."""
 
     generation: str
     tokens: list[str]
@@ -40,6 +41,8 @@ class CompletionPrediction(TypedDict, total=False):
 
 
 class ChatPrediction(TypedDict, total=False):
+    """An answered dialog; `tokens` and `logprobs` only where asked for."""
+
     generation: Message
     tokens: list[str]
     logprobs: list[float]
@@ -83,15 +86,23 @@ class Llama:
         tokenizer_path: str | Path,
         max_seq_len: int,
         max_batch_size: int,
+        model_parallel_size: int | None = None,
         seed: int = 1,
         *,
         device: str = "auto",
         dtype: str = "auto",
         progress: bool = False,
     ) -> Llama:
-        """Load a checkpoint directory in Meta's or Hugging Face's layout. See device.resolve for the two "auto"."""
+        """Load a checkpoint directory in Meta's or Hugging Face's layout. See device.resolve for the two "auto".
+
+        Everything that can be wrong is checked before the weights are read. model_parallel_size is Meta's; all shards
+        merge into this one process, so it can only be 1.
+        """
+        if model_parallel_size not in (None, 1):
+            raise InputError(f"model_parallel_size {model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
         tokenizer = Tokenizer(tokenizer_path)
+        _check_limits(tokenizer, checkpoint.read_args(ckpt_dir), max_seq_len, max_batch_size, seed)
         model = checkpoint.load(ckpt_dir, weights, target, progress)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, seed)
 
@@ -103,14 +114,7 @@ class Llama:
         max_batch_size: int = 32,
         seed: int = 1,
     ) -> None:
-        if tokenizer.n_words != model.args.vocab_size:
-            raise InputError(
-                f"the tokenizer has {tokenizer.n_words} words, the model {model.args.vocab_size}; "
-                "pass the --tokenizer_path that belongs to this checkpoint"
-            )
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if value < 1:
-                raise InputError(f"{name} {value} is out of range; use at least 1")
+        _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed)
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.formatter = ChatFormat(tokenizer)
@@ -173,7 +177,8 @@ class Llama:
         sampling = self._sampling(temperature, top_p, top_k, seed)
         batch = _Batch([prompt], max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
         stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-        for drawn, _ in self._steps(batch, sampling, use_cache):
+        for drawn, logits in self._steps(batch, sampling, use_cache):
+            self._require_finite(logits.isfinite().all())
             token = drawn.item()
             if token in stops:
                 return
@@ -249,7 +254,7 @@ class Llama:
                 raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
 
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> _Sampling:
-        check_sampling(temperature, top_p, top_k)
+        _check_sampling(temperature, top_p, top_k, seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
         return _Sampling(temperature, top_p, top_k, generator)
 
@@ -259,20 +264,26 @@ class Llama:
         """Draw until every row has stopped or used its budget; rows may run on past their end."""
         stop_ids = torch.tensor(stops, device=self.device)
         budgets = torch.tensor(batch.budgets, device=self.device)
-        done = budgets <= 0
-        drawn, values, logits = [], [], None
+        done, finite = budgets <= 0, torch.tensor(True, device=self.device)
+        drawn, values = [], []
         for step, (tokens, logits) in enumerate(self._steps(batch, sampling, use_cache), 1):
             drawn.append(tokens)
             if logprobs:
                 values.append(logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+            finite = finite & logits.isfinite().all()
             done = done | torch.isin(tokens, stop_ids) | (budgets <= step)
-            if step % STOP_CHECK_EVERY[self.device.type] == 0 and done.all():
+            if step % STOP_CHECK_EVERY[self.device.type] == 0 and (done.all() | ~finite):
                 break
-        if logits is not None and not logits.isfinite().all():
-            raise InputError(f"the model's logits are not finite in {logits.dtype}; use --dtype=float32 or bfloat16")
+        self._require_finite(finite)
         rows = len(batch.budgets)
         tokens_out = torch.stack(drawn, 1).tolist() if drawn else [[]] * rows
         return tokens_out, torch.stack(values, 1).tolist() if values else [[]] * rows
+
+    def _require_finite(self, finite: Tensor) -> None:
+        if not finite:
+            dtype = str(self.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+            remedy = "the weights are damaged" if dtype == "float32" else "try --dtype=float32"
+            raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 
     def _steps(self, batch: _Batch, sampling: _Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the next token of every row [B] and the logits [B, V] it was drawn from, `n_steps` times.
@@ -312,5 +323,36 @@ class Llama:
             for h_part, targets in zip(h.split(ECHO_CHUNK), ids[1:].split(ECHO_CHUNK), strict=True):
                 logits = self.model.logits(h_part).float().log_softmax(-1)
                 parts.append(logits.gather(-1, targets[:, None])[:, 0])
-            results.append(torch.cat(parts).tolist())
+            values = torch.cat(parts)
+            self._require_finite(values.isfinite().all())
+            results.append(values.tolist())
         return results
+
+
+def _check_limits(tokenizer: Tokenizer, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int) -> None:
+    if tokenizer.n_words != args.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.n_words} words, the model {args.vocab_size}; "
+            "pass the --tokenizer_path that belongs to this checkpoint"
+        )
+    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if value < 1:
+            raise InputError(f"{name} {value} is out of range; use at least 1")
+    _check_seed(seed)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
+
+
+def _check_sampling(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> None:
+    """Refuse settings that define no distribution. Below 1e-6 a temperature is 0 in all but name."""
+    if not (temperature == 0 or 1e-6 <= temperature <= 100):  # also refuses NaN
+        raise InputError(f"temperature {temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
+    if seed is not None:
+        _check_seed(seed)

@@ -93,21 +93,25 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) 
     (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
     if T == 1 and mask is not None:
         # Decoding reads the whole cache once per step. Its H / K query heads become H / K query rows of their key/value
-        # head, so that no backend ever repeats K and V.
-        return F.scaled_dot_product_attention(q_BHTD.view(B, K, H // K, D), k_BKSD, v_BKSD, mask).view(B, H, T, D)
-    if H != K and not _kernels_group_heads(q_BHTD.device):
+        # head, so that no kernel ever repeats K and V.
+        out = F.scaled_dot_product_attention(q_BHTD.reshape(B, K, H // K, D), k_BKSD, v_BKSD, mask)
+        return out.reshape(B, H, T, D)  # not view: the memory-efficient kernel returns another memory layout
+    if H != K and not _kernel_groups_heads(q_BHTD, mask):
         k_BKSD, v_BKSD = k_BKSD.repeat_interleave(H // K, dim=1), v_BKSD.repeat_interleave(H // K, dim=1)
-    grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
+    grouped = k_BKSD.shape[1] != H
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-def _kernels_group_heads(device: torch.device) -> bool:
-    """Whether the fused attention kernels take fewer K/V heads than query heads.
+def _kernel_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused kernel that will run takes fewer K/V heads than query heads.
 
-    Before sm_80 only the memory-efficient kernel runs, and it does not: asking would fall back to one that stores all
-    T * S scores, which costs far more than the repeated K and V (a quarter of a block's activations at most).
+    On a CPU it does. On CUDA only flash attention does, which needs sm_80, 16 bits and no mask; asking elsewhere would
+    fall back to arithmetic that stores all T * S scores, far more than K and V repeated.
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if q.device.type != "cuda":
+        return True
+    is_flash = mask is None and q.dtype in (torch.float16, torch.bfloat16)
+    return is_flash and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class Attention(nn.Module):

@@ -5,18 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama.errors import InputError
-
-
-def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
-    """Raise InputError for a setting that defines no distribution."""
-    if not 0.0 <= temperature <= 100.0:  # also refuses NaN
-        raise InputError(f"temperature {temperature} is out of range; use 0 (greedy) to 100")
-    if not 0.0 < top_p <= 1.0:
-        raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
-
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
     """The distribution that a token is drawn from: fp32 [..., V], rows summing to 1.
@@ -27,8 +15,7 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The largest logit is taken off before the division: softmax does not change, and a temperature of 1e-38 does not
-    # turn finite logits into inf - inf.
+    # The largest logit is taken off before the division, so that a small temperature cannot give inf - inf.
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_k is not None and top_k < probs.shape[-1]:
         smallest_kept = probs.topk(top_k, dim=-1).values[..., -1:]

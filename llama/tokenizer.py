@@ -44,7 +44,8 @@ NAMED_SPECIAL = {
 # cuts at these lengths; the same cuts give the same ids.
 MAX_CHARS = 400_000
 MAX_RUN = 25_000
-LONG_RUN = re.compile(rf"\s{{{MAX_RUN + 1},}}|\S{{{MAX_RUN + 1},}}")
+RUN = re.compile(r"\s+|\S+")
+MAX_FILE_BYTES = 64 << 20
 
 
 def llama3_special_tokens() -> list[str]:
@@ -62,10 +63,15 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path) -> None:
         path = Path(model_path)
+        if not path.is_file():
+            raise InputError(f"tokenizer {path} is not a file; pass --tokenizer_path")
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass --tokenizer_path") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is no tokenizer")
         self.backend = _backend_for(data, path)
         self.kind = self.backend.kind
         self.n_words = self.backend.n_words
@@ -113,6 +119,8 @@ class StreamDecoder:
 
 def find_tokenizer(ckpt_dir: str | Path) -> Path:
     """The tokenizer.model of a checkpoint directory; Hugging Face's repositories keep it in `original/`."""
+    if not Path(ckpt_dir).is_dir():
+        raise InputError(f"checkpoint directory {ckpt_dir} does not exist; pass --ckpt_dir")
     for path in (Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir) / "original" / "tokenizer.model"):
         if path.is_file():
             return path
@@ -178,7 +186,7 @@ class _Tiktoken:
 def _cut_runs(s: str) -> Iterator[str]:
     """Cut where a run of spaces, or of anything else, exceeds MAX_RUN characters."""
     start = 0
-    for run in LONG_RUN.finditer(s):
+    for run in RUN.finditer(s):
         for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
             yield s[start:cut]
             start = cut
@@ -281,6 +289,8 @@ def _check_dialog(dialog: Dialog) -> None:
     for i, message in enumerate(dialog):
         if set(message) != {"role", "content"} or not isinstance(message["content"], str):
             raise InputError(f"message {i} must have exactly a 'role' and a text 'content'")
+        if not message["content"].strip():
+            raise InputError(f"message {i} is empty; write at least one character")
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != (["user", "assistant"] * len(turns))[: len(turns)] or len(turns) % 2 == 0:

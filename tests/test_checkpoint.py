@@ -6,11 +6,14 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, random_model
+from conftest import ROOT, SMALL, random_model
 
 from llama import ModelArgs, checkpoint
 from llama.config import PRESETS
@@ -172,7 +175,7 @@ def test_float16_overflow_is_refused(tmp_path, model):
         checkpoint.load(tmp_path / "big", torch.float16)
 
 
-def test_save_never_overwrites_and_leaves_nothing_behind(tmp_path, model, monkeypatch):
+def test_save_never_overwrites(tmp_path, model):
     checkpoint.save(model, tmp_path / "out")
     with pytest.raises(InputError, match="already exists"):
         checkpoint.save(model, tmp_path / "out")
@@ -180,13 +183,42 @@ def test_save_never_overwrites_and_leaves_nothing_behind(tmp_path, model, monkey
     os.umask(umask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
-    def full_disk(*_args):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full_disk)
-    with pytest.raises(EnvironmentFailure, match="No space left"):
-        checkpoint.save(model, tmp_path / "full")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("limit", [10, 30_000])
+def test_a_full_disk_is_named_and_nothing_is_left_behind(tmp_path, model, layout, limit):
+    """A limit on file size stands for the disk: the operating system refuses the write, at once or half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(EnvironmentFailure, match="cannot write checkpoint"):
+            checkpoint.save(model, tmp_path / "full", layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_needs_the_weights_once(tmp_path, layout, dtype):
+    """Peak resident memory of a fresh process grows by at most 1.15 x the weights, also when their dtype changes."""
+    args = ModelArgs(dim=1024, n_layers=12, n_heads=16, n_kv_heads=4, vocab_size=8192, tie_word_embeddings=True)
+    checkpoint.save(random_model(args).to(torch.bfloat16), tmp_path / "m", layout)
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from llama import bench, checkpoint\n"
+        "import benchmark_loading\n"
+        "benchmark_loading.load_once(str(Path('data/tiny')), 'float32')\n"  # what the libraries set up at first use
+        "assert bench.reset_peak_memory(torch.device('cpu'))\n"
+        "before = bench.peak_memory_bytes(torch.device('cpu'))\n"
+        "figures = benchmark_loading.load_once(sys.argv[1], sys.argv[2])\n"
+        "weights = figures['peak_memory_mb'] / figures['peak_over_weights_x']\n"
+        "print((figures['peak_memory_mb'] - before / 1e6) / weights)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "m"), dtype]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.9 <= float(run.stdout) <= 1.15
 
 
 class Bomb:
@@ -207,13 +239,21 @@ def edit_weights(directory, change):
     torch.save(state, path)
 
 
+def drop(key):
+    return lambda directory: edit_weights(directory, lambda state: state.pop(key))
+
+
+def put(key, value):
+    return lambda directory: edit_weights(directory, lambda state: state.update({key: value}))
+
+
 META_DAMAGE = {
     "no params": (lambda d: (d / "params.json").unlink(), "neither params.json"),
     "no shard": (lambda d: (d / "consolidated.00.pth").unlink(), "found none"),
     "gap": (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), "without a gap"),
     "truncated": (lambda d: os.truncate(d / "consolidated.00.pth", 50_000), "truncated"),
     "empty": (lambda d: os.truncate(d / "consolidated.00.pth", 0), "truncated"),
-    "pickle": (lambda d: torch.save({"a": Bomb()}, d / "consolidated.00.pth"), "would run code"),
+    "pickle": (lambda d: torch.save({"a": Bomb()}, d / "consolidated.00.pth"), "might run code"),
     "raw pickle": (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(Bomb())), r"\.pth"),
     "not tensors": (lambda d: torch.save({"a": 1}, d / "consolidated.00.pth"), "flat dictionary"),
     "not JSON": (lambda d: (d / "params.json").write_text("{"), "not valid JSON"),
@@ -224,24 +264,32 @@ META_DAMAGE = {
     "huge": (lambda d: edit_params(d, vocab_size=1 << 40), r"params\.json:vocab_size"),
     "text": (lambda d: edit_params(d, dim="64"), r"params\.json:dim"),
     "NaN": (lambda d: edit_params(d, norm_eps=float("nan")), r"params\.json:norm_eps"),
+    "list": (lambda d: edit_params(d, dim=[64]), r"params\.json:dim"),
+    "a million layers": (lambda d: edit_params(d, n_layers=1 << 20), r"params\.json:n_layers"),
+    "too many layers": (lambda d: edit_params(d, n_layers=1000), r"layers\.999\.\S+: weight is missing.*1000 layers"),
+    "directory": (lambda d: ((d / "params.json").unlink(), (d / "params.json").mkdir()), "is not a file"),
     "indivisible": (lambda d: edit_params(d, n_heads=3), r"params\.json:n_heads"),
     "odd groups": (lambda d: edit_params(d, n_kv_heads=3), r"params\.json:n_kv_heads"),
     "unknown RoPE": (lambda d: edit_params(d, rope_scale_factor=None), r"params\.json:rope_scale_factor.*32"),
     "factor alone": (lambda d: edit_params(d, use_scaled_rope=False), r"params\.json:rope_scale_factor"),
-    "no head": (lambda d: edit_weights(d, lambda s: s.pop("output.weight")), None),
+    "no head": (drop("output.weight"), None),
     "undeclared tie": (
         lambda d: (edit_params(d, tie_word_embeddings=None), edit_weights(d, lambda s: s.pop("output.weight"))),
         r"params\.json:tie_word_embeddings",
     ),
     "other head": (lambda d: edit_weights(d, lambda s: s.update({"output.weight": s["norm.weight"]})), "differs"),
-    "missing": (lambda d: edit_weights(d, lambda s: s.pop("layers.2.ffn_norm.weight")), r"layers\.2\.\S+ is missing"),
-    "extra": (lambda d: edit_weights(d, lambda s: s.update({"layers.9.x": torch.ones(2)})), r"unexpected weight l"),
+    "missing": (drop("layers.2.ffn_norm.weight"), r"layers\.2\.ffn_norm\.weight: weight is missing"),
+    "extra": (put("layers.9.x", torch.ones(2)), r"layers\.9\.x: unexpected weight"),
     "shape": (
-        lambda d: edit_weights(d, lambda s: s.update({"layers.1.attention.wo.weight": torch.ones(64, 63)})),
+        put("layers.1.attention.wo.weight", torch.ones(64, 63)),
         r"layers\.1\.attention\.wo\.weight: has shape \[64, 63\]",
     ),
+    "no table": (drop("tok_embeddings.weight"), r"tok_embeddings\S+ weight is mis"),
+    "number as key": (put(1, torch.ones(1)), "flat dictionary of plain"),
+    "sparse": (put("x", torch.eye(2).to_sparse()), "flat dictionary of plain"),
+    "several dtypes": (put("norm.weight", torch.ones(64).half()), "dtypes"),
     "integers": (
-        lambda d: edit_weights(d, lambda s: s.update({"norm.weight": torch.ones(64, dtype=torch.int8)})),
+        put("norm.weight", torch.ones(64, dtype=torch.int8)),
         r"norm\.weight: holds torch\.int8",
     ),
 }  # fmt: skip
@@ -290,12 +338,22 @@ HF_DAMAGE = {
     "no size": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), r"config\.json:hidden_size"),
     "rope type": (lambda d: edit_config(d, rope_scaling={"type": "yarn"}), r"config\.json:rope_scaling.*yarn"),
     "rope context": (lambda d: edit_config(d, rope_scaling=LLAMA3_ROPE), r"config\.json:rope_scaling.*original"),
-    "missing": (lambda d: edit_tensors(d, lambda s: s.pop("model.norm.weight")), "norm.weight is missing"),
-    "extra": (lambda d: edit_tensors(d, lambda s: s.update({"x": torch.ones(1)})), "unexpected weight x"),
+    "missing": (
+        lambda d: edit_tensors(d, lambda s: s.pop("model.norm.weight")),
+        r"model\.norm\.weight: weight is missing",
+    ),
+    "extra": (lambda d: edit_tensors(d, lambda s: s.update({"x": torch.ones(1)})), "m:x: unexpected weight"),
     "other head": (
         lambda d: edit_tensors(d, lambda s: s.update({"lm_head.weight": torch.ones(512, 64)})),
         "ties the head, but lm_head differs",
     ),
+    "head alone": (
+        lambda d: edit_tensors(d, lambda s: s.update({"lm_head.weight": s.pop("model.embed_tokens.weight")})),
+        r"model\.embed_tokens\.weight: weight is missing",
+    ),
+    "Meta's name": (lambda d: edit_tensors(d, lambda s: s.update({"norm.weight": torch.ones(64)})), "Meta's name"),
+    "list": (lambda d: edit_config(d, hidden_size=[64]), r"config\.json:dim"),
+    "index of lists": (lambda d: write_index(d, [1]), "not a plain .safetensors file name"),
     "outside": (lambda d: write_index(d, "../secret.safetensors"), "not a plain .safetensors file name"),
     "absolute": (lambda d: write_index(d, "/etc/passwd"), "not a plain .safetensors file name"),
     "absent shard": (lambda d: write_index(d, "model-00002-of-2.safetensors"), "does not exist"),

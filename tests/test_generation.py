@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.tiny.corpus import SAMPLE_PROMPTS, document
 from llama import KVCache, Llama, Tokenizer, Transformer
 from llama.config import PRESETS
-from llama.errors import InputError
-from llama.generation import STOP_CHECK_EVERY
+from llama.device import resolve
+from llama.errors import InputError, NonFinite
+from llama.generation import STOP_CHECK_EVERY, _Batch
 from llama.tokenizer import StreamDecoder
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
@@ -47,11 +48,17 @@ def test_cache_on_equals_off_over_a_thousand_tokens(tiny):
 
 
 def test_cache_on_equals_off_per_step_logits(device):
+    """The logits of the whole vocabulary at each step, within 1e-5."""
     llama = Llama(random_model(PRESETS["tiny"], std=0.05).to(device), TOKENIZER)
-    prompts = ragged_prompts(4, 30)
-    runs = [llama.generate(prompts, 20, 0, logprobs=True, stop_tokens=[], use_cache=c) for c in (True, False)]
-    assert runs[0][0] == runs[1][0]
-    torch.testing.assert_close(torch.tensor(runs[0][1]), torch.tensor(runs[1][1]), atol=1e-5, rtol=0)
+    sampling = llama._sampling(0, 1.0, None, None)
+    runs = []
+    for use_cache in (True, False):
+        batch = _Batch(ragged_prompts(4, 30), 20, 300, TOKENIZER.pad_id, device)
+        with torch.no_grad():
+            runs.append([torch.stack(parts) for parts in zip(*llama._steps(batch, sampling, use_cache), strict=True)])
+    (tokens, logits), (other_tokens, other_logits) = runs
+    assert logits.shape == (20, 4, 4096) and torch.equal(tokens, other_tokens)
+    torch.testing.assert_close(logits, other_logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -72,7 +79,8 @@ def test_half_precision_differs_by_rounding_only(device, dtype):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_ragged_batch_equals_one_by_one(llama, use_cache):
+def test_ragged_batch_equals_one_by_one(device, use_cache):
+    llama = Llama(random_model(PRESETS["tiny"], std=0.05).to(device), TOKENIZER)
     prompts = ragged_prompts()
     steps = 24 if use_cache else 6
     together = llama.generate(prompts, steps, 0, logprobs=True, use_cache=use_cache)
@@ -183,6 +191,35 @@ def test_nothing_is_read_back_while_tokens_are_made(llama, monkeypatch, use_cach
     assert seen.count == 2 + 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_host_never_waits_on_a_gpu(use_cache):
+    llama = Llama(random_model(PRESETS["tiny"], std=0.05).to("cuda"), TOKENIZER)
+    sampling = llama._sampling(0.8, 0.9, 40, None)
+    batch = _Batch([[1, 2, 3], [4]], 12, 300, TOKENIZER.pad_id, llama.device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            assert len(list(llama._steps(batch, sampling, use_cache))) == 12
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+def test_the_real_shape_generates_on_a_gpu(llama3_tokenizer):
+    """3.2 1B with random weights, in the card's own 16-bit type."""
+    device, dtype = resolve("cuda", "auto")
+    with torch.device("meta"):
+        model = Transformer(PRESETS["llama3.2-1b"])
+    model = model.to(dtype).to_empty(device=device)
+    model.init_weights(torch.Generator(device).manual_seed(0))
+    llama = Llama(model.eval(), llama3_tokenizer)
+    assert [len(row) for row in llama.generate([[128_000, 5, 6], [128_000]], 20, 0, stop_tokens=[])[0]] == [20, 20]
+
+
 def test_stop_sets_by_kind_of_model(llama3_tokenizer):
     assert llama3_tokenizer.stop_tokens == [128_001]
     assert llama3_tokenizer.chat_stop_tokens == [128_001, 128_008, 128_009]
@@ -254,12 +291,54 @@ def test_generating_between_training_steps_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
 
 
-def test_non_finite_logits_are_an_error():
-    model = random_model(PRESETS["tiny-draft"])
-    with torch.no_grad():
-        model.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match=r"not finite in torch\.float32"):
-        Llama(model, TOKENIZER, 64, 4).generate([[1, 2, 3]], 5, 0)
+@pytest.mark.parametrize("bad_step", [1, 3, 5])
+def test_non_finite_logits_are_an_error_at_any_step(monkeypatch, bad_step):
+    llama = Llama(random_model(PRESETS["tiny-draft"]), TOKENIZER, 64, 4)
+    count, logits = [], Transformer.logits
+
+    def damaged(self, h):
+        count.append(1)
+        return logits(self, h) * (float("nan") if len(count) == bad_step else 1.0)
+
+    monkeypatch.setattr(Transformer, "logits", damaged)
+    for call in (
+        lambda: llama.generate([[1, 2, 3]], 5, 0, stop_tokens=[]),
+        lambda: list(llama.stream([1, 2, 3], 5, 0, stop_tokens=[])),
+    ):
+        count.clear()
+        with pytest.raises(NonFinite, match="not finite in float32; the weights are damaged"):
+            call()
+    count.clear()
+    if bad_step == 1:  # the logits of the prompt, projected first
+        with pytest.raises(NonFinite):
+            llama.generate([[1, 2, 3]], 5, 0, logprobs=True, echo=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-46}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_out_of_range(llama, settings, message):
+    with pytest.raises(InputError, match=message):
+        llama.generate([[1]], 5, **settings)
+
+
+def test_build_checks_everything_before_the_weights(monkeypatch):
+    monkeypatch.setattr("llama.checkpoint.load", lambda *_args: pytest.fail("read the weights"))
+    tokenizer = TINY / "tokenizer.model"
+    for options in ({"max_seq_len": 0}, {"max_batch_size": 0}, {"seed": -1}, {"model_parallel_size": 2}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            Llama.build(TINY, tokenizer, **{"max_seq_len": 8, "max_batch_size": 1, **options})
 
 
 # Meta's interface

@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, TINY, random_model
 import inference
 from llama import checkpoint, cli
 from llama.bench import Measurement
-from llama.errors import EnvironmentFailure, InputError
+from llama.errors import EnvironmentFailure, InputError, NonFinite
 
 PROMPT = "--prompt=The little fox"
 
@@ -52,18 +52,22 @@ def test_compare_shows_both_texts_and_a_verdict(monkeypatch, capsys):
     assert f"{n} of {n} prompts give equal tokens" in out
 
 
-def test_compare_names_the_first_difference(tiny):
+def test_compare_names_the_first_difference(tiny, monkeypatch):
     """A planted difference: the margin is that of the two tokens under the model, judged against rounding."""
     prompt = tiny.encode_prompt("The little fox")
     right = tiny.generate([prompt], 8, 0)[0][0]
     wrong = [*right[:3], (right[3] + 1) % 3840, *right[4:]]
-    text = inference.verdict(tiny, prompt, right, wrong)
+    text = inference.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
     margin = float(re.search(r"first differ at token 4: .* against .*, logit margin ([\d.]+)", text)[1])
     with torch.no_grad():
         logits = tiny.model(torch.tensor([prompt + right[:3]]))[0, -1]
     assert margin == pytest.approx(abs(logits[right[3]] - logits[wrong[3]]).item(), abs=1e-3)
-    assert ("MORE THAN ROUNDING" in text) == (margin > 0.1)
-    assert "first differ at token 9" in inference.verdict(tiny, prompt, right, right + [5])
+    assert "MORE THAN ROUNDING" in text
+    monkeypatch.setitem(inference.ROUNDING_MARGIN, torch.float32, margin + 1)
+    assert "within rounding" in inference.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
+    chat_stops = tiny.tokenizer.chat_stop_tokens
+    ended = inference.verdict(tiny, prompt, right, [*right, 5], chat_stops)
+    assert "first differ at token 9" in ended and "<|" in ended  # against the stop token that ended the shorter one
 
 
 def test_stream_prints_the_same_text(monkeypatch, capsys):
@@ -91,11 +95,11 @@ def test_other_ways_to_run(monkeypatch, capsys, flags):
 
 
 def test_prompt_files(tmp_path, monkeypatch, capsys):
-    (tmp_path / "p.txt").write_text("\ufeffThe fox\r\n\nThe bear\r\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_bytes("\ufeffThe fox\r\n\nThe bear\u2028and I\r\n".encode())
     (tmp_path / "p.json").write_text(json.dumps(["Question: A?\nAnswer:", "1,2"]))
     flags = ("--max_gen_len=3", "--device=cpu")
     assert "> The fox\n" in (out := call(monkeypatch, capsys, f"--prompt_file={tmp_path}/p.txt", *flags)[1])
-    assert "> The bear\n" in out
+    assert "> The bear\u2028and I\n" in out
     assert "> Question: A?\nAnswer:\n" in (
         out := call(monkeypatch, capsys, f"--prompt_file={tmp_path}/p.json", *flags)[1]
     )
@@ -114,8 +118,13 @@ def test_other_checkpoints_load_by_directory(tmp_path, monkeypatch, capsys, layo
 
 
 BAD = {
-    "--ckpt_dir=/nowhere": r"/nowhere",
-    "--tokenizer_path=/nowhere": r"cannot read tokenizer /nowhere",
+    "--ckpt_dir=/nowhere": r"checkpoint directory /nowhere does not exist",
+    "--tokenizer_path=/nowhere": r"tokenizer /nowhere is not a file",
+    "--tokenizer_path=/dev/zero": r"tokenizer /dev/zero is not a file",
+    "--chat --prompt= ": "message 0 is empty",
+    "--prompt --stream": "flag --prompt needs a value",
+    "--seed=-1": "seed -1 is out of range",
+    "--seed=99999999999999999999": "seed 99999999999999999999 is out of range",
     "--prompt=": "prompt is empty",
     "--prompt": "needs a value",
     "--prompt=a --prompt=b": "given twice",
@@ -124,6 +133,9 @@ BAD = {
     "--prompt_file=/nowhere": "cannot read /nowhere",
     "--temperature=-1": "temperature -1.0 is out of range",
     "--temperature=nan": "temperature nan",
+    "--temperature=inf": "temperature inf",
+    "--temperature=1e-46": "temperature 1e-46",
+    "--top_p=nan": "top_p nan",
     "--temperature=hot": "--temperature=hot: expected a number",
     "--top_p=0": "top_p 0.0",
     "--top_p=1.5": "top_p 1.5",
@@ -145,7 +157,7 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, flags):
-    code, _, err = call(monkeypatch, capsys, *flags.split())
+    code, _, err = call(monkeypatch, capsys, *re.split(r" (?=\S)", flags))
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 300
     assert re.search(BAD[flags], err)
@@ -179,6 +191,10 @@ def test_environment_errors_exit_3(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, err = call(monkeypatch, capsys, "--device=cuda")
     assert code == 3 and err.startswith("error: no CUDA device") and err.count("\n") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = call(monkeypatch, capsys, "--device=cuda:9")
+    assert code == 3 and "cuda:9 does not exist; this machine has 1 CUDA devices" in err
 
 
 @pytest.mark.parametrize(
@@ -186,6 +202,7 @@ def test_environment_errors_exit_3(monkeypatch, capsys):
     [
         (InputError("bad\nthing"), 2, "error: bad thing\n"),
         (EnvironmentFailure("no disk"), 3, "error: no disk\n"),
+        (NonFinite("logits are not finite"), 4, "error: logits are not finite\n"),
         (MemoryError(), 3, "error: out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), 3, "error: out of memory"),
         (OSError(28, "No space left on device", "x.bin"), 3, "error: No space left on device (x.bin)\n"),
@@ -215,6 +232,7 @@ def test_a_card_without_kernels_is_named(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _d: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _d: (6, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])

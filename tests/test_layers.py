@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "llama.errors": set(),
     "llama.model": {"llama.config"},
     "llama.cache": {"llama.config"},
-    "llama.sampling": {"llama.errors"},
+    "llama.sampling": set(),
     "llama.tokenizer": {"llama.errors"},
     "llama.device": {"llama.errors"},
     "llama.bench": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "llama.generation": {
         "llama.cache",
         "llama.checkpoint",
+        "llama.config",
         "llama.device",
         "llama.errors",
         "llama.model",
@@ -99,7 +100,7 @@ def test_no_unsafe_readers(path):
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)
 def test_budgets(path):
-    """Functions within 60 lines, model.py within 300, and every public function of the library typed and described."""
+    """Functions within 60 lines, model.py within 300, and every file says what it is."""
     source = path.read_text()
     assert name_of(path) != "llama.model" or len(source.splitlines()) <= 300
     for node in ast.walk(ast.parse(source)):
@@ -107,9 +108,25 @@ def test_budgets(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - (body[0].lineno if body else node.end_lineno) + 1
             assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
-            if path in LIBRARY and not node.name.startswith("_") and node.name not in ("forward", "__init__"):
-                assert node.returns is not None, f"{path.name}:{node.lineno} {node.name} has no return type"
     assert path.name == "__init__.py" or ast.get_docstring(ast.parse(source)), f"{path.name} does not say what it is"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_public_functions_are_typed_and_described(path):
+    """Types on every argument and result; a docstring on every class and function but the plainest properties."""
+    tree = ast.parse(path.read_text())
+    scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    for node in (node for scope in scopes for node in scope.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))):
+        if node.name.startswith("_"):
+            continue
+        place = f"{path.name}:{node.lineno} {node.name}"
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), f"{place} has no docstring"
+            continue
+        arguments = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls")]
+        assert all(a.annotation for a in arguments) and node.returns, f"{place} is not typed"
+        is_plain = node.decorator_list or node.name == "forward" or len(node.body) == 1
+        assert ast.get_docstring(node) or is_plain, f"{place} has no docstring"
 
 
 def test_nothing_happens_at_import():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama import KVCache, ModelArgs, Transformer
 from llama.config import PRESETS
-from llama.model import attend, rope_frequencies
+from llama.model import _kernel_groups_heads, attend, rope_frequencies
 
 
 def new_cache(model, batch: int, max_len: int) -> KVCache:
@@ -27,14 +28,14 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 2, 7, 40])
 @pytest.mark.parametrize("first", ["at once", "chunked"])
-def test_cached_equals_uncached(model, chunk, first):
+def test_cached_equals_uncached(device, chunk, first):
     """Logits of every position, with the cache filled in chunks, within 1e-5 of one pass without."""
-    tokens = random_tokens(3, 40)
+    model, tokens = random_model().to(device), random_tokens(3, 40).to(device)
     cache = new_cache(model, 3, 40)
     parts = []
     for start in range(0, 40, chunk):
         part = tokens[:, start : start + chunk]
-        pos = torch.arange(start, start + part.shape[1]).expand_as(part)
+        pos = torch.arange(start, start + part.shape[1], device=device).expand_as(part)
         parts.append(model(part, None if start == 0 and first == "at once" else pos, cache))
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=0)
 
@@ -104,11 +105,33 @@ def test_grouped_heads_equal_repeated_heads():
     torch.testing.assert_close(last, expected[:, :, 4:], atol=1e-5, rtol=0)
 
 
-def test_cards_without_grouped_kernels_repeat_keys(monkeypatch):
+def test_kernels_that_cannot_group_heads_get_repeated_keys(monkeypatch):
     q, k = torch.randn(1, 8, 5, 16), torch.randn(1, 2, 5, 16)
     grouped = attend(q, k, k, None)
-    monkeypatch.setattr("llama.model._kernels_group_heads", lambda _device: False)
+    monkeypatch.setattr("llama.model._kernel_groups_heads", lambda *_args: False)
     torch.testing.assert_close(attend(q, k, k, None), grouped)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "masked", "groups"),
+    [((6, 0), torch.float16, False, False), ((9, 0), torch.bfloat16, False, True), ((9, 0), torch.float16, True, False)]
+    + [((9, 0), torch.float32, False, False)],
+)
+def test_which_kernels_group_heads(monkeypatch, capability, dtype, masked, groups):
+    """Flash attention alone, which runs from sm_80 on, in 16 bits and without a mask."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    q = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    assert _kernel_groups_heads(q, torch.ones(1) if masked else None) is groups
+
+
+def test_decoding_accepts_any_memory_layout_of_attention(monkeypatch):
+    """CUDA's memory-efficient kernel returns [B, K, G, D] transposed in memory; a CPU never shows that."""
+    q, k, mask = torch.randn(2, 8, 1, 16), torch.randn(2, 2, 5, 16), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    expected = attend(q, k, k, mask)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    transposed = lambda *args: plain(*args).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", transposed)
+    assert torch.equal(attend(q, k, k, mask), expected)
 
 
 def test_training_needs_no_cache_and_every_weight_gets_a_gradient():
@@ -127,6 +150,8 @@ def test_the_cache_is_written_and_holds_what_was_asked_for(model):
     with torch.no_grad():
         model(random_tokens(2, 4), None, cache)
         assert cache.k[:, :, :, :4].abs().amin(-1).gt(0).all() and not cache.k[:, :, :, 4:].any()
+        with pytest.raises(ValueError, match="2 sequences, not 1"):
+            model(random_tokens(1, 4), None, cache)
         with pytest.raises(RuntimeError):  # past the end is an error, never a lost write
             model(random_tokens(2, 1), torch.full((2, 1), 6), cache)
 

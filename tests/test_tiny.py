@@ -11,6 +11,7 @@ from conftest import TINY
 
 from data.tiny import corpus, train
 from llama import Tokenizer, checkpoint
+from llama.errors import InputError
 
 
 def documents(n: int, mix: corpus.Mix = corpus.BALANCED) -> list[corpus.Document]:
@@ -82,6 +83,9 @@ def test_an_interrupted_training_continues_to_the_same_weights(short_run, monkey
     assert [step for _, _, step, _ in calls] == [0, 1, 2, 3, 2, 3, 4, 5]
     resumed = checkpoint.load(folder).state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    monkeypatch.setattr(train, "SEQ_LEN", 128)
+    with pytest.raises(InputError, match="another corpus, tokenizer or schedule"):
+        train.train_model("draft", 1, device, short_run / "cut")
 
 
 def test_schedule_warms_up_and_decays_in_each_phase():

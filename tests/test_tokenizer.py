@@ -88,6 +88,14 @@ def test_a_million_of_one_character(tokenizer, text):
     assert start.rstrip("\ufffd") == text * len(start.rstrip("\ufffd"))
 
 
+@pytest.mark.parametrize("run", [1, 999, MAX_RUN - 1, MAX_RUN, MAX_RUN + 1])
+def test_many_long_runs_take_no_longer(tokenizer, run):
+    text = ("a" * run + " ") * (1_000_000 // (run + 1))
+    began = time.monotonic()
+    tokenizer.encode(text, bos=False, eos=False)
+    assert time.monotonic() - began < 2.0
+
+
 def test_cuts_change_ids_only_at_the_cut(llama3_tokenizer):
     model = llama3_tokenizer.backend.model
     text = "word " * 1000 + "x" * MAX_RUN + " end"
@@ -222,7 +230,7 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     assert find_tokenizer(tmp_path).parent.name == "original"
     (tmp_path / "tokenizer.model").touch()
     assert find_tokenizer(tmp_path).parent == tmp_path
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="is not a file"):
         Tokenizer(tmp_path / "absent")
 
 

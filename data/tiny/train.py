@@ -11,10 +11,12 @@ everywhere. Needs requirements-dev.txt (the byte-pair trainer of `tokenizers`).
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from data.tiny import corpus
 from llama import Llama, bench, checkpoint, cli
+from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.model import Transformer
@@ -56,6 +59,7 @@ def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_di
         device: cpu or cuda.
         work_dir: where the training state is kept for resuming; may be deleted afterwards.
     """
+    target, _ = devices.resolve(device, "float32")
     stages = ["tokenizer", *MODELS, "report"]
     if only is not None and only not in stages:
         raise InputError(f"--only={only}: expected one of {', '.join(stages)}")
@@ -65,7 +69,7 @@ def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_di
         elif stage == "report":
             write_report(seed, Path(work_dir))
         else:
-            train_model(stage, seed, torch.device(device), Path(work_dir))
+            train_model(stage, seed, target, Path(work_dir))
 
 
 def train_tokenizer(seed: int, n_documents: int = 40_000) -> None:
@@ -151,7 +155,8 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
     state_path = work_dir / f"{stage}-{seed}.pt"
-    start, seconds = _resume(state_path, model, optimizer)
+    recipe = _recipe(stage)
+    start, seconds = _resume(state_path, recipe, model, optimizer)
     bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=f"{preset} ({model.args.n_params():,})")
     began = time.monotonic() - seconds
     for step in bar:
@@ -168,23 +173,33 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
-            _save_state(state_path, model, optimizer, step + 1, time.monotonic() - began)
+            progress = {"recipe": recipe, "step": step + 1, "seconds": time.monotonic() - began}
+            _save_state(state_path, progress, model, optimizer)
     _export(model.to(torch.bfloat16), directory)
 
 
-def _resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def _recipe(stage: str) -> str:
+    """A hash of what a run is made of: resuming with another corpus, tokenizer or schedule would mix two runs."""
+    parts = [(HERE / name).read_bytes() for name in ("words.py", "corpus.py", "tokenizer.model")]
+    parts.append(repr((MODELS[stage][0], MODELS[stage][2], BATCH_SIZE, SEQ_LEN)).encode())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _resume(path: Path, recipe: str, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
+    if state["recipe"] != recipe:
+        raise InputError(f"{path} is of another corpus, tokenizer or schedule; delete it to start over")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
 
 
-def _save_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+def _save_state(path: Path, progress: dict, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    state = {**progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, scratch)
     os.replace(scratch, path)
 
@@ -192,6 +207,7 @@ def _save_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer
 def _export(model: Transformer, directory: Path) -> None:
     """Put params.json and the weights beside whatever else `directory` holds."""
     fresh = directory / ".new"
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed right here
     checkpoint.save(model, fresh)
     for file in fresh.iterdir():
         os.replace(file, directory / file.name)
