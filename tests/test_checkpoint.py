@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -368,6 +369,40 @@ def test_damaged_hf_directory(tmp_path, model, name):
     with pytest.raises(InputError, match=message) as caught:
         checkpoint.load(tmp_path / "m")
     assert "\n" not in str(caught.value)
+
+
+def mutant(good: bytes, rng: random.Random) -> bytes:
+    """Cut off, some bits flipped, or some bytes near the start or the end replaced."""
+    data = bytearray(good)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return good[: rng.randrange(len(good))]
+    if kind == 1:
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(data)
+    start = rng.randrange(min(len(data), 2000)) if kind == 2 else max(0, len(data) - rng.randint(1, 2000))
+    data[start : start + rng.randint(1, 16)] = rng.randbytes(rng.randint(0, 20))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("file", ["params.json", "consolidated.00.pth", "config.json", "model.safetensors"])
+def test_mutated_files_load_or_end_in_one_line(tmp_path, file):
+    args = dataclasses.replace(SMALL, dim=32, n_layers=2, vocab_size=64)
+    checkpoint.save(
+        random_model(args), tmp_path / "m", "meta" if file in ("params.json", "consolidated.00.pth") else "hf"
+    )
+    good = (tmp_path / "m" / file).read_bytes()
+    rng = random.Random(file)
+    refused = 0
+    for _ in range(60):
+        (tmp_path / "m" / file).write_bytes(mutant(good, rng))
+        try:
+            checkpoint.load(tmp_path / "m", torch.float32)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 400
+    assert refused > 15
 
 
 def test_missing_directory(tmp_path):
