@@ -93,7 +93,7 @@ def save(model: Transformer, directory: str | Path, layout: Literal["meta", "hf"
 
     The directory appears under its name only when complete. Raises InputError where it already holds something.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
     write = {"meta": _write_meta, "hf": _write_hf}[layout]
@@ -101,7 +101,10 @@ def save(model: Transformer, directory: str | Path, layout: Literal["meta", "hf"
     try:
         scratch.mkdir(parents=True)
         write(model, scratch)
+        for path in [*scratch.iterdir(), scratch]:
+            _sync(path)
         scratch.replace(target)
+        _sync(target.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
         raise EnvironmentFailure(f"cannot write checkpoint {target}: {error}; is the disk full?") from error
     finally:
@@ -199,8 +202,12 @@ class _MetaSource:
 
         def read(name: str) -> Tensor:
             parts = [shard[name] for shard in shards]
-            axis = self._axis(name, tuple(parts[0].shape)) if len(parts) > 1 else None
-            return parts[0] if axis is None else torch.cat(parts, axis)
+            axis = self._axis(name, tuple(parts[0].shape))
+            if len(parts) > 1 and axis is not None:
+                return torch.cat(parts, axis)
+            if not all(torch.equal(part, parts[0]) for part in parts[1:]):
+                raise InputError(f"{self.where}:{name}: the shards hold different copies; they are of several models")
+            return parts[0]
 
         yield read
 
@@ -513,9 +520,7 @@ def _write_meta(model: Transformer, directory: Path) -> None:
     if model.args.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]  # Meta's code needs the key; torch.save stores shared memory once
     _write_json(directory / "params.json", model.args.to_params())
-    with (directory / "consolidated.00.pth").open("wb") as file:
-        torch.save(state, file)
-        _sync(file)
+    torch.save(state, directory / "consolidated.00.pth")
 
 
 def _write_hf(model: Transformer, directory: Path) -> None:
@@ -525,18 +530,17 @@ def _write_hf(model: Transformer, directory: Path) -> None:
         for name, weight in model.state_dict().items()
     }
     _write_json(directory / "config.json", _hf_config(model.args, next(model.parameters()).dtype))
-    path = directory / "model.safetensors"
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-    with path.open("rb+") as file:
-        _sync(file)
+    safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        _sync(file)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of files in a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -60,7 +60,12 @@ class _Batch:
     """Prompts padded to one [B, T] tensor, and how far each row may go."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, pad_id: int, device
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_gen_len: int,
+        max_seq_len: int,
+        pad_id: int,
+        device: torch.device,
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
         self.budgets = [min(max_gen_len, max_seq_len - length) for length in lengths]
@@ -145,9 +150,8 @@ class Llama:
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
         stop_tokens: default the end-of-text token. Raises InputError for prompts or settings out of range.
         """
-        self._check(prompt_tokens, max_gen_len)
+        batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        batch = _Batch(prompt_tokens, max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
         stops = self.tokenizer.stop_tokens if stop_tokens is None else list(stop_tokens)
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
         drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs)
@@ -173,9 +177,8 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
     ) -> Iterator[int]:
         """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
-        self._check([prompt], max_gen_len)
+        batch = self._batch([prompt], max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        batch = _Batch([prompt], max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
         stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
         for drawn, logits in self._steps(batch, sampling, use_cache):
             self._require_finite(logits.isfinite().all())
@@ -198,14 +201,11 @@ class Llama:
         ids = [self.encode_prompt(prompt) for prompt in prompts]
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
         tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, echo, **options)
-        results: list[CompletionPrediction] = []
-        for row, drawn in enumerate(tokens):
-            text = drawn[1:] if echo else drawn  # without the begin-of-text token, which the prompt did not spell
-            results.append({"generation": self.tokenizer.decode(text)})
-            if logprobs:
-                results[row]["tokens"] = [self.tokenizer.decode([token]) for token in drawn]
-                results[row]["logprobs"] = values[row]
-        return results
+        start = 1 if echo else 0  # leaves out the begin-of-text token, which the prompt did not spell
+        return [
+            {"generation": self.tokenizer.decode(drawn[start:]), **self._details(drawn, values and values[row])}
+            for row, drawn in enumerate(tokens)
+        ]
 
     def chat_completion(
         self,
@@ -221,13 +221,19 @@ class Llama:
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
         options.setdefault("stop_tokens", self.tokenizer.chat_stop_tokens)
         tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, **options)
-        results: list[ChatPrediction] = []
-        for row, drawn in enumerate(tokens):
-            results.append({"generation": {"role": "assistant", "content": self.tokenizer.decode(drawn)}})
-            if logprobs:
-                results[row]["tokens"] = [self.tokenizer.decode([token]) for token in drawn]
-                results[row]["logprobs"] = values[row]
-        return results
+        return [
+            {
+                "generation": {"role": "assistant", "content": self.tokenizer.decode(drawn)},
+                **self._details(drawn, values and values[row]),
+            }
+            for row, drawn in enumerate(tokens)
+        ]
+
+    def _details(self, drawn: list[int], logprobs: list[float] | None) -> dict[str, list]:
+        """What a prediction holds besides its text, where log-probabilities were asked for."""
+        if logprobs is None:
+            return {}
+        return {"tokens": [self.tokenizer.decode([token]) for token in drawn], "logprobs": logprobs}
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Begin-of-text and the ids of a prompt. Raises InputError for an empty one."""
@@ -235,7 +241,8 @@ class Llama:
             raise InputError("the prompt is empty; write at least one character")
         return self.tokenizer.encode(prompt, bos=True, eos=False)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_gen_len: int) -> None:
+    def _batch(self, prompts: Sequence[Sequence[int]], max_gen_len: int) -> _Batch:
+        """Check the prompts against the limits, then pad them."""
         if not prompts:
             raise InputError("there is no prompt; pass at least one")
         if len(prompts) > self.max_batch_size:
@@ -252,6 +259,7 @@ class Llama:
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
+        return _Batch(prompts, max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
 
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> _Sampling:
         _check_sampling(temperature, top_p, top_k, seed)
@@ -262,7 +270,7 @@ class Llama:
         self, batch: _Batch, sampling: _Sampling, use_cache: bool, stops: list[int], logprobs: bool
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Draw until every row has stopped or used its budget; rows may run on past their end."""
-        stop_ids = torch.tensor(stops, device=self.device)
+        stop_ids = torch.tensor(stops, dtype=torch.int64, device=self.device)
         budgets = torch.tensor(batch.budgets, device=self.device)
         done, finite = budgets <= 0, torch.tensor(True, device=self.device)
         drawn, values = [], []

@@ -145,6 +145,21 @@ def test_shards_merge(tmp_path, args, embedding_axis, n):
     assert same_weights(model, checkpoint.load(tmp_path / "mp"))
 
 
+def test_shards_of_several_models_are_refused(tmp_path):
+    write_shards(random_model(), tmp_path / "mp", 2, 0)
+    second = tmp_path / "mp" / "consolidated.01.pth"
+    shard = torch.load(second, weights_only=True)
+    torch.save({**shard, "norm.weight": shard["norm.weight"] + 1}, second)
+    with pytest.raises(InputError, match=r"norm\.weight: the shards hold different copies"):
+        checkpoint.load(tmp_path / "mp")
+    torch.save({**shard, "layers.0.attention.wq.weight": torch.ones(32, 63)}, second)
+    with pytest.raises(InputError, match=r"01\.pth:layers\.0\.attention\.wq\.weight: shape \[32, 63\] does not fit"):
+        checkpoint.load(tmp_path / "mp")
+    second.unlink()
+    with pytest.raises(InputError, match=r"has shape .*, the config says"):
+        checkpoint.load(tmp_path / "mp")
+
+
 def test_vocab_size_of_llama_2_comes_from_the_table(tmp_path):
     write_shards(random_model(LLAMA2), tmp_path / "l2", 2, 1)
     params = json.loads((tmp_path / "l2" / "params.json").read_text())
