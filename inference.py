@@ -24,7 +24,7 @@ from llama.tokenizer import StreamDecoder, find_tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 SAMPLE_CHATS = ("What colour is the sky on a clear day?", "Write a short story about a bear and a boat.", "Name a pet.")
-COLUMN = 56
+COLUMN = 38  # two of them and a rule fit a terminal of 80
 # How far apart the logits of two candidates may be for rounding alone to decide between them. A logit of 16 to 32, as
 # trained models have, is a multiple of 1/8 in bfloat16, of 1/64 in float16, and errors of some layers add up.
 ROUNDING_MARGIN = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3}
@@ -129,17 +129,17 @@ def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> lis
 
 
 def encode(llama: Llama, text: str, chat: bool) -> list[int]:
-    return (
-        llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}]) if chat else llama.encode_prompt(text)
-    )
+    if chat:
+        return llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}])
+    return llama.encode_prompt(text)
 
 
 def describe(llama: Llama, directory: Path) -> str:
     """One line: what was loaded, how large, where and in which precision."""
     weight = llama.model.tok_embeddings.weight
-    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else "CPU"
     dtype = str(weight.dtype).removeprefix("torch.")
-    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {name}"
+    place = f"{weight.device.type} ({bench.device_name(weight.device)})"
+    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}"
     if directory == EMBEDDED:
         return f"embedded model, {size}; --ckpt_dir loads real weights\n"
     return f"{directory}, {size}\n"
@@ -193,7 +193,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
         print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
         print(side_by_side("KV cache on", "KV cache off"))
         print("-" * (2 * COLUMN + 3))
-        print(side_by_side(llama.tokenizer.decode(ids[True]), llama.tokenizer.decode(ids[False])))
+        print(side_by_side(*(llama.tokenizer.decode(ids[use_cache]).strip() for use_cache in (True, False))))
         print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False], options['stop_tokens'])}")
         on, off = spent[True].seconds, spent[False].seconds
         print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the cache")
