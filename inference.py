@@ -23,7 +23,11 @@ from llama.errors import InputError
 from llama.tokenizer import StreamDecoder, find_tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
-SAMPLE_CHATS = ("What colour is the sky on a clear day?", "Write a short story about a bear and a boat.", "Name a pet.")
+SAMPLE_CHATS = (
+    "What colour is the sky on a clear day?",
+    "Tell me a story about a mouse and a lantern.",
+    "Name two fruits.",
+)
 COLUMN = 38  # two of them and a rule fit a terminal of 80
 # How far apart the logits of two candidates may be for rounding alone to decide between them. A logit of 16 to 32, as
 # trained models have, is a multiple of 1/8 in bfloat16, of 1/64 in float16, and errors of some layers add up.

@@ -1159,7 +1159,7 @@ SAMPLE_PROMPTS: tuple[str, ...] = (
     "Once upon a time, there was a little fox named",
     "Question: What colour is the sky on a clear day?\nAnswer:",
     "One cold winter morning, Anna the girl",
-    "Instruction: Name three fruits.\nResult:",
+    "Instruction: Explain how to build a bird house.\nResult:",
     "The farmer went to the market to buy",
     "Question: What is the capital of France?\nAnswer:",
 )

@@ -42,7 +42,7 @@ Phase = tuple[corpus.Mix, int, float]
 # name -> preset, directory, phases
 MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
     "model": ("tiny", HERE, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
-    "draft": ("tiny-draft", HERE / "draft", [(corpus.BALANCED, 1500, 6e-3), (corpus.QUESTIONS, 1500, 4e-3)]),
+    "draft": ("tiny-draft", HERE / "draft", [(corpus.BALANCED, 1000, 6e-3), (corpus.QUESTIONS, 1000, 4e-3)]),
 }
 HELD_OUT_ROWS = 256
 SAMPLE_LEN = 64
