@@ -11,13 +11,13 @@ everywhere. Needs requirements-dev.txt (the byte-pair trainer of `tokenizers`).
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_di
         if stage == "tokenizer":
             train_tokenizer(seed)
         elif stage == "report":
-            write_report(seed, Path(work_dir))
+            write_report(seed, target)
         else:
             train_model(stage, seed, target, Path(work_dir))
 
@@ -142,39 +142,46 @@ def schedule(phases: list[Phase]) -> Iterator[tuple[corpus.Mix, float]]:
             yield mix, peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
-    """Train one model in bf16 autocast with AdamW, resuming from `work_dir`, and write it in Meta's layout."""
-    preset, directory, phases = MODELS[stage]
-    plan = list(schedule(phases))
-    tokenizer = Tokenizer(HERE / "tokenizer.model")
-    model = Transformer(PRESETS[preset])
+def new_run(stage: str, seed: int, device: torch.device) -> tuple[Transformer, torch.optim.Optimizer]:
+    """The untrained model and its optimizer: AdamW, weight decay on matrices only."""
+    model = Transformer(PRESETS[MODELS[stage][0]])
     model.init_weights(torch.Generator().manual_seed(seed))
     model.to(device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
-    state_path = work_dir / f"{stage}-{seed}.pt"
-    recipe = _recipe(stage)
-    start, seconds = _resume(state_path, recipe, model, optimizer)
+    return model, torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
+
+
+def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.Tensor, rate: float) -> torch.Tensor:
+    """One update in bf16 autocast, gradients clipped to norm 1; returns the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        loss = loss_of(model, ids)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
+    """Train one model, resuming from `work_dir`, and write it in Meta's layout and 16 bits."""
+    preset, directory, phases = MODELS[stage]
+    plan = list(schedule(phases))
+    tokenizer = Tokenizer(HERE / "tokenizer.model")
+    model, optimizer = new_run(stage, seed, device)
+    state_path, recipe = work_dir / f"{stage}-{seed}.pt", _recipe(stage)
+    start = _resume(state_path, recipe, model, optimizer)
     bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=f"{preset} ({model.args.n_params():,})")
-    began = time.monotonic() - seconds
     for step in bar:
         mix, rate = plan[step]
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids = batch(tokenizer, seed, step, mix).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(model, ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train_step(model, optimizer, batch(tokenizer, seed, step, mix).to(device), rate)
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
-            progress = {"recipe": recipe, "step": step + 1, "seconds": time.monotonic() - began}
-            _save_state(state_path, progress, model, optimizer)
+            _save_state(state_path, {"recipe": recipe, "step": step + 1}, model, optimizer)
     _export(model.to(torch.bfloat16), directory)
 
 
@@ -185,15 +192,15 @@ def _recipe(stage: str) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _resume(path: Path, recipe: str, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def _resume(path: Path, recipe: str, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
     if not path.exists():
-        return 0, 0.0
+        return 0
     state = torch.load(path, weights_only=True)
     if state["recipe"] != recipe:
         raise InputError(f"{path} is of another corpus, tokenizer or schedule; delete it to start over")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
+    return state["step"]
 
 
 def _save_state(path: Path, progress: dict, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
@@ -224,25 +231,33 @@ def held_out_loss(
     return torch.stack([loss_of(model, part) for part in ids.split(16)]).mean().item()
 
 
-def write_report(seed: int, work_dir: Path) -> None:
+def step_seconds(stage: str, seed: int, device: torch.device, n: int = 20) -> list[float]:
+    """Wall-clock time of some training steps, batches included, after two to warm up."""
+    tokenizer = Tokenizer(HERE / "tokenizer.model")
+    model, optimizer = new_run(stage, seed, device)
+
+    def step(number: int) -> None:
+        train_step(model, optimizer, batch(tokenizer, seed, number, corpus.BALANCED).to(device), 0.0)
+
+    return [bench.measure(functools.partial(step, i), device)[1].seconds for i in range(n + 2)][2:]
+
+
+def write_report(seed: int, device: torch.device) -> None:
     """Measure the files as shipped, in fp32, append the rows, and put figures and samples into README.md."""
     tokenizer = Tokenizer(HERE / "tokenizer.model")
     measured = []
     for stage, (preset, directory, phases) in MODELS.items():
         model = checkpoint.load(directory, torch.float32)
-        metrics = {
-            "held_out_loss_nats": held_out_loss(model, tokenizer),
-            "held_out_story_loss_nats": held_out_loss(model, tokenizer, {"story": 1.0}),
-            "parameters": model.args.n_params(),
-            "file_mb": (directory / "consolidated.00.pth").stat().st_size / bench.MB,
-            "trained_tokens": sum(steps for _, steps, _ in phases) * BATCH_SIZE * SEQ_LEN,
+        values = {
+            "held_out_loss_nats": [held_out_loss(model, tokenizer)],
+            "held_out_story_loss_nats": [held_out_loss(model, tokenizer, {"story": 1.0})],
+            "parameters": [model.args.n_params()],
+            "file_mb": [(directory / "consolidated.00.pth").stat().st_size / bench.MB],
+            "train_steps": [sum(steps for _, steps, _ in phases)],
+            "step_s": step_seconds(stage, seed, device),
         }
-        state = work_dir / f"{stage}-{seed}.pt"
-        if state.exists():
-            metrics["train_s"] = torch.load(state, weights_only=True)["seconds"]
-        metrics = {name: bench.spread([value]) for name, value in metrics.items()}
-        cell = {"model": preset}
-        measured.append(bench.append_row(RESULTS, "tiny", cell, metrics, torch.device("cpu"), "float32", seed))
+        metrics = {name: bench.spread(measurements) for name, measurements in values.items()}
+        measured.append(bench.append_row(RESULTS, "tiny", {"model": preset}, metrics, device, "float32", seed))
     llama = Llama(checkpoint.load(HERE, torch.float32), tokenizer)
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -254,14 +269,19 @@ def write_report(seed: int, work_dir: Path) -> None:
 
 def figures_table(measured: list[dict]) -> str:
     """The rows of both models as a Markdown table."""
-    lines = ["| model | parameters | file | trained on | held-out loss | perplexity | stories: loss | perplexity |"]
+    lines = ["| model | parameters | file | training | held-out loss | perplexity | stories: loss | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in measured:
         value = {name: spread["median"] for name, spread in row["metrics"].items()}
         losses = (value["held_out_loss_nats"], value["held_out_story_loss_nats"])
         cells = " | ".join(f"{loss:.3f} | {math.exp(loss):.2f}" for loss in losses)
-        size = f"{value['parameters']:,} | {value['file_mb']:.2f} MB | {value['trained_tokens'] / 1e6:.1f} M tokens"
-        lines.append(f"| {row['cell']['model']} | {size} | {cells} |")
+        steps, seconds = value["train_steps"], value["step_s"]
+        work = f"{steps:,} steps of {BATCH_SIZE * SEQ_LEN:,} tokens and {seconds:.2f} s: {steps * seconds / 60:.0f} min"
+        lines.append(
+            f"| {row['cell']['model']} | {value['parameters']:,} | {value['file_mb']:.2f} MB | {work} | {cells} |"
+        )
+    where = f"{measured[0]['device']['name']}, {measured[0]['threads']} threads, torch {measured[0]['torch']}"
+    lines.append(f"\nTime of a step: median of {measured[0]['metrics']['step_s']['n']}, on {where}.")
     return "\n".join(lines) + "\n"
 
 
