@@ -97,7 +97,7 @@ def append_row(
         "torch": torch.__version__,
         "commit": _commit(),
         "seed": seed,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +115,14 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    """The command line as it is typed in the repository: where that lies on this machine is nobody's business."""
+    spec, script = sys.modules["__main__"].__spec__, Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", *(["-m", spec.name] if spec else [name]), *sys.argv[1:]])
 
 
 def _commit() -> str:

@@ -18,7 +18,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ BATCH_SIZE = 16
 # Two phases: mostly stories, for grammar, then mostly questions and instructions, for facts. Each warms up and decays
 # the learning rate on its own: (mix of documents, optimizer steps, peak rate).
 Phase = tuple[corpus.Mix, int, float]
+LossFunction = Callable[[Transformer, torch.Tensor], torch.Tensor]
 # name -> preset, directory, phases
 MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
     "model": ("tiny", HERE, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
@@ -47,6 +48,7 @@ MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
 HELD_OUT_ROWS = 256
 SAMPLE_LEN = 64
 SAVE_EVERY = 250
+WORTH_COMPILING = 500  # steps: compiling takes a minute or two and saves a third of each
 RESULTS = HERE.parents[1] / "reports" / "results" / "tiny.jsonl"
 
 
@@ -59,6 +61,7 @@ def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_di
         device: cpu or cuda.
         work_dir: where the training state is kept for resuming; may be deleted afterwards.
     """
+    devices.keep_freed_memory()
     target, _ = devices.resolve(device, "float32")
     stages = ["tokenizer", *MODELS, "report"]
     if only is not None and only not in stages:
@@ -153,12 +156,21 @@ def new_run(stage: str, seed: int, device: torch.device) -> tuple[Transformer, t
     return model, torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
 
 
-def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.Tensor, rate: float) -> torch.Tensor:
+def fast_loss(stage: str, device: torch.device) -> LossFunction:
+    """`loss_of`, compiled for a long run on a CPU that has a C++ compiler."""
+    n_steps = sum(steps for _, steps, _ in MODELS[stage][2])
+    pays = device.type == "cpu" and n_steps >= WORTH_COMPILING and shutil.which("g++")
+    return torch.compile(loss_of, dynamic=False) if pays else loss_of
+
+
+def train_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, loss_function: LossFunction, ids: torch.Tensor, rate: float
+) -> torch.Tensor:
     """One update in bf16 autocast, gradients clipped to norm 1; returns the loss before it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     with torch.autocast(ids.device.type, torch.bfloat16):
-        loss = loss_of(model, ids)
+        loss = loss_function(model, ids)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -169,7 +181,7 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.
 def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
     """Train one model, resuming from `work_dir`, and write it in Meta's layout and 16 bits."""
     preset, directory, phases = MODELS[stage]
-    plan = list(schedule(phases))
+    plan, loss_function = list(schedule(phases)), fast_loss(stage, device)
     tokenizer = Tokenizer(HERE / "tokenizer.model")
     model, optimizer = new_run(stage, seed, device)
     state_path, recipe = work_dir / f"{stage}-{seed}.pt", _recipe(stage)
@@ -177,7 +189,7 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
     bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=f"{preset} ({model.args.n_params():,})")
     for step in bar:
         mix, rate = plan[step]
-        loss = train_step(model, optimizer, batch(tokenizer, seed, step, mix).to(device), rate)
+        loss = train_step(model, optimizer, loss_function, batch(tokenizer, seed, step, mix).to(device), rate)
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
@@ -235,9 +247,10 @@ def step_seconds(stage: str, seed: int, device: torch.device, n: int = 20) -> li
     """Wall-clock time of some training steps, batches included, after two to warm up."""
     tokenizer = Tokenizer(HERE / "tokenizer.model")
     model, optimizer = new_run(stage, seed, device)
+    loss_function = fast_loss(stage, device)
 
     def step(number: int) -> None:
-        train_step(model, optimizer, batch(tokenizer, seed, number, corpus.BALANCED).to(device), 0.0)
+        train_step(model, optimizer, loss_function, batch(tokenizer, seed, number, corpus.BALANCED).to(device), 0.0)
 
     return [bench.measure(functools.partial(step, i), device)[1].seconds for i in range(n + 2)][2:]
 
