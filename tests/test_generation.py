@@ -55,7 +55,8 @@ def test_cache_on_equals_off_per_step_logits(device):
     for use_cache in (True, False):
         batch = _Batch(ragged_prompts(4, 30), 20, 300, TOKENIZER.pad_id, device)
         with torch.no_grad():
-            runs.append([torch.stack(parts) for parts in zip(*llama._steps(batch, sampling, use_cache), strict=True)])
+            steps = [(token, logits.clone()) for token, logits in llama._steps(batch, sampling, use_cache)]
+            runs.append([torch.stack(parts) for parts in zip(*steps, strict=True)])
     (tokens, logits), (other_tokens, other_logits) = runs
     assert logits.shape == (20, 4, 4096) and torch.equal(tokens, other_tokens)
     torch.testing.assert_close(logits, other_logits, atol=1e-5, rtol=0)
@@ -197,6 +198,9 @@ def test_nothing_is_read_back_while_tokens_are_made(llama, monkeypatch, use_cach
 def test_the_host_never_waits_on_a_gpu(use_cache):
     llama = Llama(random_model(PRESETS["tiny"], std=0.05).to("cuda"), TOKENIZER)
     sampling = llama._sampling(0.8, 0.9, 40, None)
+    batch = _Batch([[1, 2, 3], [4]], 12, 300, TOKENIZER.pad_id, llama.device)
+    with torch.no_grad():
+        list(llama._steps(batch, sampling, use_cache))  # records the step, which does wait
     batch = _Batch([[1, 2, 3], [4]], 12, 300, TOKENIZER.pad_id, llama.device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

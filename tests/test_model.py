@@ -152,7 +152,7 @@ def test_the_cache_is_written_and_holds_what_was_asked_for(model):
         assert cache.k[:, :, :, :4].abs().amin(-1).gt(0).all() and not cache.k[:, :, :, 4:].any()
         with pytest.raises(ValueError, match="2 sequences, not 1"):
             model(random_tokens(1, 4), None, cache)
-        with pytest.raises(RuntimeError):  # past the end is an error, never a lost write
+        with pytest.raises(IndexError):  # past the end is an error, never a lost write
             model(random_tokens(2, 1), torch.full((2, 1), 6), cache)
 
 

@@ -1,0 +1,112 @@
+"""The decode step: one new token a row, KV cache on. Several ways to compute it, one meaning.
+
+A step is called with the newest token of each row and its position, both [B] int64, writes their keys and values to its
+cache and returns logits [B, V]:
+
+    EagerStep      Transformer.forward, the slow twin of the others
+    CapturedStep   the same, recorded once as a CUDA graph and replayed: no launch overhead, no Triton, any NVIDIA card
+    NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory
+
+`decoding` names the choice: "auto" takes the fastest that the machine has, "eager" the plain one, "compiled" sends the
+eager step through torch.compile first, which takes a minute and is therefore never chosen on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.errors import EnvironmentFailure
+from llama.kernels.decode_step import NativeStep, supports
+from llama.model import Transformer
+
+DECODING = ("auto", "eager", "compiled")
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class EagerStep:
+    """The model as it stands."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, token: Tensor, pos: Tensor) -> Tensor:
+        """Logits [B, V]."""
+        return self.model(token[:, None], pos[:, None], self.cache)[:, 0]
+
+
+class CapturedStep:
+    """A step recorded as a CUDA graph. Its logits are overwritten by the next call."""
+
+    WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
+
+    def __init__(self, step: Step, batch_size: int, device: torch.device) -> None:
+        self._token = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._pos = torch.zeros_like(self._token)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                step(self._token, self._pos)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = step(self._token, self._pos)
+
+    def __call__(self, token: Tensor, pos: Tensor) -> Tensor:
+        """Logits [B, V], valid until the next call."""
+        self._token.copy_(token)
+        self._pos.copy_(pos)
+        self._graph.replay()
+        return self._logits
+
+
+class Decoder:
+    """Makes caches and steps for one model, and keeps the last recorded or compiled one for calls of the same shape."""
+
+    def __init__(self, model: Transformer, decoding: str) -> None:
+        self.model, self.decoding = model, decoding
+        self._kept: tuple[tuple, KVCache, Step] | None = None
+
+    @property
+    def name(self) -> str:
+        """What a step of this model will be: native, captured, eager, compiled, or compiled and captured."""
+        compiled = ["compiled"] if self.decoding == "compiled" else []
+        captured = ["captured"] if self._captures else []
+        native = ["native"] if self.decoding == "auto" and supports(self.model) else []
+        return " and ".join(compiled + captured + native) or "eager"
+
+    @property
+    def _captures(self) -> bool:
+        return self.decoding != "eager" and self.model.tok_embeddings.weight.device.type == "cuda"
+
+    def start(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
+        """An empty cache of `max_len` slots a row and the step that goes with it, until the next call."""
+        weight = self.model.tok_embeddings.weight
+        # A graph and a compiled step hold addresses: weights that were swapped make another one.
+        key = (batch_size, max_len, *(p.data_ptr() for p in self.model.parameters()))
+        if self._kept is not None and self._kept[0] == key:
+            _, cache, step = self._kept
+            cache.clear()
+            return cache, step
+        self._kept = None
+        cache = KVCache(self.model.args, batch_size, max_len, weight.dtype, weight.device)
+        if self.decoding == "auto" and supports(self.model):
+            return cache, NativeStep(self.model, cache)
+        step: Step = EagerStep(self.model, cache)
+        if self.decoding == "compiled":
+            step = self._compile(step)
+        if self._captures:
+            step = CapturedStep(step, batch_size, weight.device)
+            cache.clear()
+        if self.decoding == "compiled" or self._captures:
+            self._kept = (key, cache, step)
+        return cache, step
+
+    def _compile(self, step: EagerStep) -> Step:
+        if not torch._dynamo.is_dynamo_supported():
+            raise EnvironmentFailure("torch.compile does not work here; use --decoding=auto")
+        return torch.compile(step, fullgraph=True, dynamic=False)
