@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from llama.errors import InputError
+
 Result = TypeVar("Result")
 MB = 1e6
 
@@ -75,6 +77,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """What a row keeps of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def require_writable(path: Path) -> None:
+    """Raise InputError now rather than after an hour of measuring, where rows could not be appended to `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise InputError(f"results file {path} cannot be written: {error.strerror}; choose another --results") from None
 
 
 def append_row(

@@ -39,29 +39,34 @@ class EagerStep:
 
 
 class CapturedStep:
-    """A step recorded as a CUDA graph. Its logits are overwritten by the next call."""
+    """A step recorded as a CUDA graph at its first call. Its logits are overwritten by the next call."""
 
     WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
 
-    def __init__(self, step: Step, batch_size: int, device: torch.device) -> None:
-        self._token = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._pos = torch.zeros_like(self._token)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(self.WARM_UP):
-                step(self._token, self._pos)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = step(self._token, self._pos)
+    def __init__(self, step: Step) -> None:
+        self._step, self._graph = step, None
 
     def __call__(self, token: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, V], valid until the next call."""
+        if self._graph is None:
+            self._record(token, pos)
         self._token.copy_(token)
         self._pos.copy_(pos)
         self._graph.replay()
         return self._logits
+
+    def _record(self, token: Tensor, pos: Tensor) -> None:
+        """The calls before recording write the same keys and values to the same slots as the replay after it."""
+        self._token, self._pos = token.clone(), pos.clone()
+        side = torch.cuda.Stream(token.device)
+        side.wait_stream(torch.cuda.current_stream(token.device))
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._step(self._token, self._pos)
+        torch.cuda.current_stream(token.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._step(self._token, self._pos)
 
 
 class Decoder:
@@ -100,8 +105,7 @@ class Decoder:
         if self.decoding == "compiled":
             step = self._compile(step)
         if self._captures:
-            step = CapturedStep(step, batch_size, weight.device)
-            cache.clear()
+            step = CapturedStep(step)
         if self.decoding == "compiled" or self._captures:
             self._kept = (key, cache, step)
         return cache, step

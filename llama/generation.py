@@ -33,6 +33,9 @@ STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
 # Tokens that go through the network at once before the first step (at least one row): the activations of this many,
 # 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
 PREFILL_TOKENS = 1024
+# Without the cache every step has another length; rounded up, with pads that no token sees, there are fewer shapes that
+# libraries must prepare kernels for (a CPU's keep 100 MB of them), for 3 % more positions.
+LENGTH_MULTIPLE = 16
 ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,256 fp32 values are 66 MB a row)
 
 
@@ -83,7 +86,7 @@ class _Batch:
 
 
 class Llama:
-    """A model with its tokenizer and limits; `.model` and `.tokenizer` are public.
+    """A model with its tokenizer and limits; `.model` and `.tokenizer` are public. Without a tokenizer, ids only.
 
     max_seq_len: prompt and generated tokens of one row together. max_batch_size: rows of one call. seed: of the random
     stream that sampling draws from, across calls; a call's own `seed` starts a stream of its own.
@@ -121,7 +124,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         max_seq_len: int = 2048,
         max_batch_size: int = 32,
         seed: int = 1,
@@ -130,7 +133,7 @@ class Llama:
         _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed, decoding)
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter = None if tokenizer is None else ChatFormat(tokenizer)
         self.decoder = Decoder(model, decoding)
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -161,7 +164,7 @@ class Llama:
         """
         batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        stops = self.tokenizer.stop_tokens if stop_tokens is None else list(stop_tokens)
+        stops = self._stop_tokens(stop_tokens)
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
         drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs)
         tokens_out, logprobs_out = [], []
@@ -188,7 +191,7 @@ class Llama:
         """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
         batch = self._batch([prompt], max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        stops = self._stop_tokens(stop_tokens)
         for drawn, logits in self._steps(batch, sampling, use_cache):
             self._require_finite(_is_finite(logits))
             token = drawn.item()
@@ -268,7 +271,13 @@ class Llama:
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
-        return _Batch(prompts, max_gen_len, self.max_seq_len, self.tokenizer.pad_id, self.device)
+        pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
+        return _Batch(prompts, max_gen_len, self.max_seq_len, pad_id, self.device)
+
+    def _stop_tokens(self, stop_tokens: Sequence[int] | None) -> list[int]:
+        if stop_tokens is not None:
+            return list(stop_tokens)
+        return [] if self.tokenizer is None else self.tokenizer.stop_tokens
 
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> _Sampling:
         _check_sampling(temperature, top_p, top_k, seed)
@@ -312,7 +321,9 @@ class Llama:
             return
         model, tokens, pos = self.model, batch.tokens, batch.last
         rows = torch.arange(tokens.shape[0], device=self.device)
-        cache, decode = self.decoder.start(len(rows), batch.max_len) if use_cache else (None, None)
+        cache, decode = None, None
+        if use_cache and batch.n_steps > 1:  # nobody would read the cache after the only step
+            cache, decode = self.decoder.start(len(rows), batch.max_len)
         logits = model.logits(self._last_hidden(tokens[:, : batch.longest], pos, cache))
         for step in range(1, batch.n_steps + 1):
             token = next_token(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.generator)
@@ -324,8 +335,8 @@ class Llama:
                 logits = decode(token, pos)
             else:
                 tokens[rows, pos] = token
-                h = self._last_hidden(tokens[:, : min(batch.longest + step, batch.max_len)], pos, None)
-                logits = model.logits(h)
+                length = -(-(batch.longest + step) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+                logits = model.logits(self._last_hidden(tokens[:, :length], pos, None))
 
     def _last_hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache | None) -> Tensor:
         """Final hidden states [B, dim] at `pos` of whole sequences [B, T], some rows at a time."""
@@ -360,9 +371,9 @@ def _is_finite(logits: Tensor) -> Tensor:
 
 
 def _check_limits(
-    tokenizer: Tokenizer, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int, decoding: str
+    tokenizer: Tokenizer | None, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int, decoding: str
 ) -> None:
-    if tokenizer.n_words != args.vocab_size:
+    if tokenizer is not None and tokenizer.n_words != args.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.n_words} words, the model {args.vocab_size}; "
             "pass the --tokenizer_path that belongs to this checkpoint"

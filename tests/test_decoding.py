@@ -13,7 +13,7 @@ from torch import nn
 
 from llama import KVCache, Llama, ModelArgs, Tokenizer
 from llama.config import PRESETS
-from llama.decoding import CapturedStep, Decoder, EagerStep
+from llama.decoding import CapturedStep, EagerStep
 from llama.errors import InputError
 from llama.kernels import decode_step, native
 

@@ -1,0 +1,492 @@
+"""Table 1: peak memory and runtime of generation, with and without the KV cache, beside what the hardware allows.
+
+    python benchmark_inference.py                            # Llama 3.2 1B's shape, random weights, 256 + 32 tokens
+    python benchmark_inference.py --model=tiny               # the same table of the embedded model's shape, in a minute
+    python benchmark_inference.py --against=transformers     # and Hugging Face's generate on the same weights and ids
+
+Each cell has a process of its own, which loads, warms up, and then runs when it is told to; the rounds go through the
+cells in shuffled order, so that a slow minute of the machine hits all of them. On a GPU a cell's process ends before
+the next one begins, for the sake of its memory. Before anything is timed, the tokens with and without the cache are
+compared in fp32.
+
+Columns: "x floor" is the median of time over the least time that the hardware allows, both measured in the same round.
+The floor of a decode step is its bytes (each weight once, the keys and values so far) over the best rate at which any
+reading kernel goes through the weights; that of a prefill, and of everything without the cache, is its FLOPs over the
+best rate of the network's own largest products; that of memory is weights + cache + one row of logits each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama import Llama, Transformer, bench, checkpoint, cli, floors
+from llama import device as devices
+from llama.config import PRESETS
+from llama.decoding import DECODING
+from llama.errors import EnvironmentFailure, InputError
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "reports" / "results" / "inference.jsonl"
+FIGURES = ROOT / "reports" / "figures"
+PEERS = ("transformers", "transformers static", "transformers compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of the table: who generates, how many rows, with or without the cache."""
+
+    engine: str
+    batch_size: int
+    use_cache: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all cells of one run share."""
+
+    ckpt_dir: str
+    input_len: int
+    output_len: int
+    device: str
+    dtype: str
+    decoding: str
+    warm_up: int
+    memory_limit_gb: float | None
+    seed: int
+
+
+def main(
+    *,
+    model: str = "llama3.2-1b",
+    ckpt_dir: str | None = None,
+    batch_sizes: str = "1,8,16",
+    input_len: int = 256,
+    output_len: int = 32,
+    cache: str = "both",
+    repeats: int = 5,
+    warm_up: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    decoding: str = "auto",
+    against: str | None = None,
+    memory_limit_gb: float | None = None,
+    seed: int = 1,
+    results: str | None = None,
+    figure: str | None = None,
+    work_dir: str | None = None,
+    worker: str | None = None,
+) -> None:
+    """Measure Table 1: peak memory and runtime of generation with and without the KV cache.
+
+    Args:
+        model: a preset, with random weights: llama3.2-1b, llama3.2-3b, llama3.1-8b, llama2-7b, tiny or tiny-draft.
+        ckpt_dir: a checkpoint directory instead of random weights.
+        batch_sizes: prompts in a call, separated by commas.
+        input_len: tokens of each prompt.
+        output_len: tokens generated for each.
+        cache: both, on or off.
+        repeats: timed runs of each cell.
+        warm_up: runs before them, not counted.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto (the device's 16-bit type), float32, bfloat16 or float16.
+        decoding: auto, eager or compiled; see llama/decoding.py.
+        against: transformers, to measure Hugging Face's generate on the same weights and ids too (needs transformers).
+        memory_limit_gb: hold a larger GPU to this much memory; a P100 has 16.
+        seed: of weights, prompts and the order of the cells.
+        results: file that the measured rows are appended to; default: reports/results/inference.jsonl.
+        figure: file of the plot; default: one in reports/figures, named after model and device.
+        work_dir: where the random checkpoint is written for the while; default: the system's temporary folder.
+        worker: (internal) measure one cell, given as JSON, on demand.
+    """
+    if worker is not None:
+        serve(json.loads(worker))
+        return
+    cells = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, against)
+    if warm_up < 0 or decoding not in DECODING:
+        raise InputError(f"--warm_up={warm_up} --decoding={decoding}: expected 0 or more, and {', '.join(DECODING)}")
+    if dtype == "auto" and devices.resolve(device)[0].type == "cpu":
+        dtype = "bfloat16"  # half the bytes; the library's own default on a CPU is fp32, for exactness
+    resolved, weights = devices.resolve(device, dtype)
+    if memory_limit_gb is not None and (resolved.type != "cuda" or memory_limit_gb <= 0):
+        raise InputError(f"--memory_limit_gb={memory_limit_gb}: expected more than 0, and a CUDA device to limit")
+    path = Path(results) if results is not None else RESULTS
+    bench.require_writable(path)
+    name = str(weights).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        directory = provide_weights(Path(folder), model, ckpt_dir, weights, seed, against is not None)
+        shape = (input_len, output_len, str(resolved), name, decoding, warm_up, memory_limit_gb, seed)
+        plan = Plan(str(directory.resolve()), *shape)
+        check = Worker(plan, None)
+        check.ask()
+        check.close()
+        runs = measure(plan, cells, repeats)
+    label = model if ckpt_dir is None else Path(ckpt_dir).name
+    rows = [append_row(path, label, plan, cell, runs[cell], resolved) for cell in cells]
+    print(table(rows))
+    print(details(rows))
+    image = Path(figure) if figure is not None else FIGURES / f"inference-{label}-{resolved.type}.png"
+    plot(rows, image)
+    print(f"rows appended to {path.name}; plot in {image.name}")
+
+
+def check_flags(
+    model: str, batch_sizes: str, input_len: int, output_len: int, cache: str, repeats: int, against: str | None
+) -> list[Cell]:
+    """The cells that the flags ask for. Raises InputError for what cannot be measured."""
+    if model not in PRESETS:
+        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise InputError(f"--batch_sizes={batch_sizes}: expected different numbers above 0, such as 1,8,16")
+    for name, value, least in (("input_len", input_len, 1), ("output_len", output_len, 2), ("repeats", repeats, 1)):
+        if value < least:
+            raise InputError(f"--{name}={value}: expected at least {least}")
+    if cache not in ("both", "on", "off"):
+        raise InputError(f"--cache={cache}: expected both, on or off")
+    if against not in (None, "transformers"):
+        raise InputError(f"--against={against}: expected transformers")
+    modes = {"both": (True, False), "on": (True,), "off": (False,)}[cache]
+    cells = [Cell("llama", size, use_cache) for size in sizes for use_cache in modes]
+    return cells + [Cell(peer, size, True) for size in sizes for peer in PEERS if against]
+
+
+def provide_weights(
+    folder: Path, model: str, ckpt_dir: str | None, dtype: torch.dtype, seed: int, for_peers: bool
+) -> Path:
+    """A directory for all cells: the user's, or random weights; in Hugging Face's layout where peers need it."""
+    if ckpt_dir is not None:
+        checkpoint.read_args(ckpt_dir)
+        if not for_peers or (Path(ckpt_dir) / "config.json").exists():
+            return Path(ckpt_dir)
+        network = checkpoint.load(ckpt_dir, dtype)
+    else:
+        args = PRESETS[model]
+        print(f"writing random weights of {model} ({args.weight_bytes(dtype.itemsize) / 1e9:.1f} GB)", file=sys.stderr)
+        with torch.device("meta"):
+            network = Transformer(args)
+        network = network.to(dtype).to_empty(device="cpu")
+        network.init_weights(torch.Generator().manual_seed(seed))
+    checkpoint.save(network, folder / "weights", "hf" if for_peers else "meta")
+    return folder / "weights"
+
+
+class Worker:
+    """A process that measures one cell whenever it is told to."""
+
+    def __init__(self, plan: Plan, cell: Cell | None) -> None:
+        spec = {"plan": dataclasses.asdict(plan), "cell": cell and dataclasses.asdict(cell)}
+        command = [sys.executable, __file__, f"--worker={json.dumps(spec)}"]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115: close() closes it
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+
+    def ask(self) -> dict[str, float] | None:
+        """One measurement; None where memory ran out."""
+        try:
+            self._process.stdin.write("run\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer:
+            return json.loads(answer)
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ["no message"]
+        if code == -9 or "out of memory" in lines[-1]:  # the system's killer, or our own message
+            return None
+        raise EnvironmentFailure(f"a cell's process ended with {code}: {lines[-1]}")
+
+    def close(self) -> None:
+        """End the process; its memory is free afterwards."""
+        if self._process.poll() is None:
+            self._process.stdin.close()
+            self._process.wait()
+        self._errors.close()
+
+
+def measure(plan: Plan, cells: list[Cell], repeats: int) -> dict[Cell, list[dict[str, float]]]:
+    """`repeats` measurements of each cell; an empty list where memory ran out.
+
+    On a CPU the cells of one batch size wait side by side and take turns; on a GPU each runs alone.
+    """
+    order = random.Random(plan.seed)
+    alone = plan.device.startswith("cuda")
+    sizes = sorted({cell.batch_size for cell in cells})
+    groups = [[cell] for cell in cells] if alone else [[c for c in cells if c.batch_size == size] for size in sizes]
+    order.shuffle(groups)
+    runs: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in cells}
+    with tqdm(total=len(cells) * repeats, unit="run") as bar:
+        for group in groups:
+            workers = {cell: Worker(plan, cell) for cell in group}
+            try:
+                for _ in range(repeats):
+                    for cell in order.sample(group, len(group)):
+                        bar.set_description(f"batch {cell.batch_size}, {cell.engine}, cache {_on(cell)}")
+                        result = workers[cell].ask()
+                        bar.update()
+                        if result is None:
+                            runs[cell] = []
+                            group = [other for other in group if other != cell]
+                        else:
+                            runs[cell].append(result)
+            finally:
+                for worker in workers.values():
+                    worker.close()
+    return runs
+
+
+def _on(cell: Cell) -> str:
+    return "on" if cell.use_cache else "off"
+
+
+def serve(spec: dict[str, Any]) -> None:
+    """The other side of Worker: set up once, then one measurement for each line that comes in."""
+    plan = Plan(**spec["plan"])
+    device, _ = devices.resolve(plan.device, plan.dtype)
+    if plan.memory_limit_gb is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory_limit_gb * 1e9 / total), device)
+    run = (lambda: check_tokens(plan, device)) if spec["cell"] is None else CellRunner(plan, Cell(**spec["cell"]))
+    for _ in sys.stdin:
+        print(json.dumps(run()), flush=True)
+
+
+def check_tokens(
+    plan: Plan, device: torch.device, n_prompts: int = 2, input_len: int = 48, output_len: int = 8
+) -> dict:
+    """Generate in fp32 with and without the cache. Raises InputError where a token differs: no speed would matter."""
+    model = checkpoint.load(plan.ckpt_dir, torch.float32, device)
+    llama = Llama(model, None, input_len + output_len, n_prompts, decoding=plan.decoding)
+    prompts = random_prompts(model.args.vocab_size, n_prompts, min(input_len, plan.input_len), plan.seed)
+    on, off = (llama.generate(prompts, output_len, 0, use_cache=use_cache)[0] for use_cache in (True, False))
+    if on != off:
+        raise InputError("the tokens with and without the KV cache differ in float32; the timings would be meaningless")
+    return {"tokens_equal": sum(map(len, on))}
+
+
+def random_prompts(vocab_size: int, batch_size: int, length: int, seed: int) -> list[list[int]]:
+    """The same ids for every engine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (batch_size, length), generator=generator).tolist()
+
+
+class CellRunner:
+    """One cell in this process: loads and warms up at the first call, measures at every call."""
+
+    def __init__(self, plan: Plan, cell: Cell) -> None:
+        self.plan, self.cell = plan, cell
+        self.device, self.dtype = devices.resolve(plan.device, plan.dtype)
+        self.generate: Callable[[int], Any] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        plan, cell = self.plan, self.cell
+        if self.generate is None:
+            self._prepare()
+        values = self._floors() if cell.engine == "llama" else {}
+        if cell.engine == "llama":
+            _, first = bench.measure(lambda: self.generate(1), self.device)
+            values["ttft_s"] = first.seconds
+        _, whole = bench.measure(lambda: self.generate(plan.output_len), self.device)
+        values |= {"runtime_s": whole.seconds, "load_s": self.load_s, "warm_up_s": self.warm_up_s}
+        if whole.peak_bytes is not None:
+            values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / bench.MB
+        if cell.engine == "llama":
+            values["tpot_s"] = (whole.seconds - first.seconds) / (plan.output_len - 1)
+            for name in ("runtime_s", "ttft_s", "tpot_s", "peak_memory_mb"):
+                if name in values and f"floor_{name}" in values:
+                    values[f"{name.rpartition('_')[0]}_over_floor_x"] = values[name] / values[f"floor_{name}"]
+        return values
+
+    def _prepare(self) -> None:
+        """Load, outside of any timing, and run `warm_up` times; without the cache two tokens touch all that 32 do."""
+        plan, cell = self.plan, self.cell
+        load = load_ours if cell.engine == "llama" else load_transformers
+        warm_libraries(self.device, self.dtype)
+        bench.reset_peak_memory(self.device)
+        self.baseline = 0 if self.device.type == "cuda" else bench.peak_memory_bytes(self.device)
+        (self.generate, self.model), loading = bench.measure(
+            lambda: load(plan, cell, self.device, self.dtype), self.device
+        )
+        self.load_s = loading.seconds
+        length = plan.output_len if cell.use_cache else 2
+        _, warming = bench.measure(lambda: [self.generate(length) for _ in range(plan.warm_up)], self.device)
+        self.warm_up_s = warming.seconds
+
+    def _floors(self) -> dict[str, float]:
+        """The least time and memory that this cell can take, from rates measured right now."""
+        plan, cell, args = self.plan, self.cell, self.model.args
+        bandwidth = max(floors.read_bandwidth(self.model).values())
+        rate = max(floors.product_rate(self.model).values())
+        size, batch, n = self.dtype.itemsize, cell.batch_size, plan.output_len
+        step_bytes = args.decode_bytes(batch, plan.input_len + n // 2, size)
+        prefill_s = batch * args.forward_flops(plan.input_len) / rate
+        if cell.use_cache:
+            step_s = step_bytes / bandwidth
+        else:
+            flops = sum(args.forward_flops(plan.input_len + i) for i in range(1, n))
+            step_s = batch * flops / rate / (n - 1)
+        cache = args.kv_cache_bytes(batch, plan.input_len + n - 1, size) if cell.use_cache else 0
+        memory = args.weight_bytes(size) + cache + batch * args.vocab_size * size
+        return {
+            "read_bandwidth_gb_s": bandwidth / 1e9,
+            "product_rate_tflop_s": rate / 1e12,
+            "step_bytes_mb": step_bytes / bench.MB,
+            "floor_ttft_s": prefill_s,
+            "floor_tpot_s": step_s,
+            "floor_runtime_s": prefill_s + (n - 1) * step_s,
+            "floor_peak_memory_mb": memory / bench.MB,
+        }
+
+
+def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Let the libraries set up what they keep, with a model of a few kilobytes, before memory is counted."""
+    llama = Llama(Transformer(PRESETS["tiny-draft"]).to(device, dtype).eval(), None)
+    for use_cache in (True, False):
+        llama.generate([[1, 2, 3]], 2, 0, use_cache=use_cache)
+
+
+def load_ours(
+    plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[int], Any], Transformer]:
+    """A function that generates that many tokens, and the model for its shape and weights."""
+    model = checkpoint.load(plan.ckpt_dir, dtype, device)
+    llama = Llama(model, None, plan.input_len + plan.output_len, cell.batch_size, decoding=plan.decoding)
+    prompts = random_prompts(model.args.vocab_size, cell.batch_size, plan.input_len, plan.seed)
+    return lambda n: llama.generate(prompts, n, 0, use_cache=cell.use_cache), model
+
+
+def load_transformers(
+    plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[int], Any], None]:
+    """Hugging Face's generate: with its default cache, a static one, or a static one and torch.compile."""
+    try:
+        import transformers
+    except ImportError:
+        raise EnvironmentFailure(
+            "--against=transformers needs the transformers package; see requirements-dev.txt"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(plan.ckpt_dir, dtype=dtype).to(device).eval()
+    ids = torch.tensor(random_prompts(model.config.vocab_size, cell.batch_size, plan.input_len, plan.seed)).to(device)
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    if cell.engine != "transformers":
+        options["cache_implementation"] = "static"
+        options["disable_compile"] = cell.engine == "transformers static"
+    if cell.engine == "transformers compiled":
+        compile_config = transformers.CompileConfig()
+        compile_config._compile_all_devices = True  # its own switch for compiling on a CPU too
+        options["compile_config"] = compile_config
+    return lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), None
+
+
+def append_row(
+    path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, float]], device: torch.device
+) -> dict[str, Any]:
+    """One row for a cell; without metrics where memory ran out."""
+    metrics = {name: bench.spread([run[name] for run in runs]) for name in runs[0]} if runs else {}
+    place = {"model": label, **dataclasses.asdict(cell), "input_len": plan.input_len, "output_len": plan.output_len}
+    place |= {"decoding": plan.decoding, "memory_limit_gb": plan.memory_limit_gb}
+    return bench.append_row(path, "inference", place, metrics, device, plan.dtype, plan.seed)
+
+
+def _cells(rows: list[dict], engine: str, use_cache: bool) -> dict[int, dict[str, Any]]:
+    """Metrics by batch size."""
+    chosen = [row for row in rows if (row["cell"]["engine"], row["cell"]["use_cache"]) == (engine, use_cache)]
+    return {row["cell"]["batch_size"]: row["metrics"] for row in sorted(chosen, key=lambda r: r["cell"]["batch_size"])}
+
+
+def _number(metrics: dict[str, Any] | None, name: str, form: str) -> str:
+    """A median as text: x where memory ran out, - where it was not measured."""
+    if metrics is None or (metrics and name not in metrics):
+        return "-"
+    return format(metrics[name]["median"], form) if metrics else "x"
+
+
+def table(rows: list[dict]) -> str:
+    """Table 1 in the course's form, as Markdown."""
+    sizes = sorted({row["cell"]["batch_size"] for row in rows})
+    cell = rows[0]["cell"]
+    lines = [f"| {cell['input_len']} + {cell['output_len']} tokens | " + " | ".join(f"batch {n}" for n in sizes) + " |"]
+    lines.append("|---|" + "---|" * len(sizes))
+    for use_cache, title in ((True, "with KV cache"), (False, "without")):
+        metrics = _cells(rows, "llama", use_cache)
+        for label, name, form in (("peak memory (MB)", "peak_memory_mb", ",.0f"), ("runtime (s)", "runtime_s", ".2f")):
+            if metrics:
+                values = " | ".join(_number(metrics.get(size), name, form) for size in sizes)
+                lines.append(f"| {title}: {label} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def details(rows: list[dict]) -> str:
+    """What stands behind Table 1: each figure beside its floor, and the peers beside us; as Markdown."""
+    lines = [
+        "| batch | engine | cache | runtime (s) | x floor | first token (s) | x floor | each next (ms) | x floor |"
+    ]
+    lines[0] += " memory x floor | its runtime / ours |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    ours = _cells(rows, "llama", True)
+    for row in sorted(rows, key=lambda r: (r["cell"]["batch_size"], r["cell"]["engine"], not r["cell"]["use_cache"])):
+        cell, m = row["cell"], row["metrics"]
+        run = m.get("runtime_s")
+        runtime = f"{run['median']:.2f} ({run['min']:.2f} to {run['max']:.2f})" if run else "x"
+        own = ours.get(cell["batch_size"])
+        compared = f"{run['median'] / own['runtime_s']['median']:.2f}" if run and own else "-"
+        step = f"{1e3 * m['tpot_s']['median']:.1f}" if "tpot_s" in m else _number(m, "tpot_s", "")
+        x_floor = {
+            name: _number(m, f"{name}_over_floor_x", ".2f") for name in ("runtime", "ttft", "tpot", "peak_memory")
+        }
+        cells = [str(cell["batch_size"]), cell["engine"], "on" if cell["use_cache"] else "off", runtime]
+        cells += [x_floor["runtime"], _number(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
+        lines.append(f"| {' | '.join([*cells, x_floor['peak_memory'], compared])} |")
+    row = rows[0]
+    repeats = {r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"]}
+    where = f"{row['device']['name']}, {row['threads']} threads, torch {row['torch']}, {row['dtype']}"
+    limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
+    runs = " to ".join(str(n) for n in sorted({min(repeats), max(repeats)})) if repeats else "no"
+    lines.append(
+        f"\nMedians (least to most) of {runs} runs of {row['cell']['model']}; {where}{limit}; x: out of memory."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Runtime and peak memory by batch size, with and without the cache, each with its floor."""
+    from matplotlib.figure import Figure  # draws without a screen, and only here
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name, title in ((axes[0], "runtime_s", "runtime (s)"), (axes[1], "peak_memory_mb", "peak memory (MB)")):
+        for use_cache, colour, label in ((True, "#1b6ca8", "with KV cache"), (False, "#c1440e", "without")):
+            metrics = {size: m for size, m in _cells(rows, "llama", use_cache).items() if name in m}
+            if metrics:
+                axis.plot(list(metrics), [m[name]["median"] for m in metrics.values()], "o-", color=colour, label=label)
+                floor = [m[f"floor_{name}"]["median"] for m in metrics.values()]
+                axis.plot(list(metrics), floor, ":", color=colour, label=f"{label}: floor")
+        axis.set(xlabel="batch size", title=title, xticks=sorted({row["cell"]["batch_size"] for row in rows}))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    row = rows[0]
+    figure.suptitle(f"{row['cell']['model']}, {row['dtype']}, {row['device']['name']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""What the hardware allows, measured in the same minute as what it is compared with.
+
+A decode step cannot be faster than reading its weights and cache once; a prefill cannot be faster than its matrix
+products at the best rate that any of them reaches. Both rates change with the neighbours of a shared machine, so that a
+floor measured at another time is worth nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llama.bench import synchronize
+from llama.kernels import decode_step
+from llama.model import Transformer
+
+PRODUCT_ROWS = (256, 1024, 2048)
+
+
+def read_bandwidth(model: Transformer) -> dict[str, float]:
+    """Bytes per second at which each reading kernel goes through all matrices of the model, by name of the kernel.
+
+    A whole model is far larger than any cache, so nothing is read from one.
+    """
+    matrices = [weight.detach() for weight in model.parameters() if weight.dim() == 2]
+    readers: dict[str, Callable[[torch.Tensor], Any]] = {
+        "sum": lambda w: w.view(torch.float32).sum(),  # as fp32 whatever they are: the values do not matter
+        "max": lambda w: w.view(torch.int32).amax(),
+    }
+    library = decode_step.library()
+    if matrices[0].device.type == "cpu" and library is not None:
+        readers["streams"] = lambda w: library.read_all(w.data_ptr(), w.nbytes)
+    n_bytes = sum(w.nbytes for w in matrices)
+    return {name: n_bytes / _seconds(reader, matrices) for name, reader in readers.items()}
+
+
+def _seconds(reader: Callable[[torch.Tensor], Any], matrices: list[torch.Tensor]) -> float:
+    device = matrices[0].device
+    synchronize(device)
+    began = time.perf_counter()
+    for matrix in matrices:
+        reader(matrix)
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def product_rate(model: Transformer) -> dict[str, float]:
+    """FLOPs per second of the network's largest products, x w1^T and x w2^T, by number of rows of x.
+
+    Each product takes the weights of another layer, so that none is in a cache.
+    """
+    args, weight = model.args, model.layers[0].feed_forward.w1.weight
+    rates = {}
+    for rows in PRODUCT_ROWS:
+        x = torch.full((rows, args.dim), 0.5, dtype=weight.dtype, device=weight.device)
+        h = torch.full((rows, args.ffn_dim), 0.5, dtype=weight.dtype, device=weight.device)
+        layers = [block.feed_forward for block in model.layers[: 4 if rows <= 1024 else 2]]
+        F.linear(x, layers[0].w1.weight)
+        synchronize(weight.device)
+        began = time.perf_counter()
+        for layer in layers:
+            F.linear(x, layer.w1.weight)
+            F.linear(h, layer.w2.weight)
+        synchronize(weight.device)
+        rates[f"{rows} rows"] = len(layers) * 4 * rows * args.dim * args.ffn_dim / (time.perf_counter() - began)
+    return rates
