@@ -23,6 +23,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from llama.errors import EnvironmentFailure, InputError
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "reports" / "results" / "inference.jsonl"
 FIGURES = ROOT / "reports" / "figures"
+Generate = Callable[[int, Callable[[int], None] | None], Any]  # so many tokens; called back after each step
+CONTEXT = 131_072  # positions that Llama 3.2 was trained for
 PEERS = ("transformers", "transformers static", "transformers compiled")
 
 
@@ -112,9 +115,7 @@ def main(
     if worker is not None:
         serve(json.loads(worker))
         return
-    cells = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, against)
-    if warm_up < 0 or decoding not in DECODING:
-        raise InputError(f"--warm_up={warm_up} --decoding={decoding}: expected 0 or more, and {', '.join(DECODING)}")
+    cells = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, warm_up, decoding, against)
     if dtype == "auto" and devices.resolve(device)[0].type == "cpu":
         dtype = "bfloat16"  # half the bytes; the library's own default on a CPU is fp32, for exactness
     resolved, weights = devices.resolve(device, dtype)
@@ -141,7 +142,15 @@ def main(
 
 
 def check_flags(
-    model: str, batch_sizes: str, input_len: int, output_len: int, cache: str, repeats: int, against: str | None
+    model: str,
+    batch_sizes: str,
+    input_len: int,
+    output_len: int,
+    cache: str,
+    repeats: int,
+    warm_up: int,
+    decoding: str,
+    against: str | None,
 ) -> list[Cell]:
     """The cells that the flags ask for. Raises InputError for what cannot be measured."""
     if model not in PRESETS:
@@ -152,11 +161,21 @@ def check_flags(
         sizes = []
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise InputError(f"--batch_sizes={batch_sizes}: expected different numbers above 0, such as 1,8,16")
-    for name, value, least in (("input_len", input_len, 1), ("output_len", output_len, 2), ("repeats", repeats, 1)):
+    limits = {
+        "input_len": (input_len, 1),
+        "output_len": (output_len, 2),
+        "repeats": (repeats, 1),
+        "warm_up": (warm_up, 0),
+    }
+    for name, (value, least) in limits.items():
         if value < least:
             raise InputError(f"--{name}={value}: expected at least {least}")
+    if input_len + output_len > CONTEXT:
+        raise InputError(f"--input_len={input_len} --output_len={output_len}: more positions than Llama's {CONTEXT:,}")
     if cache not in ("both", "on", "off"):
         raise InputError(f"--cache={cache}: expected both, on or off")
+    if decoding not in DECODING:
+        raise InputError(f"--decoding={decoding}: expected one of {', '.join(DECODING)}")
     if against not in (None, "transformers"):
         raise InputError(f"--against={against}: expected transformers")
     modes = {"both": (True, False), "on": (True,), "off": (False,)}[cache]
@@ -190,7 +209,7 @@ class Worker:
     def __init__(self, plan: Plan, cell: Cell | None) -> None:
         spec = {"plan": dataclasses.asdict(plan), "cell": cell and dataclasses.asdict(cell)}
         command = [sys.executable, __file__, f"--worker={json.dumps(spec)}"]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115: close() closes it
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
 
@@ -213,9 +232,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process; its memory is free afterwards."""
-        if self._process.poll() is None:
-            self._process.stdin.close()
-            self._process.wait()
+        self._process.communicate()  # the end of its input is its sign to leave
         self._errors.close()
 
 
@@ -291,25 +308,34 @@ class CellRunner:
     def __init__(self, plan: Plan, cell: Cell) -> None:
         self.plan, self.cell = plan, cell
         self.device, self.dtype = devices.resolve(plan.device, plan.dtype)
-        self.generate: Callable[[int], Any] | None = None
+        self.generate: Generate | None = None
 
     def __call__(self) -> dict[str, float]:
         plan, cell = self.plan, self.cell
         if self.generate is None:
             self._prepare()
         values = self._floors() if cell.engine == "llama" else {}
-        if cell.engine == "llama":
-            _, first = bench.measure(lambda: self.generate(1), self.device)
-            values["ttft_s"] = first.seconds
-        _, whole = bench.measure(lambda: self.generate(plan.output_len), self.device)
+        times: list[float] = []  # of the start and of the first token
+
+        def at_step(step: int) -> None:
+            if step == 1:
+                bench.synchronize(self.device)
+                times.append(time.perf_counter())
+
+        def work() -> None:
+            times.append(time.perf_counter())
+            self.generate(plan.output_len, at_step)
+
+        _, whole = bench.measure(work, self.device)
         values |= {"runtime_s": whole.seconds, "load_s": self.load_s, "warm_up_s": self.warm_up_s}
+        if len(times) == 2:
+            values["ttft_s"] = times[1] - times[0]
+            values["tpot_s"] = (whole.seconds - values["ttft_s"]) / (plan.output_len - 1)
         if whole.peak_bytes is not None:
             values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / bench.MB
-        if cell.engine == "llama":
-            values["tpot_s"] = (whole.seconds - first.seconds) / (plan.output_len - 1)
-            for name in ("runtime_s", "ttft_s", "tpot_s", "peak_memory_mb"):
-                if name in values and f"floor_{name}" in values:
-                    values[f"{name.rpartition('_')[0]}_over_floor_x"] = values[name] / values[f"floor_{name}"]
+        for name in ("runtime_s", "ttft_s", "tpot_s", "peak_memory_mb"):
+            if name in values and f"floor_{name}" in values:
+                values[f"{name.rpartition('_')[0]}_over_floor_x"] = values[name] / values[f"floor_{name}"]
         return values
 
     def _prepare(self) -> None:
@@ -324,7 +350,7 @@ class CellRunner:
         )
         self.load_s = loading.seconds
         length = plan.output_len if cell.use_cache else 2
-        _, warming = bench.measure(lambda: [self.generate(length) for _ in range(plan.warm_up)], self.device)
+        _, warming = bench.measure(lambda: [self.generate(length, None) for _ in range(plan.warm_up)], self.device)
         self.warm_up_s = warming.seconds
 
     def _floors(self) -> dict[str, float]:
@@ -360,19 +386,15 @@ def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
         llama.generate([[1, 2, 3]], 2, 0, use_cache=use_cache)
 
 
-def load_ours(
-    plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[[int], Any], Transformer]:
+def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Transformer]:
     """A function that generates that many tokens, and the model for its shape and weights."""
     model = checkpoint.load(plan.ckpt_dir, dtype, device)
     llama = Llama(model, None, plan.input_len + plan.output_len, cell.batch_size, decoding=plan.decoding)
     prompts = random_prompts(model.args.vocab_size, cell.batch_size, plan.input_len, plan.seed)
-    return lambda n: llama.generate(prompts, n, 0, use_cache=cell.use_cache), model
+    return lambda n, at_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=at_step), model
 
 
-def load_transformers(
-    plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[[int], Any], None]:
+def load_transformers(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, None]:
     """Hugging Face's generate: with its default cache, a static one, or a static one and torch.compile."""
     try:
         import transformers
@@ -391,7 +413,7 @@ def load_transformers(
         compile_config = transformers.CompileConfig()
         compile_config._compile_all_devices = True  # its own switch for compiling on a CPU too
         options["compile_config"] = compile_config
-    return lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), None
+    return lambda n, _: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), None
 
 
 def append_row(

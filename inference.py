@@ -61,6 +61,7 @@ def main(
     seed: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    decoding: str = "auto",
 ) -> None:
     """Generate text with a Llama model, with the KV cache on or off.
 
@@ -82,6 +83,7 @@ def main(
         seed: of sampling; the same seed and settings give the same text.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type.
+        decoding: auto takes the fastest step that the machine has; eager the plain one; compiled uses torch.compile.
     """
     if compare and (stream or not use_cache):
         raise InputError("--compare runs with and without the cache itself; leave out --stream and --use_cache")
@@ -93,7 +95,7 @@ def main(
     directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
     tokenizer = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
-    llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, progress=True)
+    llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, decoding=decoding, progress=True)
     print(describe(llama, directory))
     prompts = [Prompt(text, encode(llama, text, chat)) for text in texts]
     stops = llama.tokenizer.chat_stop_tokens if chat else llama.tokenizer.stop_tokens
@@ -143,7 +145,7 @@ def describe(llama: Llama, directory: Path) -> str:
     weight = llama.model.tok_embeddings.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     place = f"{weight.device.type} ({bench.device_name(weight.device)})"
-    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}"
+    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     if directory == EMBEDDED:
         return f"embedded model, {size}; --ckpt_dir loads real weights\n"
     return f"{directory}, {size}\n"

@@ -19,9 +19,15 @@ class KVCache:
     """Keys and values, each [n_layers, batch, n_kv_heads, max_len, head_dim]; 2 * that many values of `dtype`."""
 
     def __init__(
-        self, args: ModelArgs, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        args: ModelArgs,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        n_layers: int | None = None,
     ) -> None:
-        shape = (args.n_layers, batch_size, args.n_kv_heads, max_len, args.head_dim)
+        shape = (n_layers or args.n_layers, batch_size, args.n_kv_heads, max_len, args.head_dim)
         # Zeros, not empty: a masked slot still takes part as 0 * v, and 0 * NaN would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)

@@ -1,11 +1,12 @@
-"""The decode step: one new token a row, KV cache on. Several ways to compute it, one meaning.
+"""How whole sequences and decode steps are computed: several ways, one meaning.
 
 A step is called with the newest token of each row and its position, both [B] int64, writes their keys and values to its
 cache and returns logits [B, V]:
 
     EagerStep      Transformer.forward, the slow twin of the others
     CapturedStep   the same, recorded once as a CUDA graph and replayed: no launch overhead, no Triton, any NVIDIA card
-    NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory
+    NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
+                   go through kernels/prefill.py there
 
 `decoding` names the choice: "auto" takes the fastest that the machine has, "eager" the plain one, "compiled" sends the
 eager step through torch.compile first, which takes a minute and is therefore never chosen on its own.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from llama.cache import KVCache
 from llama.errors import EnvironmentFailure
+from llama.kernels import prefill
 from llama.kernels.decode_step import NativeStep, supports
 from llama.model import Transformer
 
@@ -109,6 +111,13 @@ class Decoder:
         if self.decoding == "compiled" or self._captures:
             self._kept = (key, cache, step)
         return cache, step
+
+    def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
+        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any."""
+        if self.decoding == "auto" and supports(self.model):
+            return prefill.last_hidden(self.model, tokens, last, cache)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.model.hidden(tokens, None, cache)[rows, last]
 
     def _compile(self, step: EagerStep) -> Step:
         if not torch._dynamo.is_dynamo_supported():

@@ -10,7 +10,7 @@ Left out on purpose: files (checkpoint.py), sampling (sampling.py), how a decode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -155,18 +155,20 @@ class Llama:
         use_cache: bool = True,
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt by at most `max_gen_len` tokens, or to a stop token (not returned), or to max_seq_len.
 
         logprobs: also return the log-probability of each returned token under the model, before temperature and cuts
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
-        stop_tokens: default the end-of-text token. Raises InputError for prompts or settings out of range.
+        stop_tokens: default the end-of-text token. on_step: called with 1, 2, ... when the work for that many tokens a
+        row has been given to the device. Raises InputError for prompts or settings out of range.
         """
         batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
         stops = self._stop_tokens(stop_tokens)
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
-        drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs)
+        drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
         tokens_out, logprobs_out = [], []
         for row, prompt in enumerate(prompt_tokens):
             ids = drawn[row][: batch.budgets[row]]
@@ -285,7 +287,13 @@ class Llama:
         return _Sampling(temperature, top_p, top_k, generator)
 
     def _run(
-        self, batch: _Batch, sampling: _Sampling, use_cache: bool, stops: list[int], logprobs: bool
+        self,
+        batch: _Batch,
+        sampling: _Sampling,
+        use_cache: bool,
+        stops: list[int],
+        logprobs: bool,
+        on_step: Callable[[int], None] | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Draw until every row has stopped or used its budget; rows may run on past their end."""
         stop_ids = torch.tensor(stops, dtype=torch.int64, device=self.device)
@@ -294,6 +302,8 @@ class Llama:
         drawn, values = [], []
         for step, (tokens, logits) in enumerate(self._steps(batch, sampling, use_cache), 1):
             drawn.append(tokens)
+            if on_step is not None:
+                on_step(step)
             if logprobs:
                 values.append(logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
             finite = finite & _is_finite(logits)
@@ -344,9 +354,9 @@ class Llama:
         size = max(1, PREFILL_TOKENS // n_tokens)
         states = []
         for start in range(0, n_rows, size):
-            part = tokens[start : start + size]
-            h = self.model.hidden(part, None, cache and cache.part(start, start + len(part)))
-            states.append(h[torch.arange(len(part), device=h.device), pos[start : start + size]])
+            stop = min(start + size, n_rows)
+            part = cache and cache.part(start, stop)
+            states.append(self.decoder.last_hidden(tokens[start:stop], pos[start:stop], part))
         return torch.cat(states)
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:

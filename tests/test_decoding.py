@@ -13,7 +13,7 @@ from torch import nn
 
 from llama import KVCache, Llama, ModelArgs, Tokenizer
 from llama.config import PRESETS
-from llama.decoding import CapturedStep, EagerStep
+from llama.decoding import CapturedStep, Decoder, EagerStep
 from llama.errors import InputError
 from llama.kernels import decode_step, native
 
@@ -60,6 +60,27 @@ def test_native_step_is_as_exact_as_the_eager_one(shape, batch_size):
         assert error <= 2 * (eager - exact).norm() + 1e-6 * scale
     written = (runs["native"][1] != full_cache(args, batch_size, 41).k.double()).any(-1).any(2).any(0)
     assert torch.equal(written.nonzero()[:, 1], pos)  # one slot a row, and no other
+
+
+@needs_kernel
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 1), (2, 7), (5, 48)])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, use_cache):
+    """As above, for whole sequences of which another position of each row is wanted."""
+    args = SHAPES[shape]
+    model = random_model(args, std=0.05).bfloat16()
+    tokens = (torch.arange(batch_size * length).view(batch_size, length) * 7) % args.vocab_size
+    last = (length - 1 - torch.arange(batch_size)).clamp(min=0)
+    runs = {}
+    for name, decoding in (("native", "auto"), ("eager", "eager"), ("exact", "eager")):
+        dtype = torch.float64 if name == "exact" else torch.bfloat16
+        cache = KVCache(args, batch_size, length + 3, dtype, "cpu") if use_cache else None
+        hidden = Decoder(copy.deepcopy(model).to(dtype), decoding).last_hidden(tokens, last, cache)
+        runs[name] = [part.double() for part in (hidden, *((cache.k, cache.v) if use_cache else ()))]
+    for native_part, eager, exact in zip(*runs.values(), strict=True):
+        assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
 
 
 @needs_kernel

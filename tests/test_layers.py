@@ -30,7 +30,14 @@ MAY_IMPORT = {
     "llama.kernels": set(),
     "llama.kernels.native": set(),
     "llama.kernels.decode_step": {"llama.cache", "llama.kernels.native", "llama.model"},
-    "llama.decoding": {"llama.cache", "llama.errors", "llama.kernels.decode_step", "llama.model"},
+    "llama.kernels.prefill": {"llama.cache", "llama.kernels.decode_step", "llama.model"},
+    "llama.decoding": {
+        "llama.cache",
+        "llama.errors",
+        "llama.kernels.decode_step",
+        "llama.kernels.prefill",
+        "llama.model",
+    },
     "llama.generation": {
         "llama.cache",
         "llama.checkpoint",

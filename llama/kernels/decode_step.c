@@ -136,7 +136,7 @@ static void products(const bf16 *x, bf16 *packed, const Product *list, int count
 }
 
 /* y = bf16(x / sqrt(mean(x^2) + eps)) * weight over rows of N, a multiple of 16. */
-static void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, int64_t M, int64_t N) {
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, int64_t M, int64_t N) {
 #pragma omp parallel for schedule(static) if (M > 1)
     for (int64_t m = 0; m < M; m++) {
         const bf16 *in = x + m * N;
@@ -157,7 +157,7 @@ static void add(bf16 *x, const bf16 *y, int64_t n) {
 }
 
 /* gate = bf16(silu(gate)) * up over n values, a multiple of 16; silu(x) = x / (1 + e^-x). */
-static void silu_mul(bf16 *gate, const bf16 *up, int64_t n) {
+void silu_mul(bf16 *gate, const bf16 *up, int64_t n) {
     const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for schedule(static) if (n > 16384)
     for (int64_t i = 0; i < n; i += 16) {
@@ -180,6 +180,21 @@ static void rotate(const bf16 *x, const float *cos_sin, bf16 *y, int64_t D) {
         const __m512 v = load(x + i), cs = _mm512_loadu_ps(cos_sin + i);
         const __m512 c = _mm512_moveldup_ps(cs), s = _mm512_movehdup_ps(cs), other = _mm512_permute_ps(v, 0xb1);
         store(y + i, _mm512_fmaddsub_ps(v, c, _mm512_mul_ps(other, s))); /* x0 c - x1 s, x1 c + x0 s */
+    }
+}
+
+/* y[b, head, t] = x[b, t, head] over T positions of B sequences, rotated by cos_sin [T, D], or as it is where that is NULL.
+   A head of y takes `slots` positions, T of which are written: a cache, or T itself. */
+void rotate_heads(const bf16 *x, const float *cos_sin, bf16 *y, int64_t B, int64_t T, int64_t heads, int64_t D, int64_t slots) {
+#pragma omp parallel for schedule(static)
+    for (int64_t unit = 0; unit < B * heads; unit++) {
+        const int64_t b = unit / heads, head = unit % heads;
+        for (int64_t t = 0; t < T; t++) {
+            const bf16 *in = x + ((b * T + t) * heads + head) * D;
+            bf16 *out = y + (unit * slots + t) * D;
+            if (cos_sin) rotate(in, cos_sin + t * D, out, D);
+            else memcpy(out, in, (size_t)D * sizeof *in);
+        }
     }
 }
 

@@ -50,6 +50,10 @@ def library() -> ctypes.CDLL | None:
     loaded.decode_workspace.argtypes = [ctypes.POINTER(_Model), ctypes.c_int64, ctypes.c_int64]
     loaded.decode_workspace.restype = ctypes.c_int64
     loaded.decode_step.argtypes = [ctypes.POINTER(_Model), *[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_int64]
+    loaded.rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int64, ctypes.c_int64]
+    loaded.silu_mul.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    loaded.rotate_heads.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
+    loaded.rms_norm.restype = loaded.silu_mul.restype = loaded.rotate_heads.restype = None
     loaded.read_all.argtypes, loaded.read_all.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
     return loaded
 

@@ -1,0 +1,101 @@
+"""Whole sequences on a CPU in bfloat16: PyTorch's matrix products, and one pass of C for what lies between two of them.
+
+For prompts, and for every step without the KV cache. Three things make it faster than its slow twin,
+`Transformer.hidden`:
+
+- oneDNN copies the second operand of a product into its own layout. `F.linear` makes that the weight, 33 MB of it; here
+  the feed-forward runs with features first, w x^T, and the copy is of the activations.
+- RMSNorm, RoPE and SwiGLU are one pass each, in place where they can be.
+- Only the last position of each sequence is wanted. The last block computes keys and values for all of them, and the
+  rest of itself for that one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.kernels.decode_step import library
+from llama.model import FeedForward, RMSNorm, Transformer, TransformerBlock, rope_table
+
+
+@torch.no_grad()
+def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
+    """Final hidden states [B, dim] at position `last` [B] of `tokens` [B, T], normalised.
+
+    The model must be one that decode_step supports. Keys and values of positions 0..T-1 are written to the cache.
+    """
+    args, (B, T) = model.args, tokens.shape
+    if cache is None:  # one layer's worth, which every layer overwrites
+        cache = KVCache(args, B, T, torch.bfloat16, tokens.device, n_layers=1)
+    freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
+    x = model.tok_embeddings(tokens).flatten(0, 1)
+    rows = torch.arange(B) * T + last
+    for i, block in enumerate(model.layers):
+        h = _norm(block.attention_norm, x)
+        keys, values = _store(block, h, freqs_cis, cache, i % len(cache.k), (B, T))
+        if i + 1 < args.n_layers:
+            out = _attend(block, h, freqs_cis, keys, values, (B, T))
+        else:
+            x, h = x[rows], h[rows]
+            mask = (torch.arange(T) <= last[:, None])[:, None, None]
+            out = _attend_last(block, h, freqs_cis[last], keys, values, mask)
+        x += F.linear(out, block.attention.wo.weight)
+        x += _feed_forward(block.feed_forward, _norm(block.ffn_norm, x))
+    return _norm(model.norm, x)
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    library().rms_norm(x.data_ptr(), norm.weight.data_ptr(), y.data_ptr(), norm.eps, *x.shape)
+    return y
+
+
+def _heads(x: Tensor, freqs_cis: Tensor | None, out: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B * T, heads * D] rotated into the first T slots of `out` [B, heads, slots, D]."""
+    angles = None if freqs_cis is None else freqs_cis.data_ptr()
+    _, heads, slots, D = out.shape
+    library().rotate_heads(x.data_ptr(), angles, out.data_ptr(), *size, heads, D, slots)
+    return out
+
+
+def _store(
+    block: TransformerBlock, h: Tensor, freqs_cis: Tensor, cache: KVCache, layer: int, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, written to the cache and returned, [B, K, T, D] each."""
+    attention, T = block.attention, size[1]
+    keys = _heads(F.linear(h, attention.wk.weight), freqs_cis, cache.k[layer], size)
+    values = _heads(F.linear(h, attention.wv.weight), None, cache.v[layer], size)
+    return keys[:, :, :T], values[:, :, :T]
+
+
+def _attend(
+    block: TransformerBlock, h: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Causal attention of every position, [B * T, dim]."""
+    q = F.linear(h, block.attention.wq.weight)
+    D = keys.shape[-1]
+    q = _heads(q, freqs_cis, q.new_empty(size[0], q.shape[-1] // D, size[1], D), size)
+    out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).reshape(h.shape[0], -1)
+
+
+def _attend_last(
+    block: TransformerBlock, h: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
+    """Attention of one position a row, [B, dim]; the query heads of a key/value head are its query rows."""
+    q = F.linear(h, block.attention.wq.weight)
+    B, K, _, D = keys.shape
+    rotated = torch.empty_like(q)
+    for row in range(B):  # each row has an angle of its own
+        _heads(q[row], freqs_cis[row : row + 1], rotated[row].view(1, -1, 1, D), (1, 1))
+    return F.scaled_dot_product_attention(rotated.view(B, K, -1, D), keys, values, mask).reshape(B, -1)
+
+
+def _feed_forward(feed_forward: FeedForward, h: Tensor) -> Tensor:
+    """SwiGLU of h [rows, dim], features first inside."""
+    gate, up = (torch.mm(w.weight, h.t()) for w in (feed_forward.w1, feed_forward.w3))
+    library().silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+    return torch.mm(feed_forward.w2.weight, gate).t().contiguous()  # adding the view would take four times as long
