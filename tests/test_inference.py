@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from conftest import ROOT, SMALL, TINY, random_model
 import inference
 from llama import checkpoint, cli
 from llama.bench import Measurement
+from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
 
 PROMPT = "--prompt=The little fox"
@@ -92,6 +94,14 @@ def test_other_ways_to_run(monkeypatch, capsys, flags):
     code, out, err = call(monkeypatch, capsys, *flags, "--device=cpu")
     assert (code, err) == (0, "") if "--nothing=1" not in flags else code == 2
     assert code or "tokens/s" in out
+
+
+@pytest.mark.parametrize("decoding", ["auto", "eager"])
+def test_the_first_line_says_how_steps_are_decoded(tiny, monkeypatch, capsys, decoding):
+    flags = ("--dtype=bfloat16", f"--decoding={decoding}", "--max_gen_len=3", PROMPT, "--device=cpu")
+    _, out, _ = call(monkeypatch, capsys, *flags)
+    expected = Decoder(copy.deepcopy(tiny.model).bfloat16(), decoding).name
+    assert f", {expected} decoding; " in out.splitlines()[0] and (decoding == "auto" or expected == "eager")
 
 
 def test_prompt_files(tmp_path, monkeypatch, capsys):
