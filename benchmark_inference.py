@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,12 @@ def main(
         shape = (input_len, output_len, str(resolved), name, decoding, warm_up, memory_limit_gb, seed)
         plan = Plan(str(directory.resolve()), *shape)
         check = Worker(plan, None)
-        check.ask()
+        if check.ask() is None:
+            raise EnvironmentFailure("comparing the tokens in float32 ran out of memory; nothing was timed")
         check.close()
-        runs = measure(plan, cells, repeats)
-    label = model if ckpt_dir is None else Path(ckpt_dir).name
-    rows = [append_row(path, label, plan, cell, runs[cell], resolved) for cell in cells]
+        label = model if ckpt_dir is None else Path(ckpt_dir).name
+        measured = measure(plan, cells, repeats)
+        rows = [append_row(path, label, plan, cell, runs, resolved) for cell, runs in measured]
     print(table(rows))
     print(details(rows))
     image = Path(figure) if figure is not None else FIGURES / f"inference-{label}-{resolved.type}.png"
@@ -213,7 +214,7 @@ class Worker:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
 
-    def ask(self) -> dict[str, float] | None:
+    def ask(self) -> dict[str, Any] | None:
         """One measurement; None where memory ran out."""
         try:
             self._process.stdin.write("run\n")
@@ -236,35 +237,46 @@ class Worker:
         self._errors.close()
 
 
-def measure(plan: Plan, cells: list[Cell], repeats: int) -> dict[Cell, list[dict[str, float]]]:
-    """`repeats` measurements of each cell; an empty list where memory ran out.
+def measure(plan: Plan, cells: list[Cell], repeats: int) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+    """Yield each cell with its `repeats` measurements, none where memory ran out, as soon as it has them.
 
-    On a CPU the cells of one batch size wait side by side and take turns; on a GPU each runs alone.
+    On a CPU the cells of one batch size wait side by side and take turns; on a GPU each runs alone. A peer that does
+    not run here is left out, and said so.
     """
     order = random.Random(plan.seed)
     alone = plan.device.startswith("cuda")
     sizes = sorted({cell.batch_size for cell in cells})
     groups = [[cell] for cell in cells] if alone else [[c for c in cells if c.batch_size == size] for size in sizes]
     order.shuffle(groups)
-    runs: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in cells}
     with tqdm(total=len(cells) * repeats, unit="run") as bar:
         for group in groups:
             workers = {cell: Worker(plan, cell) for cell in group}
+            runs: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in group}
             try:
                 for _ in range(repeats):
-                    for cell in order.sample(group, len(group)):
+                    for cell in order.sample(list(workers), len(workers)):
                         bar.set_description(f"batch {cell.batch_size}, {cell.engine}, cache {_on(cell)}")
-                        result = workers[cell].ask()
+                        if not _ask(workers[cell], cell, runs):
+                            workers.pop(cell).close()
                         bar.update()
-                        if result is None:
-                            runs[cell] = []
-                            group = [other for other in group if other != cell]
-                        else:
-                            runs[cell].append(result)
             finally:
                 for worker in workers.values():
                     worker.close()
-    return runs
+            yield from runs.items()
+
+
+def _ask(worker: Worker, cell: Cell, runs: dict[Cell, list[dict[str, Any]]]) -> bool:
+    """Put one more measurement into `runs`; False where there will be no more of this cell."""
+    try:
+        result = worker.ask()
+    except EnvironmentFailure as error:
+        if cell.engine == "llama":
+            raise
+        tqdm.write(f"{cell.engine} does not run at batch {cell.batch_size}: {error}", file=sys.stderr)
+        del runs[cell]
+        return False
+    runs[cell] = [] if result is None else [*runs[cell], result]
+    return result is not None
 
 
 def _on(cell: Cell) -> str:
@@ -310,11 +322,13 @@ class CellRunner:
         self.device, self.dtype = devices.resolve(plan.device, plan.dtype)
         self.generate: Generate | None = None
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> dict[str, Any]:
         plan, cell = self.plan, self.cell
         if self.generate is None:
             self._prepare()
-        values = self._floors() if cell.engine == "llama" else {}
+        values: dict[str, Any] = (
+            self._floors() | {"decoding": self.llama.decoder.name} if cell.engine == "llama" else {}
+        )
         times: list[float] = []  # of the start and of the first token
 
         def at_step(step: int) -> None:
@@ -345,7 +359,7 @@ class CellRunner:
         warm_libraries(self.device, self.dtype)
         bench.reset_peak_memory(self.device)
         self.baseline = 0 if self.device.type == "cuda" else bench.peak_memory_bytes(self.device)
-        (self.generate, self.model), loading = bench.measure(
+        (self.generate, self.llama), loading = bench.measure(
             lambda: load(plan, cell, self.device, self.dtype), self.device
         )
         self.load_s = loading.seconds
@@ -355,9 +369,9 @@ class CellRunner:
 
     def _floors(self) -> dict[str, float]:
         """The least time and memory that this cell can take, from rates measured right now."""
-        plan, cell, args = self.plan, self.cell, self.model.args
-        bandwidth = max(floors.read_bandwidth(self.model).values())
-        rate = max(floors.product_rate(self.model).values())
+        plan, cell, args = self.plan, self.cell, self.llama.model.args
+        bandwidth = max(floors.read_bandwidth(self.llama.model).values())
+        rate = max(floors.product_rate(self.llama.model).values())
         size, batch, n = self.dtype.itemsize, cell.batch_size, plan.output_len
         step_bytes = args.decode_bytes(batch, plan.input_len + n // 2, size)
         prefill_s = batch * args.forward_flops(plan.input_len) / rate
@@ -386,12 +400,12 @@ def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
         llama.generate([[1, 2, 3]], 2, 0, use_cache=use_cache)
 
 
-def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Transformer]:
-    """A function that generates that many tokens, and the model for its shape and weights."""
+def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Llama]:
+    """A function that generates that many tokens, and what it does that with."""
     model = checkpoint.load(plan.ckpt_dir, dtype, device)
     llama = Llama(model, None, plan.input_len + plan.output_len, cell.batch_size, decoding=plan.decoding)
     prompts = random_prompts(model.args.vocab_size, cell.batch_size, plan.input_len, plan.seed)
-    return lambda n, at_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=at_step), model
+    return lambda n, at_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=at_step), llama
 
 
 def load_transformers(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, None]:
@@ -417,12 +431,14 @@ def load_transformers(plan: Plan, cell: Cell, device: torch.device, dtype: torch
 
 
 def append_row(
-    path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, float]], device: torch.device
+    path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, Any]], device: torch.device
 ) -> dict[str, Any]:
     """One row for a cell; without metrics where memory ran out."""
-    metrics = {name: bench.spread([run[name] for run in runs]) for name in runs[0]} if runs else {}
+    names = [name for name in runs[0] if name != "decoding"] if runs else []
+    metrics = {name: bench.spread([run[name] for run in runs]) for name in names}
     place = {"model": label, **dataclasses.asdict(cell), "input_len": plan.input_len, "output_len": plan.output_len}
-    place |= {"decoding": plan.decoding, "memory_limit_gb": plan.memory_limit_gb}
+    decoding = runs[0].get("decoding", "peer") if runs else plan.decoding
+    place |= {"decoding": decoding, "memory_limit_gb": plan.memory_limit_gb}
     return bench.append_row(path, "inference", place, metrics, device, plan.dtype, plan.seed)
 
 

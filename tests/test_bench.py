@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 import benchmark_inference
 from benchmark_inference import Cell, CellRunner, Plan
-from llama import bench, cli, floors
+from llama import Llama, bench, cli, floors
 from llama.config import PRESETS
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
@@ -99,7 +100,8 @@ def test_a_cell_counts_neither_loading_nor_warm_up_nor_floors(monkeypatch):
 
     with torch.device("meta"):
         model = Transformer(PRESETS["tiny"])
-    monkeypatch.setattr(benchmark_inference, "load_ours", lambda *a: (gpu.queue(500.0, 5000), (generate, model))[1])
+    llama = SimpleNamespace(model=model, decoder=SimpleNamespace(name="captured"))
+    monkeypatch.setattr(benchmark_inference, "load_ours", lambda *a: (gpu.queue(500.0, 5000), (generate, llama))[1])
     plan = Plan("", 256, 32, "cuda", "float16", "auto", 1, None, 1)
     runner = CellRunner(plan, Cell("llama", 1, True))
     for _ in range(2):
@@ -129,6 +131,7 @@ def test_benchmark_measures_every_cell(measured):
     for row in rows:
         value = {name: spread["median"] for name, spread in row["metrics"].items()}
         assert all(spread["n"] == 2 for spread in row["metrics"].values())
+        assert row["cell"]["decoding"] in ("native", "eager")
         assert 0 < value["ttft_s"] < value["runtime_s"] and value["tpot_s"] > 0
         assert value["floor_runtime_s"] == pytest.approx(value["floor_ttft_s"] + 3 * value["floor_tpot_s"], rel=0.5)
         args = PRESETS["tiny-draft"]
@@ -167,8 +170,44 @@ def test_a_cell_out_of_memory_is_an_x_and_the_rest_goes_on(monkeypatch):
     for device in ("cpu", "cuda"):
         cells = [Cell("llama", size, True) for size in (1, 8, 16)]
         plan = Plan("", 256, 32, device, "float16", "auto", 1, None, 1)
-        runs = benchmark_inference.measure(plan, cells, 3)
+        runs = dict(benchmark_inference.measure(plan, cells, 3))
         assert [len(runs[cell]) for cell in cells] == [3, 0, 3]
+
+
+def test_a_peer_that_does_not_run_is_left_out_and_said_so(monkeypatch, capsys):
+    class Scripted:
+        def __init__(self, plan, cell):
+            self.cell = cell
+
+        def ask(self):
+            if self.cell.engine == "transformers":
+                raise EnvironmentFailure("no such kernel")
+            return {"runtime_s": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(benchmark_inference, "Worker", Scripted)
+    cells = [Cell("llama", 1, True), Cell("transformers", 1, True)]
+    plan = Plan("", 256, 32, "cpu", "float16", "auto", 1, None, 1)
+    runs = dict(benchmark_inference.measure(plan, cells, 2))
+    assert runs == {cells[0]: [{"runtime_s": 1.0}] * 2}
+    assert "transformers does not run at batch 1: no such kernel" in capsys.readouterr().err
+
+
+def test_nothing_is_timed_where_the_cache_changes_a_token(monkeypatch):
+    """Tokens with and without the cache, in fp32: a difference ends the benchmark."""
+    plan = Plan(str(ROOT / "data" / "tiny"), 20, 4, "cpu", "bfloat16", "auto", 1, None, 1)
+    assert benchmark_inference.check_tokens(plan, torch.device("cpu")) == {"tokens_equal": 16}
+    generate = Llama.generate
+
+    def broken(self, prompts, n, *rest, use_cache=True, **options):
+        tokens, logprobs = generate(self, prompts, n, *rest, use_cache=use_cache, **options)
+        return [[token + use_cache for token in row] for row in tokens], logprobs
+
+    monkeypatch.setattr(Llama, "generate", broken)
+    with pytest.raises(InputError, match="tokens with and without the KV cache differ in float32"):
+        benchmark_inference.check_tokens(plan, torch.device("cpu"))
 
 
 def test_a_worker_says_what_went_wrong(tmp_path):
