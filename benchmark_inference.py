@@ -383,9 +383,9 @@ class CellRunner:
         cache = args.kv_cache_bytes(batch, plan.input_len + n - 1, size) if cell.use_cache else 0
         memory = args.weight_bytes(size) + cache + batch * args.vocab_size * size
         return {
-            "read_bandwidth_gb_s": bandwidth / 1e9,
-            "product_rate_tflop_s": rate / 1e12,
-            "step_bytes_mb": step_bytes / bench.MB,
+            "read_gb_s": bandwidth / 1e9,
+            "product_tflop_s": rate / 1e12,
+            "step_bytes_gb": step_bytes / 1e9,
             "floor_ttft_s": prefill_s,
             "floor_tpot_s": step_s,
             "floor_runtime_s": prefill_s + (n - 1) * step_s,
@@ -499,6 +499,9 @@ def details(rows: list[dict]) -> str:
     lines.append(
         f"\nMedians (least to most) of {runs} runs of {row['cell']['model']}; {where}{limit}; x: out of memory."
     )
+    for size, m in ours.items():
+        moved, read, rate = (_number(m, name, ".3g") for name in ("step_bytes_gb", "read_gb_s", "product_tflop_s"))
+        lines.append(f"Batch {size}: a step moves {moved} GB; floors from {read} GB/s and {rate} TFLOP/s.")
     return "\n".join(lines) + "\n"
 
 
@@ -516,9 +519,10 @@ def plot(rows: list[dict], path: Path) -> None:
                 floor = [m[f"floor_{name}"]["median"] for m in metrics.values()]
                 axis.plot(list(metrics), floor, ":", color=colour, label=f"{label}: floor")
         axis.set(xlabel="batch size", title=title, xticks=sorted({row["cell"]["batch_size"] for row in rows}))
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("log")  # with and without the cache are a factor of ten or more apart
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[1].set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     row = rows[0]
     figure.suptitle(f"{row['cell']['model']}, {row['dtype']}, {row['device']['name']}", fontsize=10)

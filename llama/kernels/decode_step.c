@@ -1,11 +1,11 @@
 /* One decode step of a Llama on a CPU with AMX: bfloat16 weights and cache, sums in fp32. See decode_step.py.
 
-   A step reads every weight once and does next to nothing with it, so all that counts is to keep memory busy. A core that
-   walks along one row of a matrix waits for one cache line after the other (two cores: 15 GB/s); here a tile instruction
-   takes 16 rows at a time while the lines that come next are called for (25 GB/s). Weights stay as they lie in the
-   checkpoint: 16 rows of w are one operand, and x, which is small, is the one that is packed. Everything between the
-   products is here as well: between two calls from Python the caches hold weights, not the interpreter, and 700 calls cost
-   a tenth of the step.
+   A step reads every weight once and does next to nothing with it, so all that counts is to keep memory busy. A core
+   that walks along one row of a matrix waits for one cache line after the other (two cores: 15 GB/s); here a tile
+   instruction takes 16 rows at a time while the lines that come next are called for (25 GB/s). Weights stay as they lie
+   in the checkpoint: 16 rows of w are one operand, and x, which is small, is the one that is packed. Everything between
+   the products is here as well: between two calls from Python the caches hold weights, not the interpreter, and 700
+   calls cost a tenth of the step.
 
    Roundings to bfloat16 are where eager PyTorch has them, but for the softmax weights, which stay fp32.
 
@@ -101,6 +101,11 @@ static void product_block(const bf16 *packed, const bf16 *w, bf16 *y, int64_t M,
     for (int64_t m = 0; m < M; m++) store(y + m * N, _mm512_castsi512_ps(column(sums + m, M, ROWS)));
 }
 
+static void configure(const TileConfig *config) {
+    __asm__ volatile("" : : "r"(config) : "memory"); /* GCC 12 believes that the next line reads 8 bytes of these 64 */
+    _tile_loadconfig(config);
+}
+
 /* Several products of the same M <= 16 rows, which are packed once into [K / 2, M] pairs. */
 static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int count, int64_t M, int64_t K) {
     TileConfig config = {.palette = 1};
@@ -110,9 +115,9 @@ static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int
     }
 #pragma omp parallel
     {
-        TileConfig before; /* PyTorch's own kernels leave their configuration in place and expect to find it again */
+        TileConfig before = {0}; /* PyTorch's own kernels leave their configuration and expect to find it again */
         _tile_storeconfig(&before);
-        _tile_loadconfig(&config);
+        configure(&config);
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < K / 2; pair++)
             _mm512_mask_storeu_epi32(packed + pair * M * 2, first(M), column(x + pair * 2, K / 2, M));
@@ -122,7 +127,7 @@ static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int
             for (int64_t j = 0; j < blocks; j++)
                 product_block(packed, list[i].w + j * ROWS * K, list[i].y + j * ROWS, M, N, K, j + 1 < blocks);
         }
-        if (before.palette) _tile_loadconfig(&before);
+        if (before.palette) configure(&before);
         else _tile_release();
     }
 }
@@ -183,9 +188,10 @@ static void rotate(const bf16 *x, const float *cos_sin, bf16 *y, int64_t D) {
     }
 }
 
-/* y[b, head, t] = x[b, t, head] over T positions of B sequences, rotated by cos_sin [T, D], or as it is where that is NULL.
-   A head of y takes `slots` positions, T of which are written: a cache, or T itself. */
-void rotate_heads(const bf16 *x, const float *cos_sin, bf16 *y, int64_t B, int64_t T, int64_t heads, int64_t D, int64_t slots) {
+/* y[b, head, t] = x[b, t, head] over T positions of B sequences, rotated by cos_sin [T, D], or as it is where that is
+   NULL. A head of y takes `slots` positions, T of which are written: a cache, or T itself. */
+void rotate_heads(const bf16 *x, const float *cos_sin, bf16 *y, int64_t B, int64_t T, int64_t heads, int64_t D,
+                  int64_t slots) {
 #pragma omp parallel for schedule(static)
     for (int64_t unit = 0; unit < B * heads; unit++) {
         const int64_t b = unit / heads, head = unit % heads;
@@ -213,15 +219,17 @@ static inline float softmax_weights(float *scores, int64_t n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* softmax(q k^T / sqrt(D)) v for one head; D is a multiple of 32. Each 32 bits of v hold two neighbours, which are summed
-   apart and put together again at the end. */
-static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, float *scores, bf16 *out, int64_t n, int64_t D) {
+/* softmax(q k^T / sqrt(D)) v for one head; D is a multiple of 32. Each 32 bits of v hold two neighbours, which are
+   summed apart and put together again at the end. */
+static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, float *scores, bf16 *out, int64_t n,
+                               int64_t D) {
     const float scale = 1.0f / sqrtf((float)D);
     for (int64_t s = 0; s < n; s++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < D; d += 32) {
             _mm_prefetch((const char *)(v + s * D + d), _MM_HINT_T1);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(q + d), (__m512bh)_mm512_loadu_si512(k + s * D + d));
+            const __m512i q_d = _mm512_loadu_si512(q + d), k_d = _mm512_loadu_si512(k + s * D + d);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)q_d, (__m512bh)k_d);
         }
         scores[s] = _mm512_reduce_add_ps(sum) * scale;
     }
@@ -245,10 +253,10 @@ static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, floa
     }
 }
 
-/* q and out [B, H, D], k and v [B, K, D], cos_sin [B, D], keys and values [B, K, S, D], scores [B, H, S]. Writes k and v
-   into the cache. A key/value head passes through a core once, for all the query heads that share it. */
-static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin, const int64_t *pos,
-                   bf16 *keys, bf16 *values, float *scores, bf16 *out, int64_t B, int64_t S) {
+/* q and out [B, H, D], k and v [B, K, D], cos_sin [B, D], keys and values [B, K, S, D], scores [B, H, S]. Writes k and
+   v into the cache. A key/value head passes through a core once, for all the query heads that share it. */
+static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin,
+                   const int64_t *pos, bf16 *keys, bf16 *values, float *scores, bf16 *out, int64_t B, int64_t S) {
     const int64_t K = model->n_kv_heads, D = model->head_dim, G = model->n_heads / K;
 #pragma omp parallel for schedule(static)
     for (int64_t unit = 0; unit < B * K; unit++) {
@@ -274,8 +282,9 @@ int64_t decode_workspace(const Model *model, int64_t B, int64_t S) {
     return B * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + 16 * larger(dim, ffn);
 }
 
-/* Logits [B, V] after `tokens` [B] at `pos` [B], whose rotations are `cos_sin` [B, D]; their keys and values are written to
-   the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or position is out of range. */
+/* Logits [B, V] after `tokens` [B] at `pos` [B], whose rotations are `cos_sin` [B, D]; keys and values are written to
+   the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or position is out of
+   range. */
 int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, bf16 *keys,
                 bf16 *values, bf16 *workspace, bf16 *logits, int64_t B, int64_t S) {
     const int64_t dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;
@@ -284,7 +293,8 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
     float *scores = (float *)workspace;
     bf16 *x = workspace + 2 * B * model->n_heads * S, *h = x + B * dim, *q = h + B * dim, *out = q + B * dim;
     bf16 *k = out + B * dim, *v = k + B * kv, *gate = v + B * kv, *up = gate + B * ffn, *packed = up + B * ffn;
-    for (int64_t b = 0; b < B; b++) memcpy(x + b * dim, model->tok_embeddings + tokens[b] * dim, (size_t)dim * sizeof *x);
+    for (int64_t b = 0; b < B; b++)
+        memcpy(x + b * dim, model->tok_embeddings + tokens[b] * dim, (size_t)dim * sizeof *x);
     for (int64_t i = 0; i < model->n_layers; i++) {
         const Layer *layer = &model->layers[i];
         const int64_t offset = i * B * kv * S;
@@ -304,7 +314,8 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
     return 0;
 }
 
-/* What a read of `n` bytes, a multiple of 65,536, costs at best: 16 streams a core, as above, and one addition a line. */
+/* Reads `n` bytes, but for a rest below 64 KiB, and does nothing else: 16 streams a core, as above, an addition a line.
+   The measure of what the machine's memory delivers. */
 int64_t read_all(const char *data, int64_t n) {
     const int64_t page = 4096;
     int64_t total = 0;
