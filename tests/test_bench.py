@@ -111,21 +111,15 @@ def test_a_cell_counts_neither_loading_nor_warm_up_nor_floors(monkeypatch):
     assert calls == [32, 32, 32]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def test_benchmark_measures_every_cell(tmp_path):
     """A whole small benchmark, by its command line."""
-    folder = tmp_path_factory.mktemp("bench")
     flags = "--model=tiny-draft --batch_sizes=1,3 --input_len=20 --output_len=4 --repeats=2 --device=cpu".split()
-    paths = [f"--results={folder / 'rows.jsonl'}", f"--figure={folder / 'figure.png'}"]
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
     run = subprocess.run(
         [sys.executable, "benchmark_inference.py", *flags, *paths], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()], run, folder
-
-
-def test_benchmark_measures_every_cell(measured):
-    rows, run, folder = measured
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     places = [(row["cell"]["engine"], row["cell"]["batch_size"], row["cell"]["use_cache"]) for row in rows]
     assert sorted(places) == [("llama", n, cache) for n in (1, 3) for cache in (False, True)]
     for row in rows:
@@ -138,13 +132,17 @@ def test_benchmark_measures_every_cell(measured):
         cache = args.kv_cache_bytes(row["cell"]["batch_size"], 23, 2) if row["cell"]["use_cache"] else 0
         logits = row["cell"]["batch_size"] * args.vocab_size * 2
         assert value["floor_peak_memory_mb"] == (args.weight_bytes(2) + cache + logits) / 1e6
-    assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert benchmark_inference.table(rows) in run.stdout and benchmark_inference.details(rows) in run.stdout
 
 
-def test_every_number_of_the_tables_stands_in_a_row(measured):
+def test_every_number_of_the_tables_stands_in_a_row(tmp_path):
     """Change any median in the rows and the tables change; take a row away and they say x or nothing."""
-    rows, _, _ = measured
+    plan = Plan("", 256, 32, "cpu", "float16", "auto", 1, None, 1)
+    rows = []
+    for i, cell in enumerate(Cell("llama", size, use_cache) for size in (1, 8) for use_cache in (True, False)):
+        runs = [{"runtime_s": i + 0.25 * n, "peak_memory_mb": 2500.0 + i, "decoding": "eager"} for n in range(3)]
+        rows.append(benchmark_inference.append_row(tmp_path / "r", "x", plan, cell, runs, torch.device("cpu")))
     before = benchmark_inference.table(rows)
     for name in ("runtime_s", "peak_memory_mb"):
         changed = json.loads(json.dumps(rows))
