@@ -196,10 +196,7 @@ def provide_weights(
     else:
         args = PRESETS[model]
         print(f"writing random weights of {model} ({args.weight_bytes(dtype.itemsize) / 1e9:.1f} GB)", file=sys.stderr)
-        with torch.device("meta"):
-            network = Transformer(args)
-        network = network.to(dtype).to_empty(device="cpu")
-        network.init_weights(torch.Generator().manual_seed(seed))
+        network = Transformer.random(args, dtype, seed=seed)
     checkpoint.save(network, folder / "weights", "hf" if for_peers else "meta")
     return folder / "weights"
 
@@ -493,7 +490,7 @@ def details(rows: list[dict]) -> str:
         lines.append(f"| {' | '.join([*cells, x_floor['peak_memory'], compared])} |")
     row = rows[0]
     repeats = {r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"]}
-    where = f"{row['device']['name']}, {row['threads']} threads, torch {row['torch']}, {row['dtype']}"
+    where = f"{bench.setting(row)}, {row['dtype']}"
     limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
     runs = " to ".join(str(n) for n in sorted({min(repeats), max(repeats)})) if repeats else "no"
     lines.append(

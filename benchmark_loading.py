@@ -56,7 +56,7 @@ def main(
     if repeats < 1:
         raise InputError(f"--repeats={repeats}: expected at least 1")
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-        weights = random_weights(model)
+        weights = Transformer.random(PRESETS[model], torch.bfloat16)
         for layout in ("meta", "hf"):
             checkpoint.save(weights, Path(folder) / layout, layout)
         del weights
@@ -79,24 +79,13 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| model | layout | loaded as | returns after | ready after | peak memory | of the weights |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
-        value = {name: spread["median"] for name, spread in row["metrics"].items()}
+        value = bench.medians(row)
         times = f"{value['load_s']:.2f} s | {value['ready_s']:.2f} s"
         memory = f"{value['peak_memory_mb']:,.0f} MB | {value['peak_over_weights_x']:.3f} x"
         lines.append(f"| {row['cell']['model']} | {row['cell']['layout']} | {row['dtype']} | {times} | {memory} |")
-    device = rows[0]["device"]["name"], rows[0]["threads"], rows[0]["torch"]
     repeats = rows[0]["metrics"]["load_s"]["n"]
-    lines.append(
-        "\nMedian of {} loads; {}, {} threads, torch {}; the file is in the page cache.".format(repeats, *device)
-    )
+    lines.append(f"\nMedian of {repeats} loads; {bench.setting(rows[0])}; the file is in the page cache.")
     return "\n".join(lines) + "\n"
-
-
-def random_weights(model: str) -> Transformer:
-    with torch.device("meta"):
-        network = Transformer(PRESETS[model])
-    network = network.to(torch.bfloat16).to_empty(device="cpu")
-    network.init_weights(torch.Generator().manual_seed(0))
-    return network
 
 
 def load_in_fresh_process(directory: Path, dtype: str) -> dict[str, float]:

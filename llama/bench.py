@@ -79,6 +79,16 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
+def medians(row: dict[str, Any]) -> dict[str, float]:
+    """The median of each metric of a row, by name."""
+    return {name: values["median"] for name, values in row["metrics"].items()}
+
+
+def setting(row: dict[str, Any]) -> str:
+    """On what a row was measured, for the line under a table."""
+    return f"{row['device']['name']}, {row['threads']} threads, torch {row['torch']}"
+
+
 def require_writable(path: Path) -> None:
     """Raise InputError now rather than after an hour of measuring, where rows could not be appended to `path`."""
     try:

@@ -81,10 +81,12 @@ class Decoder:
     @property
     def name(self) -> str:
         """What a step of this model will be: native, captured, eager, compiled, or compiled and captured."""
-        compiled = ["compiled"] if self.decoding == "compiled" else []
-        captured = ["captured"] if self._captures else []
-        native = ["native"] if self.decoding == "auto" and supports(self.model) else []
-        return " and ".join(compiled + captured + native) or "eager"
+        ways = {"compiled": self.decoding == "compiled", "captured": self._captures, "native": self._is_native}
+        return " and ".join(way for way, is_used in ways.items() if is_used) or "eager"
+
+    @property
+    def _is_native(self) -> bool:
+        return self.decoding == "auto" and supports(self.model)
 
     @property
     def _captures(self) -> bool:
@@ -92,29 +94,33 @@ class Decoder:
 
     def start(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
         """An empty cache of `max_len` slots a row and the step that goes with it, until the next call."""
-        weight = self.model.tok_embeddings.weight
-        # A graph and a compiled step hold addresses: weights that were swapped make another one.
+        if self._captures or self.decoding == "compiled":
+            return self._start_prepared(batch_size, max_len)
+        cache = self._new_cache(batch_size, max_len)
+        return cache, NativeStep(self.model, cache) if self._is_native else EagerStep(self.model, cache)
+
+    def _start_prepared(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
+        """A recorded or compiled step holds addresses: weights that were swapped make another one."""
         key = (batch_size, max_len, *(p.data_ptr() for p in self.model.parameters()))
         if self._kept is not None and self._kept[0] == key:
             _, cache, step = self._kept
             cache.clear()
             return cache, step
-        self._kept = None
-        cache = KVCache(self.model.args, batch_size, max_len, weight.dtype, weight.device)
-        if self.decoding == "auto" and supports(self.model):
-            return cache, NativeStep(self.model, cache)
-        step: Step = EagerStep(self.model, cache)
-        if self.decoding == "compiled":
-            step = self._compile(step)
-        if self._captures:
-            step = CapturedStep(step)
-        if self.decoding == "compiled" or self._captures:
-            self._kept = (key, cache, step)
+        self._kept = None  # frees its memory first
+        cache = self._new_cache(batch_size, max_len)
+        step = EagerStep(self.model, cache)
+        step = self._compile(step) if self.decoding == "compiled" else step
+        step = CapturedStep(step) if self._captures else step
+        self._kept = (key, cache, step)
         return cache, step
+
+    def _new_cache(self, batch_size: int, max_len: int) -> KVCache:
+        weight = self.model.tok_embeddings.weight
+        return KVCache(self.model.args, batch_size, max_len, weight.dtype, weight.device)
 
     def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
         """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any."""
-        if self.decoding == "auto" and supports(self.model):
+        if self._is_native:
             return prefill.last_hidden(self.model, tokens, last, cache)
         rows = torch.arange(len(tokens), device=tokens.device)
         return self.model.hidden(tokens, None, cache)[rows, last]

@@ -7,16 +7,16 @@ floor measured at another time is worth nothing.
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llama.bench import synchronize
+from llama import bench
 from llama.kernels import decode_step
-from llama.model import Transformer
+from llama.model import FeedForward, Transformer
 
 PRODUCT_ROWS = (256, 1024, 2048)
 
@@ -34,18 +34,12 @@ def read_bandwidth(model: Transformer) -> dict[str, float]:
     library = decode_step.library()
     if matrices[0].device.type == "cpu" and library is not None:
         readers["streams"] = lambda w: library.read_all(w.data_ptr(), w.nbytes)
-    n_bytes = sum(w.nbytes for w in matrices)
-    return {name: n_bytes / _seconds(reader, matrices) for name, reader in readers.items()}
+    n_bytes, device = sum(w.nbytes for w in matrices), matrices[0].device
 
+    def seconds(reader: Callable[[torch.Tensor], Any]) -> float:
+        return bench.measure(lambda: [reader(matrix) for matrix in matrices], device)[1].seconds
 
-def _seconds(reader: Callable[[torch.Tensor], Any], matrices: list[torch.Tensor]) -> float:
-    device = matrices[0].device
-    synchronize(device)
-    began = time.perf_counter()
-    for matrix in matrices:
-        reader(matrix)
-    synchronize(device)
-    return time.perf_counter() - began
+    return {name: n_bytes / seconds(reader) for name, reader in readers.items()}
 
 
 @torch.no_grad()
@@ -61,11 +55,13 @@ def product_rate(model: Transformer) -> dict[str, float]:
         h = torch.full((rows, args.ffn_dim), 0.5, dtype=weight.dtype, device=weight.device)
         layers = [block.feed_forward for block in model.layers[: 4 if rows <= 1024 else 2]]
         F.linear(x, layers[0].w1.weight)
-        synchronize(weight.device)
-        began = time.perf_counter()
-        for layer in layers:
-            F.linear(x, layer.w1.weight)
-            F.linear(h, layer.w2.weight)
-        synchronize(weight.device)
-        rates[f"{rows} rows"] = len(layers) * 4 * rows * args.dim * args.ffn_dim / (time.perf_counter() - began)
+        work = functools.partial(_products, x, h, layers)
+        seconds = bench.measure(work, weight.device)[1].seconds
+        rates[f"{rows} rows"] = len(layers) * 4 * rows * args.dim * args.ffn_dim / seconds
     return rates
+
+
+def _products(x: torch.Tensor, h: torch.Tensor, layers: list[FeedForward]) -> None:
+    for layer in layers:
+        F.linear(x, layer.w1.weight)
+        F.linear(h, layer.w2.weight)

@@ -203,6 +203,17 @@ class Transformer(nn.Module):
             self.rope_freqs = rope_frequencies(self.args).to(self.rope_freqs.device)
         return self
 
+    @classmethod
+    def random(
+        cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    ) -> Transformer:
+        """A model of random weights, made in `dtype` on `device`: never in fp32 first, nor in another place."""
+        with torch.device("meta"):
+            model = cls(args)
+        model = model.to(dtype).to_empty(device=device)
+        model.init_weights(torch.Generator(device).manual_seed(seed))
+        return model
+
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Random weights as GPT-2 starts: N(0, std), those that write to the residual divided by sqrt(2 n_layers)."""
         for name, weight in self.named_parameters():

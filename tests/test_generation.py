@@ -216,10 +216,7 @@ def test_the_host_never_waits_on_a_gpu(use_cache):
 def test_the_real_shape_generates_on_a_gpu(llama3_tokenizer):
     """3.2 1B with random weights, in the card's own 16-bit type."""
     device, dtype = resolve("cuda", "auto")
-    with torch.device("meta"):
-        model = Transformer(PRESETS["llama3.2-1b"])
-    model = model.to(dtype).to_empty(device=device)
-    model.init_weights(torch.Generator(device).manual_seed(0))
+    model = Transformer.random(PRESETS["llama3.2-1b"], dtype, device)
     llama = Llama(model.eval(), llama3_tokenizer)
     assert [len(row) for row in llama.generate([[128_000, 5, 6], [128_000]], 20, 0, stop_tokens=[])[0]] == [20, 20]
 

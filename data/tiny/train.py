@@ -285,7 +285,7 @@ def figures_table(measured: list[dict]) -> str:
     lines = ["| model | parameters | file | training | held-out loss | perplexity | stories: loss | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in measured:
-        value = {name: spread["median"] for name, spread in row["metrics"].items()}
+        value = bench.medians(row)
         losses = (value["held_out_loss_nats"], value["held_out_story_loss_nats"])
         cells = " | ".join(f"{loss:.3f} | {math.exp(loss):.2f}" for loss in losses)
         steps, seconds = value["train_steps"], value["step_s"]
@@ -293,8 +293,8 @@ def figures_table(measured: list[dict]) -> str:
         lines.append(
             f"| {row['cell']['model']} | {value['parameters']:,} | {value['file_mb']:.2f} MB | {work} | {cells} |"
         )
-    where = f"{measured[0]['device']['name']}, {measured[0]['threads']} threads, torch {measured[0]['torch']}"
-    lines.append(f"\nTime of a step: median of {measured[0]['metrics']['step_s']['n']}, on {where}.")
+    repeats = measured[0]["metrics"]["step_s"]["n"]
+    lines.append(f"\nTime of a step: median of {repeats}, on {bench.setting(measured[0])}.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-/* One decode step of a Llama on a CPU with AMX: bfloat16 weights and cache, sums in fp32. See decode_step.py.
+/* One decode step of a Llama on a CPU with AMX: bfloat16 weights and cache, sums in fp32. See decode_step.py; parts of
+   it serve prefill.py.
 
    A step reads every weight once and does next to nothing with it, so all that counts is to keep memory busy. A core
    that walks along one row of a matrix waits for one cache line after the other (two cores: 15 GB/s); here a tile
@@ -106,7 +107,7 @@ static void configure(const TileConfig *config) {
     _tile_loadconfig(config);
 }
 
-/* Several products of the same M <= 16 rows, which are packed once into [K / 2, M] pairs. */
+/* Several products of the same M <= 16 rows, which are packed once into [K / 2, M] pairs; one row lies so already. */
 static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int count, int64_t M, int64_t K) {
     TileConfig config = {.palette = 1};
     for (int tile = 0; tile < 3; tile++) {
@@ -118,14 +119,17 @@ static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int
         TileConfig before = {0}; /* PyTorch's own kernels leave their configuration and expect to find it again */
         _tile_storeconfig(&before);
         configure(&config);
+        if (M > 1) {
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < K / 2; pair++)
-            _mm512_mask_storeu_epi32(packed + pair * M * 2, first(M), column(x + pair * 2, K / 2, M));
+            for (int64_t pair = 0; pair < K / 2; pair++)
+                _mm512_mask_storeu_epi32(packed + pair * M * 2, first(M), column(x + pair * 2, K / 2, M));
+        }
         for (int i = 0; i < count; i++) {
             const int64_t N = list[i].N, blocks = N / ROWS;
 #pragma omp for schedule(static) nowait
             for (int64_t j = 0; j < blocks; j++)
-                product_block(packed, list[i].w + j * ROWS * K, list[i].y + j * ROWS, M, N, K, j + 1 < blocks);
+                product_block(M > 1 ? packed : x, list[i].w + j * ROWS * K, list[i].y + j * ROWS, M, N, K,
+                              j + 1 < blocks);
         }
         if (before.palette) configure(&before);
         else _tile_release();

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama.cache import KVCache
 from llama.kernels.decode_step import library
-from llama.model import FeedForward, RMSNorm, Transformer, TransformerBlock, rope_table
+from llama.model import FeedForward, RMSNorm, Transformer, TransformerBlock, apply_rope, attend, rope_table
 
 
 @torch.no_grad()
@@ -78,20 +78,16 @@ def _attend(
     q = F.linear(h, block.attention.wq.weight)
     D = keys.shape[-1]
     q = _heads(q, freqs_cis, q.new_empty(size[0], q.shape[-1] // D, size[1], D), size)
-    out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2).reshape(h.shape[0], -1)
+    return attend(q, keys, values, None).transpose(1, 2).reshape(h.shape[0], -1)
 
 
 def _attend_last(
     block: TransformerBlock, h: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """Attention of one position a row, [B, dim]; the query heads of a key/value head are its query rows."""
-    q = F.linear(h, block.attention.wq.weight)
-    B, K, _, D = keys.shape
-    rotated = torch.empty_like(q)
-    for row in range(B):  # each row has an angle of its own
-        _heads(q[row], freqs_cis[row : row + 1], rotated[row].view(1, -1, 1, D), (1, 1))
-    return F.scaled_dot_product_attention(rotated.view(B, K, -1, D), keys, values, mask).reshape(B, -1)
+    """Attention of one position a row, [B, dim]; `freqs_cis` [B, P, 2] holds that row's angles."""
+    q_BTHD = F.linear(h, block.attention.wq.weight)[:, None].unflatten(-1, (-1, keys.shape[-1]))
+    q = apply_rope(q_BTHD, freqs_cis[:, None, None]).transpose(1, 2)
+    return attend(q, keys, values, mask).flatten(1)
 
 
 def _feed_forward(feed_forward: FeedForward, h: Tensor) -> Tensor:
