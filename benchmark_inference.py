@@ -519,7 +519,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")  # with and without the cache are a factor of ten or more apart
     axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.1 * axes[1].get_ylim()[1])
     axes[0].legend(fontsize=8)
     row = rows[0]
     figure.suptitle(f"{row['cell']['model']}, {row['dtype']}, {row['device']['name']}", fontsize=10)

@@ -55,6 +55,8 @@ def main(
         raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
     if repeats < 1:
         raise InputError(f"--repeats={repeats}: expected at least 1")
+    target = Path(results) if results is not None else RESULTS
+    bench.require_writable(target)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         weights = Transformer.random(PRESETS[model], torch.bfloat16)
         for layout in ("meta", "hf"):
@@ -69,7 +71,6 @@ def main(
     for (layout, dtype), runs in figures.items():
         metrics = {name: bench.spread([run[name] for run in runs]) for name in runs[0]}
         cell = {"model": model, "layout": layout, "stored": "bfloat16"}
-        target = Path(results) if results is not None else RESULTS
         rows.append(bench.append_row(target, "loading", cell, metrics, torch.device("cpu"), dtype, seed=0))
     print(markdown(rows), end="")
 

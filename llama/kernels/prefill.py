@@ -32,6 +32,7 @@ def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache
         cache = KVCache(args, B, T, torch.bfloat16, tokens.device, n_layers=1)
     freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
     x = model.tok_embeddings(tokens).flatten(0, 1)
+    gate, up = x.new_empty(2, args.ffn_dim, B * T)  # for all layers: fresh memory of this size costs page faults
     rows = torch.arange(B) * T + last
     for i, block in enumerate(model.layers):
         h = _norm(block.attention_norm, x)
@@ -43,7 +44,7 @@ def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache
             mask = (torch.arange(T) <= last[:, None])[:, None, None]
             out = _attend_last(block, h, freqs_cis[last], keys, values, mask)
         x += F.linear(out, block.attention.wo.weight)
-        x += _feed_forward(block.feed_forward, _norm(block.ffn_norm, x))
+        x += _feed_forward(block.feed_forward, _norm(block.ffn_norm, x), gate, up)
     return _norm(model.norm, x)
 
 
@@ -90,8 +91,11 @@ def _attend_last(
     return attend(q, keys, values, mask).flatten(1)
 
 
-def _feed_forward(feed_forward: FeedForward, h: Tensor) -> Tensor:
-    """SwiGLU of h [rows, dim], features first inside."""
-    gate, up = (torch.mm(w.weight, h.t()) for w in (feed_forward.w1, feed_forward.w3))
+def _feed_forward(feed_forward: FeedForward, h: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU of h [rows, dim], features first inside; gate and up [F, at least rows] are overwritten."""
+    gate, up = (buffer.view(-1)[: len(buffer) * len(h)].view(-1, len(h)) for buffer in (gate, up))
+    torch.mm(feed_forward.w1.weight, h.t(), out=gate)
+    torch.mm(feed_forward.w3.weight, h.t(), out=up)
     library().silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
-    return torch.mm(feed_forward.w2.weight, gate).t().contiguous()  # adding the view would take four times as long
+    # Adding the transposed view would take four times as long as this copy, for which h has room.
+    return h.copy_(torch.mm(feed_forward.w2.weight, gate).t())
