@@ -4,12 +4,12 @@ python inference.py                                        # the embedded model 
 python inference.py --compare                              # cache on and off, side by side
 python inference.py --prompt="The fox saw" --stream
 python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
+python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a colour."
 """
 
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from data.alpaca import encode_prompt as encode_instruction
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, bench, cli
+from llama import Llama, bench, checkpoint, cli, lora
 from llama.errors import InputError
 from llama.tokenizer import StreamDecoder, find_tokenizer
 
@@ -28,7 +29,6 @@ SAMPLE_CHATS = (
     "Tell me a story about a mouse and a lantern.",
     "Name two fruits.",
 )
-COLUMN = 38  # two of them and a rule fit a terminal of 80
 # How far apart the logits of two candidates may be for rounding alone to decide between them. A logit of 16 to 32, as
 # trained models have, is a multiple of 1/8 in bfloat16, of 1/64 in float16, and errors of some layers add up.
 ROUNDING_MARGIN = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3}
@@ -49,6 +49,8 @@ def main(
     prompt: str | None = None,
     prompt_file: str | None = None,
     chat: bool = False,
+    alpaca: bool = False,
+    adapter: str | None = None,
     compare: bool = False,
     stream: bool = False,
     use_cache: bool = True,
@@ -71,6 +73,8 @@ def main(
         prompt: one prompt; default: sample prompts.
         prompt_file: a file of prompts, one a line, or a JSON list of strings.
         chat: send each prompt as a user's message to an instruction-tuned model.
+        alpaca: put each prompt as an instruction into the template that finetuning.py trains on.
+        adapter: directory of a LoRA adapter for the model, from finetuning.py or PEFT.
         compare: generate with and without the cache and show texts, times and memory side by side.
         stream: print each prompt's text while it is produced.
         use_cache: False recomputes the whole text for every token.
@@ -91,13 +95,18 @@ def main(
         raise InputError("--compare needs --temperature=0: sampling would hide whether the cache changed anything")
     if temperature is None:
         temperature = 0.0 if compare else 0.6
+    if chat and alpaca:
+        raise InputError("--chat and --alpaca are two templates; choose one")
     texts = read_prompts(prompt, prompt_file, chat)
     directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
     tokenizer = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
     llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, decoding=decoding, progress=True)
+    if adapter is not None:
+        lora.load(llama.model, adapter, checkpoint.fingerprint(llama.model))
+        llama.model.eval()
     print(describe(llama, directory))
-    prompts = [Prompt(text, encode(llama, text, chat)) for text in texts]
+    prompts = [Prompt(text, encode(llama, text, chat, alpaca)) for text in texts]
     stops = llama.tokenizer.chat_stop_tokens if chat else llama.tokenizer.stop_tokens
     options = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     if compare:
@@ -134,7 +143,9 @@ def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> lis
     return prompts
 
 
-def encode(llama: Llama, text: str, chat: bool) -> list[int]:
+def encode(llama: Llama, text: str, chat: bool, alpaca: bool) -> list[int]:
+    if alpaca:
+        return encode_instruction(llama.tokenizer, text)
     if chat:
         return llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}])
     return llama.encode_prompt(text)
@@ -197,9 +208,9 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
             totals[use_cache] += spent[use_cache].seconds
         n_equal += ids[True] == ids[False]
         print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
-        print(side_by_side("KV cache on", "KV cache off"))
-        print("-" * (2 * COLUMN + 3))
-        print(side_by_side(*(llama.tokenizer.decode(ids[use_cache]).strip() for use_cache in (True, False))))
+        print(cli.side_by_side("KV cache on", "KV cache off"))
+        print("-" * (2 * cli.COLUMN + 3))
+        print(cli.side_by_side(*(llama.tokenizer.decode(ids[use_cache]).strip() for use_cache in (True, False))))
         print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False], options['stop_tokens'])}")
         on, off = spent[True].seconds, spent[False].seconds
         print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the cache")
@@ -207,16 +218,6 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
     speedup = totals[False] / totals[True]
     print(f"{n_equal} of {len(prompts)} prompts give equal tokens with the KV cache on and off;", end=" ")
     print(f"{totals[True]:.2f} s on, {totals[False]:.2f} s off, {speedup:.2f} times as fast")
-
-
-def side_by_side(left: str, right: str) -> str:
-    """Two texts in two columns."""
-    columns = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN) or [""]] for text in (left, right)
-    ]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in rows)
 
 
 def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int], stops: list[int]) -> str:

@@ -65,6 +65,7 @@ class KVCache:
             keys[:, :, :T], values[:, :, :T] = k_BKTD, v_BKTD
         else:
             # Indexed assignment touches T slots a row; scatter_ on a CPU copies the whole layer first (45 ms a step).
-            keys.transpose(1, 2)[self.rows, pos] = k_BKTD.transpose(1, 2)
-            values.transpose(1, 2)[self.rows, pos] = v_BKTD.transpose(1, 2)
+            # Unlike a slice, it does not convert: under autocast K and V come in another dtype.
+            keys.transpose(1, 2)[self.rows, pos] = k_BKTD.transpose(1, 2).to(keys.dtype)
+            values.transpose(1, 2)[self.rows, pos] = v_BKTD.transpose(1, 2).to(values.dtype)
         return keys, values

@@ -12,10 +12,8 @@ Left out on purpose: training state (snapshot.py), downloading.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import hashlib
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +26,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llama import files
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 
-MAX_JSON_BYTES = 64 << 20
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+
+TOKENIZER_IN = {"meta": "tokenizer.model", "hf": "original/tokenizer.model"}  # where the released directories have it
 
 # Meta's name <-> Hugging Face's, for everything outside and inside a block.
 HF_TOP = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}
@@ -88,27 +88,40 @@ def read_args(ckpt_dir: str | Path) -> ModelArgs:
     return _open_source(ckpt_dir).args
 
 
-def save(model: Transformer, directory: str | Path, layout: Literal["meta", "hf"] = "meta") -> None:
-    """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout.
+def save(
+    model: Transformer,
+    directory: str | Path,
+    layout: Literal["meta", "hf"] = "meta",
+    tokenizer_path: Path | None = None,
+) -> None:
+    """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout, with its tokenizer if any.
 
-    The directory appears under its name only when complete. Raises InputError where it already holds something.
+    The directory appears under its name only when complete. Raises InputError where it already holds something,
+    EnvironmentFailure where it cannot be written.
     """
-    target = Path(directory).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
     write = {"meta": _write_meta, "hf": _write_hf}[layout]
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        scratch.mkdir(parents=True)
+    with files.new_directory(directory) as scratch:
         write(model, scratch)
-        for path in [*scratch.iterdir(), scratch]:
-            _sync(path)
-        scratch.replace(target)
-        _sync(target.parent)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
-        raise EnvironmentFailure(f"cannot write checkpoint {target}: {error}; is the disk full?") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if tokenizer_path is not None:
+            target = scratch / TOKENIZER_IN[layout]
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(tokenizer_path, target)
+
+
+def fingerprint(model: Transformer) -> str:
+    """sha256 of the shapes and values (as fp32) of a model's own weights, adapters left out.
+
+    The same for every layout and every dtype that holds the values exactly.
+    """
+    with torch.device("meta"):
+        names = Transformer(model.args).state_dict()
+    digest = hashlib.sha256()
+    for name in names:
+        weight = model.get_parameter(name).detach()
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        for part in weight.split(4096):  # rows: an fp32 copy of a whole 16-bit table would be a gigabyte
+            digest.update(part.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 # Reading
@@ -143,7 +156,7 @@ class _MetaSource:
                 odd = sorted(shard.keys() ^ shapes[0].keys())[0]
                 raise InputError(f"{path}: its keys differ from those of {self.paths[0].name}, first at {odd}")
         params_path = directory / "params.json"
-        params = _read_json(params_path)
+        params = files.read_json(params_path)
         declared_tied = params.get("tie_word_embeddings")
         with _naming(params_path):
             args = ModelArgs.from_params(params)
@@ -218,15 +231,15 @@ class _HfSource:
     def __init__(self, directory: Path) -> None:
         config_path = directory / "config.json"
         with _naming(config_path):
-            self.args = _args_from_hf(_read_json(config_path))
+            self.args = _args_from_hf(files.read_json(config_path))
         self.directory = directory
         self.where = directory
         self.names = _hf_names(self.args)
-        files = self._files()
+        paths = self._files()
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         meta_name = {hf: meta for meta, hf in self.names.items()}
-        for path in files:
+        for path in paths:
             with _open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
                     name = meta_name.get(key, key)
@@ -248,7 +261,7 @@ class _HfSource:
             if not single.exists():
                 raise InputError(f"{self.directory} holds neither model.safetensors nor its .index.json")
             return [single]
-        listed = _read_json(index).get("weight_map")
+        listed = files.read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index}:weight_map: must map weights to files")
         for name in listed.values():
@@ -273,7 +286,7 @@ class _HfSource:
             path = self.file_of[name]
             if name.endswith(ROTATED):  # copied, so read through a mapping of its own, which then ends with its pages
                 with _open_safetensors(path) as file:
-                    return _swap_rotary_order(file.get_tensor(self.names[name]), name, self.args, to_hf=False)
+                    return swap_rotary_order(file.get_tensor(self.names[name]), name, self.args, to_hf=False)
             if path not in handles:
                 handles[path] = _open_safetensors(path)
             return handles[path].get_tensor(self.names[name])
@@ -369,25 +382,6 @@ def _open_safetensors(path: Path) -> Any:
         raise InputError(f"{path} is truncated or no safetensors file; download it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Turn `field: reason` of ModelArgs into `reason in file:field`."""
@@ -409,8 +403,11 @@ def _hf_names(args: ModelArgs) -> dict[str, str]:
     return HF_TOP | blocks
 
 
-def _swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -> Tensor:
-    """Reorder the rows of wq and wk: Meta rotates neighbours (0,1), (2,3), ..., Hugging Face (0,D/2), (1,D/2+1), ..."""
+def swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -> Tensor:
+    """Reorder the rows of wq and wk: Meta rotates neighbours (0,1), (2,3), ..., Hugging Face (0,D/2), (1,D/2+1), ...
+
+    Rows of other weights stay as they are; `name` is Meta's.
+    """
     if not name.endswith(ROTATED) or weight.shape[0] % args.head_dim:
         return weight
     pair = (args.head_dim // 2, 2) if to_hf else (2, args.head_dim // 2)
@@ -519,28 +516,15 @@ def _write_meta(model: Transformer, directory: Path) -> None:
     state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     if model.args.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]  # Meta's code needs the key; torch.save stores shared memory once
-    _write_json(directory / "params.json", model.args.to_params())
+    files.write_json(directory / "params.json", model.args.to_params())
     torch.save(state, directory / "consolidated.00.pth")
 
 
 def _write_hf(model: Transformer, directory: Path) -> None:
     names = _hf_names(model.args)
     state = {
-        names[name]: _swap_rotary_order(weight.detach().cpu(), name, model.args, to_hf=True).contiguous()
+        names[name]: swap_rotary_order(weight.detach().cpu(), name, model.args, to_hf=True).contiguous()
         for name, weight in model.state_dict().items()
     }
-    _write_json(directory / "config.json", _hf_config(model.args, next(model.parameters()).dtype))
+    files.write_json(directory / "config.json", _hf_config(model.args, next(model.parameters()).dtype))
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the list of files in a directory, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@
 python-fire calls the function and writes `--help` from its docstring. Flags are checked against the signature first:
 fire itself would guess types from values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after
 the work is done. Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not
-finite, 1 a bug, 130 interrupted.
+finite, 1 a bug, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import inspect
 import io
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from typing import Any
 import fire
 import torch
 
-from llama.errors import EnvironmentFailure, InputError, NonFinite
+from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 
+COLUMN = 38  # two of them and a rule fit a terminal of 80
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -74,6 +76,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 3
     if isinstance(error, NonFinite):
         return str(error), 4
+    if isinstance(error, Stopped):
+        return str(error), 128 + error.signal
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory; use a 16-bit --dtype, a smaller batch or a shorter sequence", 3
     if isinstance(error, OSError):
@@ -123,3 +127,13 @@ def _convert(name: str, kind: type, text: str) -> Any:
         return BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise InputError(f"--{name}={text}: expected {expected[kind]}") from None
+
+
+def side_by_side(left: str, right: str) -> str:
+    """Two texts in two columns."""
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN) or [""]] for text in (left, right)
+    ]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in rows)

@@ -11,3 +11,11 @@ class NonFinite(ArithmeticError):
 
 class EnvironmentFailure(RuntimeError):
     """What the machine lacks: a device, memory, disk space. Exit code 3."""
+
+
+class Stopped(Exception):
+    """A signal asked a run to end, and it ended in good order. Exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -32,6 +32,11 @@ class Cache(Protocol):
         ...
 
 
+def _widen(x: Tensor) -> Tensor:
+    """As fp32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang and Sennrich 2019). No mean, no bias."""
 
@@ -41,8 +46,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # squares of 16-bit activations overflow fp16 and lose digits in bf16
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        wide = _widen(x)  # squares of 16-bit activations overflow fp16 and lose digits in bf16
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
 
@@ -77,9 +82,9 @@ def apply_rope(x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the pairs (x0, x1), (x2, x3), ... of each head by the angle of their position (Su et al. 2021).
 
     Meta's checkpoints pair neighbours; Hugging Face's pair x_i with x_{i + D/2}, and checkpoint.py reorders their rows.
-    Rotates in fp32: a 16-bit cosine is wrong by 1/500, a whole turn for distant positions.
+    Rotates in fp32 or wider: a 16-bit cosine is wrong by 1/500, a whole turn for distant positions.
     """
-    pairs = x_BTHD.float().unflatten(-1, (-1, 2))
+    pairs = _widen(x_BTHD).unflatten(-1, (-1, 2))
     x0, x1 = pairs.unbind(-1)
     cos, sin = freqs_cis.unbind(-1)
     return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).to(x_BTHD.dtype)
@@ -236,6 +241,11 @@ class Transformer(nn.Module):
         else:
             key_pos = pos[:, None, None] if cache is None else torch.arange(cache.max_len, device=pos.device)
             mask = key_pos <= pos[:, None, :, None]  # [B, 1, T, S]
+            if (
+                cache is None
+            ):  # positions that start again begin another text, which the ones before cannot be seen from
+                start = pos - torch.arange(T, device=pos.device)
+                mask = mask & (start[:, None, None] == start[:, None, :, None])
             pos_BT = pos
         freqs_cis = rope_table(pos_BT, self.rope_freqs)
         x = self.tok_embeddings(tokens)
@@ -252,7 +262,8 @@ class Transformer(nn.Module):
 
         tokens: [B, T] int64.
         pos: [B, T] int64, the position of each token, default 0..T-1 in every row; it alone drives RoPE, the cache
-            writes and the mask (a key is visible where its position is <= the query's).
+            writes and the mask (a key is visible where its position is <= the query's). Without a cache a row may
+            hold several texts end to end, each with positions from 0: they do not see each other.
         cache: keys and values of earlier positions are read from it and those of `tokens` written to it; None is
             "KV cache off", and the form used in training.
         """

@@ -263,7 +263,7 @@ def test_old_cards_get_float16(monkeypatch):
 
 def test_side_by_side_keeps_every_word():
     left, right = "one two " * 30, "three\n\nfour"
-    table = inference.side_by_side(left, right)
+    table = cli.side_by_side(left, right)
     halves = [[half.strip() for half in line.split("|")] for line in table.splitlines()]
     assert " ".join(half[0] for half in halves).split() == left.split()
     assert [half[1] for half in halves][:3] == ["three", "", "four"]

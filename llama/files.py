@@ -1,0 +1,102 @@
+"""Files that are complete or not there: directories that appear under their name only when done, strict JSON, hashes.
+
+A crash at any moment leaves the old state or the new one. What protects against power loss is the order: contents reach
+the disk (fsync) before the rename that publishes them, and the rename before anyone is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from llama.errors import EnvironmentFailure, InputError
+
+MAX_JSON_BYTES = 64 << 20
+
+
+@contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """Give a scratch directory to fill, which becomes `directory` when the block ends without an error.
+
+    Raises InputError where `directory` already holds something, EnvironmentFailure where it cannot be written.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        for path in [*scratch.rglob("*"), scratch]:
+            sync(path)
+        scratch.replace(target)
+        sync(target.parent)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
+        if isinstance(error, EnvironmentFailure):
+            raise
+        raise EnvironmentFailure(f"cannot write {target}: {error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of files in a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError for anything else, and for more than MAX_JSON_BYTES."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented. Not atomic by itself: for files of a new directory."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object in place of what the file holds, all at once."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_json(scratch, content)
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise EnvironmentFailure(f"cannot write {path}: {error.strerror}; is the disk full?") from error
+    finally:
+        scratch.unlink(missing_ok=True)

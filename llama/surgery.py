@@ -1,0 +1,24 @@
+"""Swapping modules of a network: the one way in which adapters, recomputation, quantization and pruning get in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def replace_modules(
+    model: nn.Module, wanted: Callable[[str, nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> list[str]:
+    """Put `make(module)` in the place of each submodule that `wanted(name, module)` picks; return their names.
+
+    What is made should keep the parameter name `weight`, so that checkpoints load before and after. Raises ValueError
+    where nothing matches: a misspelt name must not pass for a change.
+    """
+    names = [name for name, module in model.named_modules() if name and wanted(name, module)]
+    if not names:
+        raise ValueError("no module matches; nothing was replaced")
+    for name in names:
+        module = model.get_submodule(name)
+        model.set_submodule(name, make(module).train(module.training))
+    return names
