@@ -1,0 +1,210 @@
+"""Training snapshots: directories that are complete or not there, in which every byte is accounted for.
+
+    runs/x/snapshots/step-00000042/   model.safetensors  optimizer.safetensors  ...  state.json  MANIFEST.json
+
+A snapshot is written under a hidden name, every file brought to the disk, and then renamed; MANIFEST.json, the last,
+holds the sha256 of each file and of each tensor. A process killed at any moment, or a full disk, leaves the snapshots
+before it untouched. What does not match its manifest is not a snapshot: `latest` passes over it and says so, `load`
+refuses it and names file and tensor. safetensors alone would load most flipped bits without a word.
+
+Left out on purpose: what the tensors mean (training.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from llama import files
+from llama.errors import EnvironmentFailure, InputError
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{8})")
+STATE, MANIFEST = "state.json", "MANIFEST.json"
+
+
+@dataclass
+class Snapshot:
+    """What is kept: groups of named tensors, one file each, and what JSON can say."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(root: Path, step: int, snapshot: Snapshot, run_id: str, keep: int) -> Path:
+    """Write `root`/step-NNNNNNNN, then delete this run's snapshots of later steps and all but the newest `keep`.
+
+    One of a later step is left over where the run was resumed from an earlier one. Raises EnvironmentFailure where it
+    cannot be written; what was there before is then still there.
+    """
+    target = root / f"step-{step:08d}"
+    if target.exists() and _is_whole(target, run_id):
+        return target
+    with files.new_directory(target) as scratch:
+        manifest = {"format": FORMAT, "run_id": run_id, "step": step, "torch": torch.__version__, "files": {}}
+        tensor_hashes: dict[str, dict[str, str]] = {}
+        for group, tensors in snapshot.tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            tensor_hashes[f"{group}.safetensors"] = {name: _hash(tensor) for name, tensor in plain.items()}
+            safetensors.torch.save_file(plain, scratch / f"{group}.safetensors")
+        files.write_json(scratch / STATE, snapshot.state)
+        for path in sorted(scratch.iterdir()):
+            size = path.stat().st_size
+            manifest["files"][path.name] = {
+                "bytes": size,
+                "sha256": files.sha256(path),
+                "tensors": tensor_hashes.get(path.name, {}),
+            }
+        files.write_json(scratch / MANIFEST, manifest)
+    ours = [path for path in listed(root) if _run_of(path) == run_id]
+    place = ours.index(target)
+    for path in ours[: max(0, place + 1 - keep)] + ours[place + 1 :]:
+        _discard(path)
+    return target
+
+
+def listed(root: Path) -> list[Path]:
+    """Directories that are named like snapshots, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if NAME.fullmatch(path.name))
+
+
+def latest(root: Path, run_id: str | None = None) -> tuple[Path, Snapshot, list[str]]:
+    """The newest snapshot that is whole, and one line on each that was passed over.
+
+    run_id: only those of this run. Raises InputError where there is none.
+    """
+    passed_over = []
+    for path in reversed(listed(root)):
+        try:
+            if run_id is not None and _manifest(path)["run_id"] != run_id:
+                passed_over.append(f"{path} belongs to another run")
+                continue
+            return path, load(path), passed_over
+        except InputError as error:
+            passed_over.append(str(error))
+    details = f": {passed_over[0]}" if passed_over else ""
+    raise InputError(f"{root} holds no whole snapshot to resume from{details}")
+
+
+def load(path: Path) -> Snapshot:
+    """Read a snapshot. Raises InputError naming file and tensor where anything differs from the manifest."""
+    manifest = _manifest(path)
+    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
+    for name in sorted(manifest["files"].keys() ^ present):
+        raise InputError(f"{path / name}: {'is missing' if name not in present else 'is not in ' + MANIFEST}")
+    tensors = {}
+    for name, entry in manifest["files"].items():
+        file = path / name
+        try:
+            whole = file.stat().st_size == entry["bytes"] and files.sha256(file) == entry["sha256"]
+            content = _read_tensors(file) if file.suffix == ".safetensors" else None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{file}: cannot be read: {error}; resume from another snapshot") from error
+        if not whole:
+            raise InputError(f"{file}: {_damage(content, entry['tensors'])}; resume from another snapshot")
+        if content is not None:
+            tensors[file.stem] = content
+    return Snapshot(tensors, files.read_json(path / STATE))
+
+
+@contextmanager
+def lock(root: Path) -> Iterator[None]:
+    """Hold a run directory for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises InputError naming the process that holds it. Scratch directories of killed processes are removed.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise EnvironmentFailure(f"cannot write to {root}: {error.strerror}; choose another --out_dir") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise InputError(f"{root} is in use by process {owner}; choose another --out_dir") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        for path in [*root.glob(".*"), *root.glob("snapshots/.*")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(path: Path, run_id: str) -> bool:
+    """Whether this run has this snapshot already. A damaged one is put out of the way, another run's is not touched."""
+    try:
+        load(path)
+    except InputError:
+        _discard(path)
+        return False
+    if _run_of(path) != run_id:
+        raise InputError(f"{path} belongs to another run; move it away or choose another --out_dir")
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Delete a directory so that no half of it ever stands under its name."""
+    trash = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a snapshot, checked as far as reading it needs."""
+    file = path / MANIFEST
+    manifest = files.read_json(file)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{file}:format: {manifest.get('format')!r} is not {FORMAT}, the one this version reads")
+    listing = manifest.get("files")
+    fields = {"bytes", "sha256", "tensors"}
+    whole = isinstance(listing, dict) and STATE in listing and isinstance(manifest.get("run_id"), str)
+    if not whole or not all(isinstance(e, dict) and e.keys() == fields for e in listing.values()):
+        raise InputError(f"{file}:files: is not what a snapshot's manifest holds")
+    return manifest
+
+
+def _run_of(path: Path) -> str | None:
+    try:
+        return _manifest(path)["run_id"]
+    except InputError:
+        return None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(file)
+
+
+def _damage(content: dict[str, Tensor] | None, hashes: dict[str, str]) -> str:
+    """Which tensors of a file differ from what was saved."""
+    if content is not None:
+        for name in sorted(hashes.keys() | content.keys()):
+            if name not in content or hashes.get(name) != _hash(content[name]):
+                return f"tensor {name} is not what was saved"
+    return "is not what was saved (its sha256 differs from the manifest's)"
+
+
+def _hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
