@@ -17,6 +17,7 @@ The tables and patterns are in ``words.py``.  Run ``python -m data.tiny.corpus -
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 from collections.abc import Callable
@@ -1170,12 +1171,31 @@ def document(rng: random.Random, mix: Mix = BALANCED) -> Document:
     return KINDS[rng.choices(list(mix), list(mix.values()))[0]](rng)
 
 
+def records(n: int, seed: int) -> list[dict[str, str]]:
+    """``n`` different tasks of this world, in the shape of Alpaca's: instruction, input (for a third), output."""
+    rng = random.Random(f"records-{seed}")
+    found: dict[tuple[str, str], str] = {}
+    while len(found) < n:
+        kind = rng.randrange(3)
+        if kind == 0:
+            text, items = passage(rng)
+            found[items[0][0], text] = items[0][1]
+        else:
+            asked, answer = question(rng) if kind == 1 else task(rng)
+            found[asked, ""] = answer
+    return [{"instruction": asked, "input": text, "output": answer} for (asked, text), answer in found.items()]
+
+
 def main() -> None:
-    """Prints sample documents."""
+    """Prints sample documents, or records."""
     parser = argparse.ArgumentParser(description="Print sample documents of the tiny corpus.")
     parser.add_argument("--n", type=int, default=10, help="number of documents")
     parser.add_argument("--seed", type=int, default=1, help="seed of the random numbers")
+    parser.add_argument("--records", action="store_true", help="instructions with answers instead, as JSON")
     args = parser.parse_args()
+    if args.records:
+        print(json.dumps(records(args.n, args.seed), indent=1))
+        return
     rng = random.Random(args.seed)
     for _ in range(args.n):
         made = document(rng)
