@@ -1,10 +1,11 @@
 # make run   generate text with the embedded model and compare the KV cache on and off
-# make test  lint, check formatting, run all tests
-# Both set up a virtual environment in .venv first; delete it to start over.
+# make test  lint, check formatting, run the tests
+# make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
+# Each sets up a virtual environment in .venv first; delete it to start over.
 
 PYTHON ?= python3
 
-.PHONY: run test
+.PHONY: run test test-slow
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
@@ -13,6 +14,9 @@ test: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+test-slow: .venv/dev.stamp
+	.venv/bin/python -m pytest -m slow
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

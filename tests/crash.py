@@ -1,0 +1,186 @@
+"""A small training that is killed, or refused a write, at one file operation after another, and then resumed.
+
+    LD_PRELOAD=fault.so python tests/crash.py faults DIRECTORY ERRNO LASTING EVERY
+    python tests/crash.py kills DIRECTORY N
+
+faults: ERRNO 0 kills the process at the operation; LASTING 1 lets all later ones fail too (a full disk); EVERY 3 tries
+each third operation. kills: at N random moments, resuming in between. Prints one JSON object: how many there were, and
+what went wrong. Each trial is a fork of this process, which has imported everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+from conftest import SMALL, TINY, random_model
+from tqdm import tqdm
+
+import finetuning
+from llama import checkpoint, cli, lora, snapshot
+
+RECORDS = [
+    {"instruction": f"Say {word}.", "output": word * n} for n, word in enumerate(("ox", "fox", "red", "to", "a"), 1)
+]
+FLAGS = {
+    "held_out": 1, "accumulation": 3, "epochs": 2, "max_seq_len": 96, "save_every": 1, "eval_every": 3, "dropout": 0.05,
+    "optimizer": "adamw", "lr": 1e-2, "amp": "fp16", "checkpointing": "1,3", "export": "none", "device": "cpu",
+}  # fmt: skip
+
+
+def options_in(work: Path) -> finetuning.Options:
+    """A random model, its tokenizer and records in `work`, and the settings of a run over them."""
+    if not (work / "base").exists():
+        args = type(SMALL)(**{**vars(SMALL), "vocab_size": 4096, "dim": 32, "n_layers": 4})
+        checkpoint.save(random_model(args), work / "base", "meta", TINY / "tokenizer.model")
+        (work / "data.json").write_text(json.dumps(RECORDS))
+    return finetuning.resolve({**FLAGS, "ckpt_dir": str(work / "base"), "data": str(work / "data.json")})
+
+
+def make_quick() -> None:
+    """What is not about files takes no time: short answers, no picture."""
+    finetuning.ANSWER_LEN, finetuning.INSTRUCTIONS = 2, ("Say fox.",)
+    finetuning.plot = lambda *_: None
+    tqdm.monitor_interval = 0  # no thread: it would not survive the fork
+
+
+def attempt(
+    options: finetuning.Options,
+    root: Path,
+    output: Path,
+    fault: tuple[int, int, int] | None,
+    seconds: float | None = None,
+) -> int:
+    """Run or resume in a fork; its exit code, negative for a signal.
+
+    fault: which operation, errno, lasting. seconds: kill it after that long.
+    """
+    pid = os.fork()
+    if pid:
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        save = snapshot.save
+
+        def announced(*args):
+            path = save(*args)
+            os.write(1, f"\nsaved {path.name}\n".encode())
+            return path
+
+        snapshot.save = announced
+        resume = bool(snapshot.listed(root / "snapshots"))
+        library = ctypes.CDLL(None)  # the preloaded one
+        if fault is not None:
+            library.fault_arm(str(root).encode(), *fault)
+        finetuning.train(options, root, resume)
+        if fault is not None:
+            os.write(1, f"\noperations {library.fault_count()}\n".encode())
+        code = 0
+    except BaseException as error:
+        line, code = cli.explain(error)
+        os.write(2, f"\nerror: {line}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def digest(root: Path) -> str:
+    """Everything that a run leaves, but for times.
+
+    Of the adapter its tensors: safetensors writes the entries of its metadata in any order.
+    """
+    last = snapshot.listed(root / "snapshots")[-1]
+    files = [root / "loss.jsonl", root / "adapter" / lora.CONFIG, *sorted(last.glob("*.safetensors"))]
+    content = [path.name.encode() + path.read_bytes() for path in files]
+    adapter = safetensors.torch.load_file(root / "adapter" / lora.WEIGHTS)
+    content += [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(adapter.items())]
+    state = snapshot.load(last).state
+    return hashlib.sha256(b"".join([*content, json.dumps(state, sort_keys=True).encode()])).hexdigest()
+
+
+def saved_steps(output: Path) -> list[str]:
+    return [line.split()[1] for line in output.read_text(errors="replace").splitlines() if line.startswith("saved ")]
+
+
+def trial(options: finetuning.Options, work: Path, wanted: str, fault: tuple[int, int, int]) -> str | None:
+    """One fault, then a resumed run. What went wrong, if anything."""
+    root, output = work / "run", work / "output"
+    shutil.rmtree(root, ignore_errors=True)
+    code = attempt(options, root, output, fault)
+    text = output.read_text(errors="replace")
+    expected = {-signal.SIGKILL} if fault[1] == 0 else {0, 3}  # 0: what failed was the removal of something old
+    if code not in expected or "Traceback" in text:
+        return f"exit code {code}: {text[-300:]}"
+    if code == 3 and sum(line.startswith("error: ") for line in text.splitlines()) != 1:
+        return f"not one line: {text[-300:]}"
+    steps = saved_steps(output)
+    if steps:
+        found = snapshot.latest(root / "snapshots")[0].name
+        if found < steps[-1]:
+            return f"{steps[-1]} was announced, {found} is there"
+    code = attempt(options, root, output, None)
+    if code != 0:
+        return f"resuming ended with {code}: {output.read_text(errors='replace')[-300:]}"
+    return None if digest(root) == wanted else "the resumed run has other bytes"
+
+
+def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int) -> dict:
+    """Kill a run at random moments, resume it, kill it again, to its end; as often as it takes for `n` kills."""
+    rng, kills, runs, failures = random.Random(0), 0, 0, {}
+    root, output = work / "run", work / "output"
+    while kills < n:
+        shutil.rmtree(root, ignore_errors=True)
+        runs, code = runs + 1, -signal.SIGKILL
+        while code == -signal.SIGKILL and len(failures) < 5:
+            code = attempt(options, root, output, None, rng.uniform(0, 1.5))
+            kills += code == -signal.SIGKILL
+        if code != 0 or digest(root) != wanted:
+            failures[kills] = f"ended with {code}: {output.read_text(errors='replace')[-300:]}"
+    return {"kills": kills, "runs": runs, "failures": failures}
+
+
+def try_faults(options: finetuning.Options, work: Path, error: int, lasting: int, every: int) -> dict:
+    """Let one operation after another fail."""
+    code = attempt(options, work / "run", work / "output", (0, 0, 0))
+    text = (work / "output").read_text()
+    assert code == 0, text
+    n = int(text.rsplit("operations ", 1)[1])
+    wanted, failures = digest(work / "run"), {}
+    points = range(1, n + 1, every)
+    for point in points:
+        problem = trial(options, work, wanted, (point, error, lasting))
+        if problem is not None:
+            failures[point] = problem
+    return {"operations": n, "tried": len(points), "failures": failures}
+
+
+def main(mode: str, directory: str, *numbers: str) -> None:
+    """Try, and print what came of it."""
+    make_quick()
+    work = Path(directory)
+    options = options_in(work)
+    finetuning.train(options, work / "warm up", resume=False)  # what PyTorch imports late is there for all forks
+    numbers = list(map(int, numbers))
+    if mode == "faults":
+        found = try_faults(options, work, *numbers)
+    else:
+        found = kill_often(options, work, digest(work / "warm up"), *numbers)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

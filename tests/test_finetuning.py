@@ -1,0 +1,508 @@
+"""finetuning.py as a user runs it: what it leaves behind, what inference.py makes of it, and every way to stop it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import crash
+import peft
+import pytest
+import torch
+from conftest import ROOT, TINY, random_model
+from transformers import LlamaForCausalLM
+
+import finetuning
+import inference
+from data import alpaca
+from llama import checkpoint, cli, lora, snapshot
+from llama.errors import InputError, Stopped
+from llama.tokenizer import Tokenizer
+from llama.training import Evaluation
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short answers: what is tested is the run."""
+    monkeypatch.setattr(finetuning, "ANSWER_LEN", 3)
+    monkeypatch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A random model with the embedded tokenizer, and a few records."""
+    work = tmp_path_factory.mktemp("base")
+    crash.options_in(work)
+    return work
+
+
+def flags(base: Path, root: Path, **changes) -> list[str]:
+    given = {**crash.FLAGS, "ckpt_dir": base / "base", "data": base / "data.json", "out_dir": root, **changes}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["finetuning.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(finetuning.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def run_to(base: Path, root: Path, step: int | None = None, resume: bool = False, **changes) -> finetuning.Run:
+    """A run in this process, stopped after `step` steps as by a signal; None: to its end."""
+    options = finetuning.resolve(
+        {**crash.FLAGS, "ckpt_dir": str(base / "base"), "data": str(base / "data.json"), **changes}
+    )
+    with snapshot.lock(root):
+        run = finetuning.Run(options, root)
+        run.restore() if resume else run.begin()
+        stop = finetuning.StopSignal()
+        if step is not None:
+            update = run._check_movement
+
+            def count(report):
+                update(report)
+                stop.received = signal.SIGTERM if run.trainer.progress.windows >= step else None
+
+            run._check_movement = count
+        try:
+            run.loop(stop)
+            run.finish()
+        except Stopped:
+            pass
+    return run
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "run"
+    code, out, err = call(monkeypatch, capsys, *flags(base, root, export="both", epochs=3, amp="none"))
+    assert code == 0, err
+    expected = ".lock settings.json loss.jsonl loss.png snapshots adapter merged merged-hf summary.json"
+    assert {p.name for p in root.iterdir()} == set(expected.split())
+    rows = [json.loads(line) for line in (root / "loss.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [3]
+    assert (root / "loss.png").read_bytes().startswith(b"\x89PNG")
+    trained = 4 * 16 * ((32 + 32) + (32 + 16))  # layers x rank x (in + out) of wq and wv
+    assert re.search(rf"trainable  {trained:,} of [\d,]+ parameters \([\d.]+%\)", out)
+    for text in ("before", "after", "Held-out loss", "% of the trained values", "answers ended by themselves"):
+        assert text in out
+    assert [p.name for p in snapshot.listed(root / "snapshots")] == ["step-00000005", "step-00000006"]
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["skipped"] == 0 and summary["held_out_loss"] > 0
+
+
+def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):
+    """Adapter, merged checkpoint in both layouts, transformers on the one, peft on the other: one set of logits."""
+    root = tmp_path / "run"
+    run = run_to(base, root, export="both", amp="none", lr=0.05)
+    tokens = torch.randint(0, 4096, (2, 20), generator=torch.Generator().manual_seed(0))
+    wanted = run.model.eval()(tokens).detach()
+    plain = checkpoint.load(base / "base")
+    assert (plain(tokens) - wanted).abs().max() > 0.1
+    lora.load(plain, root / "adapter", checkpoint.fingerprint(plain))
+    hf = LlamaForCausalLM.from_pretrained(root / "merged-hf", dtype=torch.float32)
+    checkpoint.save(checkpoint.load(base / "base"), tmp_path / "hf", "hf")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, root / "adapter").eval()
+    for logits in (
+        plain.eval()(tokens),
+        checkpoint.load(root / "merged")(tokens),
+        checkpoint.load(root / "merged-hf")(tokens),
+        hf(tokens).logits,
+        theirs(tokens).logits,
+    ):
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5)
+    for name, place in (("merged", "tokenizer.model"), ("merged-hf", "original/tokenizer.model")):
+        assert (root / name / place).read_bytes() == (TINY / "tokenizer.model").read_bytes()
+
+
+def test_inference_takes_the_result_and_the_same_prompts(base, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "run"
+    call(monkeypatch, capsys, *flags(base, root, export="meta"))
+    answers = json.loads((root / "summary.json").read_text())["answers"]
+    for source in ([f"--ckpt_dir={root / 'merged'}"], [f"--ckpt_dir={base / 'base'}", f"--adapter={root / 'adapter'}"]):
+        more = ["--alpaca", "--prompt=Say fox.", "--max_gen_len=3", "--temperature=0", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["inference.py", *source, *more])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(inference.main)
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 0, err
+        shown = out.split("> Say fox.\n")[1].split("\n\n[")[0]
+        assert shown.strip() == answers[0]["after"]
+
+
+def test_full_training_exports_the_trained_weights(base, tmp_path):
+    run = run_to(base, tmp_path / "run", lora=False, amp="none", export="meta", optimizer="sgd", lr=0.1, max_steps=2)
+    assert not (tmp_path / "run" / "adapter").exists()
+    stored = checkpoint.load(tmp_path / "run" / "merged").state_dict()
+    assert all(torch.equal(stored[name], w) for name, w in run.model.state_dict().items())
+    assert not torch.equal(stored["norm.weight"], checkpoint.load(base / "base").norm.weight)
+
+
+def test_packing_and_batches_train_on_the_same_tokens(base, tmp_path):
+    counts = set()
+    for name, changes in {"rows": {}, "packed": {"packing": True}, "batches": {"batch_size": 2}}.items():
+        run = run_to(base, tmp_path / name, epochs=1, eval_every=99, **changes)
+        counts.add(run.trainer.progress.label_tokens)
+    assert len(counts) == 1
+
+
+def test_no_held_out_records_no_verdict(base, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, *flags(base, tmp_path / "run", held_out=0, max_steps=2))
+    assert code == 0 and "nothing can be said about learning" in out
+
+
+def test_show_data_marks_what_is_trained(base, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, *flags(base, tmp_path / "run", show_data=2))
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert out.count("### Response:\n[") == 2 and out.count("[<end of text>]") == 2
+
+
+def test_a_base_of_16_bits_trains_fp32_adapters(base, tmp_path, capsys):
+    run = run_to(base, tmp_path / "run", dtype="bfloat16", amp="none", lr=1e-5, export="meta")
+    assert {w.dtype for w in run.trainer.weights.values()} == {torch.float32}
+    assert checkpoint.load(tmp_path / "run" / "merged").norm.weight.dtype is torch.bfloat16
+    assert "to rounding; keep the adapter" in capsys.readouterr().out
+
+
+# Verdicts
+
+
+def verdict(before: float, after: float, copied: float = 9.0, **options) -> str:
+    def made(loss: float, copy_loss: float) -> Evaluation:
+        noise = [0.01 * math.sin(i) for i in range(30)]
+        return Evaluation([10 * (loss + x) for x in noise], [10] * 30, [10 * copy_loss] * 30)
+
+    return " ".join(finetuning.verdict(finetuning.resolve(options), 4096, made(before, 9.0), made(after, copied), 0.5))
+
+
+def test_verdicts_are_plain():
+    assert "It learned." in verdict(3.0, 2.5) and "ALARM" not in verdict(3.0, 2.5)
+    assert "It got worse" in verdict(2.5, 3.0)
+    hardly = verdict(3.0, 2.9999)
+    assert "It learned nothing that shows." in hardly and "--preset=learn" in hardly
+    assert "--preset=learn" not in verdict(3.0, 3.0, preset="learn")
+    assert "ALARM: the loss started at 9.00, above ln(vocabulary) = 8.32" in verdict(9.0, 2.0)
+    assert "ALARM: the model is better at repeating" in verdict(3.0, 2.5, copied=1.0)
+
+
+def test_updates_too_small_for_any_weight_end_the_run(base, tmp_path, monkeypatch, capsys):
+    changes = {"lora": False, "optimizer": "sgd", "lr": 1e-30, "amp": "none"}
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **changes))
+    assert code == 4 and "no weight moved" in err
+
+
+def test_numbers_that_run_away_end_with_the_last_good_snapshot_kept(base, tmp_path, monkeypatch, capsys):
+    changes = {"lora": False, "optimizer": "sgd", "lr": 1e30, "amp": "none"}
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **changes))
+    assert code == 4 and len(err.strip().splitlines()[-1]) < 400 and "error: " in err
+    path, saved, _ = snapshot.latest(tmp_path / "run" / "snapshots")
+    assert all(t.isfinite().all() for t in saved.tensors["model"].values()), path
+
+
+# Stopping and resuming
+
+
+@pytest.fixture(scope="session")
+def reference(base, tmp_path_factory) -> str:
+    """What a run of 4 steps in 2 epochs, fp16 with dropout and checkpointing, leaves when nothing interrupts it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(finetuning, "ANSWER_LEN", 3)
+    patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
+    root = tmp_path_factory.mktemp("reference") / "run"
+    run_to(base, root)
+    patch.undo()
+    return crash.digest(root)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_resuming_at_any_step_gives_the_same_bytes(base, reference, tmp_path, step):
+    """Weights, optimizer, random state, scaler, learning rates, losses and order of samples."""
+    run_to(base, tmp_path / "run", step)
+    assert not (tmp_path / "run" / "adapter").exists()
+    torch.manual_seed(12345)
+    run_to(base, tmp_path / "run", resume=True)
+    assert crash.digest(tmp_path / "run") == reference
+
+
+def test_resuming_after_every_step_gives_the_same_bytes(base, reference, tmp_path):
+    run_to(base, tmp_path / "run", 1)
+    for step in (2, 3):
+        run_to(base, tmp_path / "run", step, resume=True)
+    run_to(base, tmp_path / "run", resume=True)
+    assert crash.digest(tmp_path / "run") == reference
+    run_to(base, tmp_path / "run", resume=True)  # of a run that has ended: nothing changes
+    assert crash.digest(tmp_path / "run") == reference
+
+
+def test_a_longer_log_is_cut_back_and_a_shorter_one_refused(base, reference, tmp_path):
+    root = tmp_path / "run"
+    run_to(base, root, 2)
+    with (root / "loss.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1')
+    run_to(base, root, 3, resume=True)
+    (root / "loss.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"loss\.jsonl has 0 bytes"):
+        run_to(base, root, resume=True)
+
+
+def test_each_epoch_is_another_order_of_all_records(base, tmp_path):
+    run_to(base, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    epochs = [[n for row in rows if row.get("epoch") == e for n in row["samples"]] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 4 and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_later(base, tmp_path, number):
+    """A process of its own, told to stop in the middle of a step."""
+    root = tmp_path / "run"
+    command = [sys.executable, "finetuning.py", *flags(base, root, epochs=60, save_every=1000)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = root / "loss.jsonl"
+    for _ in range(600):
+        time.sleep(0.05)
+        if log.exists() and log.read_bytes().count(b"\n") >= 3:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, err
+    line = err.strip().splitlines()[-1]
+    assert re.search(rf"stopped by {number.name} after step (\d+) of 120, saved in .*; --resume goes on", line)
+    step = int(re.search(r"after step (\d+)", line)[1])
+    assert snapshot.latest(root / "snapshots")[0].name == f"step-{step:08d}" and step >= 3
+    rows = [json.loads(row) for row in log.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, step + 1))
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    stop = finetuning.StopSignal()
+    with stop.caught():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop() and stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+CHANGES = {
+    "seed": 2, "lr": 1e-3, "batch_size": 2, "accumulation": 2, "epochs": 5, "max_steps": 9, "r": 8, "targets": "wq",
+    "optimizer": "sgd", "amp": "none", "dtype": "bfloat16", "checkpointing": "all", "dropout": 0.5, "held_out": 2,
+    "preset": "learn", "loss_normalization": "microbatch", "packing": True, "max_seq_len": 95,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stopped(base, tmp_path_factory) -> Path:
+    """A run that stopped after its first step."""
+    root = tmp_path_factory.mktemp("stopped") / "run"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(finetuning, "ANSWER_LEN", 3)
+    patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
+    run_to(base, root, 1)
+    patch.undo()
+    return root
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_settings_are_refused_by_name(stopped, monkeypatch, capsys, name):
+    was = json.loads((stopped / "settings.json").read_text())["options"][name]
+    code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={stopped}", f"--{name}={CHANGES[name]}")
+    assert code == 2 and f"--{name}={CHANGES[name]} (was {was})" in err and len(err.splitlines()) == 1
+
+
+def test_other_data_or_another_base_is_refused(base, stopped, tmp_path, monkeypatch, capsys):
+    shutil.copytree(stopped, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "settings.json").read_text())
+    checkpoint.save(
+        random_model(checkpoint.read_args(base / "base"), seed=5), tmp_path / "other", "meta", TINY / "tokenizer.model"
+    )
+    (tmp_path / "data.json").write_text(json.dumps(crash.RECORDS[::-1]))
+    for name, path in (("ckpt_dir", "other"), ("data", "data.json")):
+        changed = {**about, "options": {**about["options"], name: str(tmp_path / path)}}
+        (tmp_path / "run" / "settings.json").write_text(json.dumps(changed))
+        code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'run'}")
+        assert code == 2 and f"--{name} is not what the run was started with" in err
+
+
+def test_a_snapshot_that_lacks_anything_is_not_resumed(base, stopped, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "run"
+    shutil.copytree(stopped, root)
+    for path in snapshot.listed(root / "snapshots"):
+        (path / "rng.safetensors").unlink()
+    code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={root}")
+    assert code == 2 and "rng.safetensors: is missing" in err and len(err.splitlines()) == 1
+
+
+# What is wrong with what the user gave
+
+BAD = {
+    "preset": ("best", "expected one of course, learn"),
+    "lr": ("fast", "expected a number"),
+    "r": ("0", "r: 0 is not a rank"),
+    "alpha": ("-1", "alpha"),
+    "dropout": ("1", "dropout"),
+    "targets": ("wq,q_proj", "targets: 'wq,q_proj'"),
+    "optimizer": ("lion", "optimizer: 'lion' is unknown"),
+    "amp": ("int8", "amp: 'int8' is unknown"),
+    "checkpointing": ("every:0", "checkpointing: 'every:0'"),
+    "dtype": ("int8", "dtype 'int8' is unknown"),
+    "epochs": ("0", "--epochs=0: expected at least 1"),
+    "accumulation": ("0", "--accumulation=0"),
+    "held_out": ("5", "none of them to train on"),
+    "max_seq_len": ("8", "none of them to train on"),
+    "keep": ("0", "--keep=0"),
+    "export": ("gguf", "--export=gguf"),
+    "data": ("absent.json", "cannot read absent.json"),
+    "ckpt_dir": ("absent", "absent"),
+    "tokenizer_path": ("README.md", "README.md"),
+    "clip_norm": ("0", "clip_norm"),
+    "schedule": ("wave", "schedule: 'wave'"),
+    "device": ("tpu", "device 'tpu' is unknown"),
+    "loss_normalization": ("sum", "loss_normalization"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(base, tmp_path, monkeypatch, capsys, name):
+    value, message = BAD[name]
+    code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **{name: value}))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in out + err
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
+def test_a_directory_in_use_is_not_overwritten(base, stopped, tmp_path, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
+    code, _, err = call(monkeypatch, capsys, *flags(base, stopped))
+    assert code == 2 and "--resume goes on" in err
+    assert {p: p.stat().st_mtime_ns for p in stopped.rglob("*")} == before
+    code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'none'}")
+    assert code == 2 and "settings.json" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "file"))
+    assert code == 2 and "not a directory" in err
+
+
+def test_full_training_in_16_bits_is_refused(base, tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", lora=False, dtype="bfloat16"))
+    assert code == 2 and "without LoRA all weights are trained, in float32" in err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tmp_path, monkeypatch, capsys):
+    args = type(checkpoint.read_args(base / "base"))(**{**vars(checkpoint.read_args(base / "base")), "vocab_size": 512})
+    checkpoint.save(random_model(args), tmp_path / "small", "meta", TINY / "tokenizer.model")
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", ckpt_dir=tmp_path / "small"))
+    assert code == 2 and "do not belong together" in err
+
+
+# Faults
+
+
+@functools.cache
+def fault_library(folder: Path) -> Path:
+    """The compiled shim that makes file operations fail."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    target = folder / "fault.so"
+    source = ROOT / "tests" / "fault.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(target), str(source), "-ldl"], check=True)
+    return target
+
+
+def crash_run(mode: str, tmp_path: Path, *numbers: int) -> dict:
+    """crash.py in a process of its own."""
+    environment = {**os.environ, "LD_PRELOAD": str(fault_library(tmp_path)), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "tests/crash.py", mode, str(tmp_path / "work"), *map(str, numbers)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+ENOSPC, EIO = 28, 5
+
+
+@pytest.mark.parametrize(("error", "lasting"), [(0, 0), (ENOSPC, 1)], ids=["killed", "disk full"])
+def test_a_run_survives_faults(tmp_path, error, lasting):
+    """At every 17th change that the run makes to its directory; test_a_run_survives_every_fault takes all."""
+    found = crash_run("faults", tmp_path, error, lasting, 17)
+    assert found["failures"] == {} and found["tried"] >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "lasting"), [(0, 0), (ENOSPC, 1), (ENOSPC, 0), (EIO, 0)])
+def test_a_run_survives_every_fault(tmp_path, error, lasting):
+    """Killed, or refused, at every single change: resumed, it ends with the bytes of a run that nothing disturbed."""
+    found = crash_run("faults", tmp_path, error, lasting, 1)
+    assert found["failures"] == {} and found["tried"] == found["operations"] > 80
+
+
+@pytest.mark.slow
+def test_a_run_survives_being_killed_at_two_hundred_moments(tmp_path):
+    """SIGKILL after a random time, resumed, killed again, to the end: the bytes of a run that nothing disturbed."""
+    found = crash_run("kills", tmp_path, 200)
+    assert found["failures"] == {} and found["kills"] >= 200 and found["runs"] >= 5
+
+
+# Against transformers + peft
+
+
+def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
+    """The same weights, adapters, samples and settings: losses within 1e-4 of each other, step by step."""
+    work = tmp_path / "work"
+    model = checkpoint.load(base / "base")
+    config = lora.LoRAConfig(r=4, alpha=8.0, dropout=0.0)
+    lora.apply(model, config, seed=3)
+    lora.save(model, config, work / "adapter", "")
+    checkpoint.save(checkpoint.load(base / "base"), work / "hf", "hf")
+    theirs = LlamaForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, work / "adapter", is_trainable=True).train()
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    samples, _, _ = alpaca.encode(tokenizer, alpaca.read(ROOT / "data" / "alpaca_200.json")[:24], 256)
+    rows = [[sample] for sample in samples]
+    settings = finetuning.Settings(optimizer="adamw", lr=1e-2, weight_decay=0.01, clip_norm=1.0)
+    trainer = finetuning.Trainer(model, settings, 20)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+    losses = []
+    for step in range(20):
+        window = alpaca.window(rows, step, 2, 2, 1, tokenizer.pad_id)
+        ours, count = trainer.step(window).loss, sum(len(batch.labels) for batch in window)
+        total = 0.0
+        for batch in window:
+            labels = torch.full_like(batch.tokens, -100).flatten()
+            labels[batch.where + 1] = batch.labels  # transformers shifts by itself
+            out = theirs(batch.tokens, labels=labels.view_as(batch.tokens), num_items_in_batch=count)
+            out.loss.backward()
+            total += out.loss.item()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((ours, total))
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in losses), losses
+    assert losses[-1][0] < losses[0][0] - 0.2
+
+
+def test_a_newcomers_path(tmp_path):
+    """The README's commands, in processes of their own: train the embedded model a little, then ask it."""
+    root = tmp_path / "first"
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    trained = run([sys.executable, "finetuning.py", f"--out_dir={root}", "--max_steps=2", "--device=cpu"])
+    assert trained.returncode == 0, trained.stderr
+    assert "180 records, 20 held out" in trained.stdout
+    asked = run(
+        [sys.executable, "inference.py", f"--ckpt_dir={root / 'merged'}", "--alpaca", "--prompt=Name a colour."]
+    )
+    assert asked.returncode == 0 and "> Name a colour." in asked.stdout
