@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import alpaca
 from llama import Llama, bench, checkpoint, cli, files, lora, snapshot
 from llama import device as devices
-from llama.errors import InputError, NonFinite, Stopped
+from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import (
     Evaluation,
@@ -77,7 +77,8 @@ PRESETS = {
         "epochs": 3,
     },
 }
-MAY_CHANGE = ("device", "save_every", "keep", "eval_every", "export")  # when a run is resumed
+MAY_CHANGE = ("device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
+ROW = ("preset", "lora", "optimizer", "batch_size", "accumulation", "amp", "checkpointing", "max_seq_len")  # of a cell
 EXPORTS = ("meta", "hf", "both", "none")
 INSTRUCTIONS = ("Name three colours.", "What is the capital of France?", "Explain how to make a cup of tea.")
 ANSWER_LEN = 48
@@ -121,6 +122,7 @@ class Options:
     keep: int
     eval_every: int | None
     export: str
+    results: str | None
 
     def __post_init__(self) -> None:
         least = {"held_out": 0, "max_seq_len": 2, "batch_size": 1, "accumulation": 1, "epochs": 1}
@@ -180,6 +182,7 @@ def main(
     keep: int | None = None,
     eval_every: int | None = None,
     export: str | None = None,
+    results: str | None = None,
     show_data: int | None = None,
 ) -> None:
     """Fine-tune a Llama model on instructions.
@@ -221,6 +224,7 @@ def main(
         keep: snapshots kept (2).
         eval_every: steps between looks at held-out loss and answers; default: a quarter of the run.
         export: merged model at the end, in the layout meta, hf, both or none.
+        results: append what came of it to this file, as a row of the tables; default: no.
         show_data: print so many samples with the trained tokens in brackets, and end.
     """
     given = {name: value for name, value in locals().items() if value is not None}
@@ -237,6 +241,8 @@ def main(
         print_samples(options, n_shown)
         return
     require_free(root)
+    if options.results is not None:
+        bench.require_writable(Path(options.results))
     train(options, root, resume=False)
 
 
@@ -274,6 +280,7 @@ def resolve(given: dict[str, Any]) -> Options:
         "keep": 2,
         "eval_every": None,
         "export": "meta",
+        "results": None,
     }
     options = Options(**{**defaults, **PRESETS[name], **given})
     _ = options.settings, options.lora_config  # wrong values end it here, not after loading
@@ -417,7 +424,8 @@ class Run:
         self.trainer = Trainer(self.model, options.settings, self.total)
         self.llama = Llama(self.model, self.tokenizer, max_seq_len=options.max_seq_len + ANSWER_LEN, decoding="eager")
         self.log = Log(root / "loss.jsonl")
-        self.seconds, self.tokens = 0.0, 0
+        self.step_seconds: list[float] = []
+        self.tokens = 0
         print(self.describe(len(layers)))
 
     def _prepare_data(self) -> None:
@@ -471,8 +479,23 @@ class Run:
 
     # The state on the disk
 
+    def check_disk(self) -> None:
+        """Raise EnvironmentFailure where snapshots and exports would not fit."""
+        copies = {"sgd": 2 if self.options.momentum else 1, "adamw": 3}[self.options.optimizer]
+        trained = sum(weight.nbytes for weight in self.trainer.weights.values())
+        exports = {"none": 0, "both": 2}.get(self.options.export, 1)
+        whole = sum(weight.nbytes for weight in self.model.parameters())
+        needed = trained * (copies * (self.options.keep + 1) + 1) + exports * whole
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            gigabytes = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise EnvironmentFailure(
+                f"{self.root}: the run needs {gigabytes}; choose another --out_dir or --export=none"
+            )
+
     def begin(self) -> None:
         """Start anew: what the untrained model does, and a first snapshot, so that a full disk shows at once."""
+        self.check_disk()
         shutil.rmtree(self.root / "snapshots", ignore_errors=True)
         self.run_id = secrets.token_hex(8)
         identity = {"data_sha256": self.data_sha256, "base_sha256": self.base}
@@ -534,7 +557,8 @@ class Run:
                 report = trainer.step(window, stop)
                 if report is None:
                     break
-                self.seconds, self.tokens = self.seconds + time.perf_counter() - began, self.tokens + report.tokens
+                self.step_seconds.append(time.perf_counter() - began)
+                self.tokens += report.tokens
                 self.log.append(self._row(report, [name for batch in window for name in batch.names]))
                 self._check_movement(report)
                 bar.update()
@@ -567,7 +591,7 @@ class Run:
     def _status(self, report: Report) -> str:
         peak = bench.peak_memory_bytes(self.device) / bench.MB
         skipped = f", {self.trainer.progress.skipped} skipped" if self.trainer.progress.skipped else ""
-        rate = self.tokens / self.seconds
+        rate = self.tokens / sum(self.step_seconds)
         return f"loss {report.loss:.3f}, lr {report.lr:.2g}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB{skipped}"
 
     def _check_movement(self, report: Report) -> None:
@@ -654,13 +678,12 @@ class Run:
 
     def write_summary(self, after: Evaluation, answers: list[dict[str, Any]]) -> None:
         """summary.json and loss.png."""
-        rate = self.tokens / self.seconds if self.seconds else None
         summary = {
             "steps": self.trainer.progress.steps,
             "skipped": self.trainer.progress.skipped,
             "label_tokens": self.trainer.progress.label_tokens,
             "moved_share": self.movement.share(),
-            "tokens_per_s": rate,
+            "tokens_per_s": self.tokens / sum(self.step_seconds) if self.step_seconds else None,
             "peak_memory_mb": bench.peak_memory_bytes(self.device) / bench.MB,
             "answers": [
                 {"instruction": instruction, "before": before["text"], "after": now["text"]}
@@ -673,10 +696,37 @@ class Run:
             summary |= {"held_out_right_before": self.count_right(self.answers_before)}
             summary |= {"held_out_right": self.count_right(answers), "held_out_asked": len(self.references)}
         files.replace_json(self.root / "summary.json", summary)
+        if self.options.results is not None and self.step_seconds:
+            self.append_row(summary)
         points = [(0, self.before.loss)] if self.held_out else []
         points += [(row["step"], row["held_out_loss"]) for row in self.log.rows() if "held_out_loss" in row]
         points += [(self.total, after.loss)] if self.held_out else []
         plot(self.log.rows(), points, self.root / "loss.png")
+
+    def append_row(self, summary: dict[str, Any]) -> None:
+        """Keep the figures of this run as a row."""
+        names = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
+        values = {f"{name}_nats" if "loss" in name else name: summary[name] for name in names if name in summary}
+        values |= {"moved_share_x": summary["moved_share"], "peak_memory_mb": summary["peak_memory_mb"]}
+        metrics = {name: bench.spread([value]) for name, value in values.items()}
+        metrics["step_s"] = bench.spread(self.step_seconds)
+        model = "tiny" if self.options.ckpt_dir is None else Path(self.options.ckpt_dir).name
+        cell = {"model": model, **{name: getattr(self.options, name) for name in ROW}}
+        options, path = self.options, Path(self.options.results)
+        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Measured runs, in Markdown."""
+    lines = ["| preset | held-out loss before | after | right word for word before | after | steps | a step |"]
+    lines.append("|" + "---|" * 7)
+    for row in rows:
+        m = bench.medians(row)
+        right = [f"{m[name]:.0f} of {m['held_out_asked']:.0f}" for name in ("held_out_right_before", "held_out_right")]
+        loss = [f"{m[name]:.3f}" for name in ("held_out_loss_before_nats", "held_out_loss_nats")]
+        steps = f"{row['metrics']['step_s']['n']} | {m['step_s']:.2f} s"
+        lines.append(f"| {row['cell']['preset']} | {loss[0]} | {loss[1]} | {right[0]} | {right[1]} | {steps} |")
+    return "\n".join([*lines, "", f"{bench.setting(rows[0])}.", ""])
 
 
 def verdict(options: Options, vocab_size: int, before: Evaluation, after: Evaluation, moved: float) -> list[str]:

@@ -1,7 +1,7 @@
 """A small training that is killed, or refused a write, at one file operation after another, and then resumed.
 
     LD_PRELOAD=fault.so python tests/crash.py faults DIRECTORY ERRNO LASTING EVERY
-    python tests/crash.py kills DIRECTORY N
+    python tests/crash.py kills DIRECTORY N SIGNAL
 
 faults: ERRNO 0 kills the process at the operation; LASTING 1 lets all later ones fail too (a full disk); EVERY 3 tries
 each third operation. kills: at N random moments, resuming in between. Prints one JSON object: how many there were, and
@@ -58,17 +58,17 @@ def attempt(
     root: Path,
     output: Path,
     fault: tuple[int, int, int] | None,
-    seconds: float | None = None,
+    after: tuple[float, int] | None = None,
 ) -> int:
     """Run or resume in a fork; its exit code, negative for a signal.
 
-    fault: which operation, errno, lasting. seconds: kill it after that long.
+    fault: which operation, errno, lasting. after: seconds until a signal, and which.
     """
     pid = os.fork()
     if pid:
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)
+        if after is not None:
+            time.sleep(after[0])
+            os.kill(pid, after[1])
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1
     try:
@@ -138,16 +138,17 @@ def trial(options: finetuning.Options, work: Path, wanted: str, fault: tuple[int
     return None if digest(root) == wanted else "the resumed run has other bytes"
 
 
-def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int) -> dict:
+def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int, number: int) -> dict:
     """Kill a run at random moments, resume it, kill it again, to its end; as often as it takes for `n` kills."""
+    killed = {-number, 128 + number}  # by the signal itself, or after saving
     rng, kills, runs, failures = random.Random(0), 0, 0, {}
     root, output = work / "run", work / "output"
     while kills < n:
         shutil.rmtree(root, ignore_errors=True)
-        runs, code = runs + 1, -signal.SIGKILL
-        while code == -signal.SIGKILL and len(failures) < 5:
-            code = attempt(options, root, output, None, rng.uniform(0, 1.5))
-            kills += code == -signal.SIGKILL
+        runs, code = runs + 1, -number
+        while code in killed:
+            code = attempt(options, root, output, None, (rng.uniform(0, 1.5), number))
+            kills += code in killed
         if code != 0 or digest(root) != wanted:
             failures[kills] = f"ended with {code}: {output.read_text(errors='replace')[-300:]}"
     return {"kills": kills, "runs": runs, "failures": failures}

@@ -396,6 +396,15 @@ def test_a_directory_in_use_is_not_overwritten(base, stopped, tmp_path, monkeypa
     assert code == 2 and "not a directory" in err
 
 
+def test_a_disk_too_small_shows_before_the_first_step(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run"))
+    assert code == 3 and "0.0 GB are free" in err and not (tmp_path / "run" / "loss.jsonl").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "file" / "run"))
+    assert code == 3 and "cannot write" in err
+
+
 def test_full_training_in_16_bits_is_refused(base, tmp_path, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", lora=False, dtype="bfloat16"))
     assert code == 2 and "without LoRA all weights are trained, in float32" in err
@@ -452,9 +461,15 @@ def test_a_run_survives_every_fault(tmp_path, error, lasting):
 
 @pytest.mark.slow
 def test_a_run_survives_being_killed_at_two_hundred_moments(tmp_path):
-    """SIGKILL after a random time, resumed, killed again, to the end: the bytes of a run that nothing disturbed."""
-    found = crash_run("kills", tmp_path, 200)
+    """After a random time, resumed, killed again, to the end: the bytes of a run that nothing disturbed."""
+    found = crash_run("kills", tmp_path, 200, signal.SIGKILL)
     assert found["failures"] == {} and found["kills"] >= 200 and found["runs"] >= 5
+
+
+@pytest.mark.slow
+def test_a_run_survives_being_asked_to_stop_at_a_hundred_moments(tmp_path):
+    found = crash_run("kills", tmp_path, 100, signal.SIGTERM)
+    assert found["failures"] == {} and found["kills"] >= 100
 
 
 # Against transformers + peft

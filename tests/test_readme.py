@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY
 
 import benchmark_loading
+import finetuning
 from data.tiny import train
 from llama import checkpoint
 
@@ -81,6 +82,12 @@ def test_loading_figures_are_the_measured_rows():
     for row in rows:
         assert row["cell"]["model"] == "llama3.2-1b" and row["metrics"]["load_s"]["n"] >= 5
         assert row["metrics"]["peak_over_weights_x"]["max"] <= 1.15
+
+
+def test_finetuning_figures_are_the_measured_rows():
+    rows = [row for row in newest_rows("finetuning") if row["cell"]["model"] == "tiny"]
+    assert {row["cell"]["preset"] for row in rows} == set(finetuning.PRESETS)
+    assert table_of(README, "figures: finetuning") == finetuning.table(rows)
 
 
 def test_figures_of_the_embedded_model_are_the_measured_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
@@ -44,6 +45,12 @@ def test_sums_in_the_corpus_are_right():
     assert len(found) > 50
     for a, sign, b, result in found:
         assert int(result) == (int(a) + int(b) if sign == "plus" else int(a) - int(b)), (a, sign, b, result)
+
+
+def test_the_shipped_records_are_those_of_the_corpus():
+    assert json.loads((TINY / "alpaca_200.json").read_text()) == corpus.records(200, 1)
+    texts = [r["instruction"] + r["input"] for r in corpus.records(500, 2)]
+    assert len(set(texts)) == 500 and 140 < sum(bool(r["input"]) for r in corpus.records(500, 2)) < 190
 
 
 def test_no_two_steps_see_the_same_text():
