@@ -289,7 +289,9 @@ def resolve(given: dict[str, Any]) -> Options:
 
 def saved_options(root: Path, given: dict[str, Any]) -> Options:
     """The settings of the run in `root`. Raises InputError naming each flag that would change the training."""
-    saved = files.read_json(root / "settings.json")["options"]
+    saved = files.read_json(root / "settings.json").get("options")
+    if not isinstance(saved, dict):
+        raise InputError(f"{root / 'settings.json'}:options: is missing; the run cannot be resumed")
     changed = [name for name, value in given.items() if name not in MAY_CHANGE and saved.get(name) != value]
     if changed:
         differences = ", ".join(f"--{name}={given[name]} (was {saved.get(name)})" for name in changed)
@@ -472,8 +474,8 @@ class Run:
                 f"optimizer  {s.optimizer}, lr {s.lr:g} {s.schedule}, warm-up {s.warmup_steps}, "
                 f"loss averaged over {s.loss_normalization}",
                 f"data       {rows}, {len(self.held_out)} held out{about_lengths(self.cut, self.left_out)}",
-                f"steps      {self.total}: {options.epochs} epochs of {self.per_epoch}, "
-                f"{options.accumulation} x {options.batch_size} rows each, kept in {self.root}",
+                f"steps      {self.total} of {options.accumulation} x {options.batch_size} rows; "
+                f"an epoch has {self.per_epoch}; kept in {self.root}",
             )
         )
 

@@ -180,6 +180,7 @@ def test_kernels_are_compiled_once_and_outlive_an_unwritable_home(monkeypatch, t
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_step_equals_eager():
     """Logits within 1e-4, tokens equal, one graph (fullgraph is set), and no second compilation."""
     model = random_model(dataclasses.replace(SMALL, n_layers=1, vocab_size=4096))

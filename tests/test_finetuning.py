@@ -266,7 +266,7 @@ def test_each_epoch_is_another_order_of_all_records(base, tmp_path):
     assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 4 and epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on_later(base, tmp_path, number):
     """A process of its own, told to stop in the middle of a step."""
     root = tmp_path / "run"
@@ -446,8 +446,8 @@ ENOSPC, EIO = 28, 5
 
 @pytest.mark.parametrize(("error", "lasting"), [(0, 0), (ENOSPC, 1)], ids=["killed", "disk full"])
 def test_a_run_survives_faults(tmp_path, error, lasting):
-    """At every 17th change that the run makes to its directory; test_a_run_survives_every_fault takes all."""
-    found = crash_run("faults", tmp_path, error, lasting, 17)
+    """At every 37th change that the run makes to its directory; test_a_run_survives_every_fault takes all."""
+    found = crash_run("faults", tmp_path, error, lasting, 37)
     assert found["failures"] == {} and found["tried"] >= 5
 
 
