@@ -70,7 +70,7 @@ PRESETS = {
         **COURSE,
         "targets": "wq,wk,wv,wo,w1,w2,w3",
         "optimizer": "adamw",
-        "lr": 2e-3,
+        "lr": 1e-3,
         "schedule": "cosine",
         "warmup_steps": 5,
         "clip_norm": 1.0,

@@ -267,7 +267,7 @@ def test_side_by_side_keeps_every_word():
     halves = [[half.strip() for half in line.split("|")] for line in table.splitlines()]
     assert " ".join(half[0] for half in halves).split() == left.split()
     assert [half[1] for half in halves][:3] == ["three", "", "four"]
-    assert all(len(line) <= 2 * inference.COLUMN + 3 for line in table.splitlines())
+    assert all(len(line) <= 2 * cli.COLUMN + 3 for line in table.splitlines())
 
 
 def test_unmeasurable_memory_says_so():
