@@ -742,7 +742,8 @@ def verdict(options: Options, vocab_size: int, before: Evaluation, after: Evalua
             f"ALARM: the loss started at {before.loss:.2f}, above ln(vocabulary) = {uniform:.2f}: worse than guessing. "
             "The weights do not fit the tokenizer, or the labels are wrong."
         )
-    if after.copy_loss < after.loss and before.copy_loss - after.copy_loss > before.loss - after.loss:
+    # Random weights may start that way; what matters is what training has made better.
+    if after.copy_loss < after.loss and before.copy_loss - after.copy_loss > before.loss - after.loss + 0.1:
         lines.append(
             f"ALARM: the model is better at repeating the token that it was given (loss {after.copy_loss:.2f}) than at "
             f"the next one ({after.loss:.2f}): it was trained on labels that are not shifted."
