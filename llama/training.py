@@ -223,11 +223,15 @@ class Trainer:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed cross entropy of a batch in nats, under autocast where AMP is on."""
+        return self.loss_sums(batch, [batch.labels])[0]
+
+    def loss_sums(self, batch: Batch, labellings: Sequence[Tensor]) -> list[Tensor]:
+        """The same for several choices of labels [N], from one pass through the network."""
         batch = batch.to(self.device)
         amp = AMP[self.settings.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
-            h = self.model.hidden(batch.tokens, batch.pos)
-            return cross_entropy_sum(self.model.logits, h.flatten(0, 1)[batch.where], batch.labels)
+            h = self.model.hidden(batch.tokens, batch.pos).flatten(0, 1)[batch.where]
+            return [cross_entropy_sum(self.model.logits, h, labels.to(self.device)) for labels in labellings]
 
     def _update(self, window: Sequence[Batch], total: Tensor, count: int) -> Report:
         progress, settings = self.progress, self.settings
@@ -394,8 +398,9 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> Evaluation:
     trainer.model.eval()
     for batch in batches:
         itself = batch.tokens.flatten()[batch.where]
-        result.sums.append(trainer.loss_sum(batch).item())
-        result.copied.append(trainer.loss_sum(Batch(batch.tokens, batch.pos, batch.where, itself)).item())
+        loss, copied = trainer.loss_sums(batch, [batch.labels, itself])
+        result.sums.append(loss.item())
+        result.copied.append(copied.item())
         result.counts.append(len(batch.labels))
     return result
 

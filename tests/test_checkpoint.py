@@ -215,7 +215,7 @@ def test_a_full_disk_is_named_and_nothing_is_left_behind(tmp_path, model, layout
 
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 def test_loading_needs_the_weights_once(tmp_path, layout, dtype):
     """Peak resident memory of a fresh process grows by at most 1.15 x the weights, also when their dtype changes."""
     args = ModelArgs(dim=1024, n_layers=12, n_heads=16, n_kv_heads=4, vocab_size=8192, tie_word_embeddings=True)
