@@ -24,6 +24,7 @@ from llama.errors import InputError
 
 Result = TypeVar("Result")
 MB = 1e6
+OUTPUT_FLAGS = ("--results", "--figure", "--out_dir", "--work_dir")
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,20 @@ def device_name(device: torch.device) -> str:
 
 
 def _command() -> str:
-    """The command line as it is typed in the repository: where that lies on this machine is nobody's business."""
+    """The command line as it is typed in the repository, without the flags that say where output goes.
+
+    Where things lie on this machine changes no figure and is nobody's business.
+    """
     spec, script = sys.modules["__main__"].__spec__, Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[1]
     name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
-    return shlex.join(["python", *(["-m", spec.name] if spec else [name]), *sys.argv[1:]])
+    flags, rest = [], iter(sys.argv[1:])
+    for arg in rest:
+        if arg in OUTPUT_FLAGS:
+            next(rest, None)
+        elif arg.partition("=")[0] not in OUTPUT_FLAGS:
+            flags.append(arg)
+    return shlex.join(["python", *(["-m", spec.name] if spec else [name]), *flags])
 
 
 def _commit() -> str:

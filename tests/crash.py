@@ -11,6 +11,7 @@ what went wrong. Each trial is a fork of this process, which has imported everyt
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import hashlib
 import json
 import os
@@ -67,14 +68,19 @@ def attempt(
     pid = os.fork()
     if pid:
         if after is not None:
-            time.sleep(after[0])
-            os.kill(pid, after[1])
+            end = time.monotonic() + after[0]
+            while time.monotonic() < end:
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                    break
+                time.sleep(0.005)
+            os.kill(pid, after[1])  # one that has ended keeps its exit code
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.dump_traceback_later(30, file=2)  # where it hangs, if it does
         save = snapshot.save
 
         def announced(*args):
@@ -145,12 +151,14 @@ def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int, num
     root, output = work / "run", work / "output"
     while kills < n:
         shutil.rmtree(root, ignore_errors=True)
-        runs, code = runs + 1, -number
-        while code in killed:
-            code = attempt(options, root, output, None, (rng.uniform(0, 1.5), number))
+        runs, code, tries = runs + 1, -number, 0
+        while code in killed and tries < 40:
+            seconds = rng.uniform(0, 1.2) if tries < 39 else 60  # the last has time enough, unless it hangs
+            code, tries = attempt(options, root, output, None, (seconds, number)), tries + 1
             kills += code in killed
         if code != 0 or digest(root) != wanted:
-            failures[kills] = f"ended with {code}: {output.read_text(errors='replace')[-300:]}"
+            failures[kills] = f"ended with {code}: {output.read_text(errors='replace')[-2000:]}"
+            break
     return {"kills": kills, "runs": runs, "failures": failures}
 
 

@@ -19,7 +19,7 @@ from llama.config import PRESETS
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 
-ROW = "bench.append_row(pathlib.Path(sys.argv[1]), 'x', {}, {}, torch.device('cpu'), 'float32', 0)"
+ROW = "bench.append_row(pathlib.Path('rows.jsonl'), 'x', {}, {}, torch.device('cpu'), 'float32', 0)"
 CUDA = torch.device("cuda")
 
 
@@ -29,10 +29,10 @@ def test_a_row_names_a_command_that_can_be_typed_in_the_repository(tmp_path):
     script.write_text(
         f"import pathlib, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nfrom llama import bench\n{ROW}\n"
     )
-    for command in ([str(script)], ["-m", "measure"]):
-        subprocess.run([sys.executable, *command, results], cwd=tmp_path, check=True)
+    for command, out in ([str(script)], [f"--results={results}"]), (["-m", "measure"], ["--results", results]):
+        subprocess.run([sys.executable, *command, "--x=1", *out, "--figure=a b"], cwd=tmp_path, check=True)
     commands = [json.loads(line)["command"] for line in results.read_text().splitlines()]
-    assert commands == [f"python measure.py {results}", f"python -m measure {results}"]
+    assert commands == ["python measure.py --x=1", "python -m measure --x=1"]
 
 
 class FakeGPU:

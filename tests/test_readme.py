@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import benchmark_inference
 import benchmark_loading
 import finetuning
 from data.tiny import train
@@ -82,6 +83,14 @@ def test_loading_figures_are_the_measured_rows():
     for row in rows:
         assert row["cell"]["model"] == "llama3.2-1b" and row["metrics"]["load_s"]["n"] >= 5
         assert row["metrics"]["peak_over_weights_x"]["max"] <= 1.15
+
+
+def test_table_1_is_the_measured_rows():
+    rows = [row for row in newest_rows("inference") if row["cell"]["model"] == "llama3.2-1b"]
+    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in rows}) == 1
+    assert min(row["metrics"]["runtime_s"]["n"] for row in rows) >= 5
+    printed = benchmark_inference.table(rows) + "\n" + benchmark_inference.details(rows)
+    assert table_of(README, "figures: table 1") == printed
 
 
 def test_finetuning_figures_are_the_measured_rows():
