@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def make_quick() -> None:
     finetuning.ANSWER_LEN, finetuning.INSTRUCTIONS = 2, ("Say fox.",)
     finetuning.plot = lambda *_: None
     tqdm.monitor_interval = 0  # no thread: it would not survive the fork
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one killed while holding it stops the rest
 
 
 def attempt(
