@@ -241,8 +241,6 @@ def main(
         print_samples(options, n_shown)
         return
     require_free(root)
-    if options.results is not None:
-        bench.require_writable(Path(options.results))
     train(options, root, resume=False)
 
 
@@ -389,6 +387,8 @@ class Log:
 
 def train(options: Options, root: Path, resume: bool) -> None:
     """A whole run: from the start or from its newest snapshot to the exported model."""
+    if options.results is not None:
+        bench.require_writable(Path(options.results))
     with snapshot.lock(root), StopSignal().caught() as stop:
         run = Run(options, root)
         run.restore() if resume else run.begin()
@@ -700,10 +700,11 @@ class Run:
         files.replace_json(self.root / "summary.json", summary)
         if self.options.results is not None and self.step_seconds:
             self.append_row(summary)
+        rows = self.log.rows()
         points = [(0, self.before.loss)] if self.held_out else []
-        points += [(row["step"], row["held_out_loss"]) for row in self.log.rows() if "held_out_loss" in row]
+        points += [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
         points += [(self.total, after.loss)] if self.held_out else []
-        plot(self.log.rows(), points, self.root / "loss.png")
+        plot(rows, points, self.root / "loss.png")
 
     def append_row(self, summary: dict[str, Any]) -> None:
         """Keep the figures of this run as a row."""

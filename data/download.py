@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from llama import cli
+from llama import cli, files
 from llama.errors import EnvironmentFailure, InputError
 
 ALPACA = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
@@ -81,7 +81,7 @@ def main(
     chosen = choose(records, n, seed)
     with saving(subset):
         part_of(subset).write_text(json.dumps(chosen, indent=1) + "\n", encoding="ascii")
-        publish(part_of(subset), subset)
+        files.publish(part_of(subset), subset)
     print(f"{subset}: {n:,} of them, chosen with seed {seed}")
 
 
@@ -143,7 +143,7 @@ def obtain(url: str, target: Path, sha256: str | None, timeout: float) -> tuple[
         discard(target)  # or the next call would take it for complete
         raise
     with saving(target):
-        publish(part, target)
+        files.publish(part, target)
         origin_file(target).unlink(missing_ok=True)
     return content, records
 
@@ -337,18 +337,6 @@ def discard(target: Path) -> None:
     with saving(target):
         for path in (part_of(target), origin_file(target)):
             path.unlink(missing_ok=True)
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a complete file its name, with its bytes on the disk first: no crash leaves half a file under `path`."""
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 @contextlib.contextmanager

@@ -36,16 +36,22 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        for path in [*scratch.rglob("*"), scratch]:
+        for path in scratch.rglob("*"):
             sync(path)
-        scratch.replace(target)
-        sync(target.parent)
+        publish(scratch, target)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
         if isinstance(error, EnvironmentFailure):
             raise
         raise EnvironmentFailure(f"cannot write {target}: {error}; is the disk full?") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def publish(scratch: Path, target: Path) -> None:
+    """Give a complete file or directory its name, with its content on the disk first."""
+    sync(scratch)
+    scratch.replace(target)
+    sync(target.parent)
 
 
 def sync(path: Path) -> None:
@@ -93,9 +99,7 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         write_json(scratch, content)
-        sync(scratch)
-        scratch.replace(path)
-        sync(path.parent)
+        publish(scratch, path)
     except OSError as error:
         raise EnvironmentFailure(f"cannot write {path}: {error.strerror}; is the disk full?") from error
     finally:

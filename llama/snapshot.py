@@ -113,7 +113,7 @@ def load(path: Path) -> Snapshot:
         file = path / name
         try:
             whole = file.stat().st_size == entry["bytes"] and files.sha256(file) == entry["sha256"]
-            content = _read_tensors(file) if file.suffix == ".safetensors" else None
+            content = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{file}: cannot be read: {error}; resume from another snapshot") from error
         if not whole:
@@ -188,10 +188,6 @@ def _run_of(path: Path) -> str | None:
         return _manifest(path)["run_id"]
     except InputError:
         return None
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(file)
 
 
 def _damage(content: dict[str, Tensor] | None, hashes: dict[str, str]) -> str:

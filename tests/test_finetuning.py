@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -30,11 +31,19 @@ from llama.tokenizer import Tokenizer
 from llama.training import Evaluation
 
 
+@contextlib.contextmanager
+def short_answers():
+    """What is tested is the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "ANSWER_LEN", 3)
+        patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Short answers: what is tested is the run."""
-    monkeypatch.setattr(finetuning, "ANSWER_LEN", 3)
-    monkeypatch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
+def quick():
+    with short_answers():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -219,12 +228,9 @@ def test_numbers_that_run_away_end_with_the_last_good_snapshot_kept(base, tmp_pa
 @pytest.fixture(scope="session")
 def reference(base, tmp_path_factory) -> str:
     """What a run of 4 steps in 2 epochs, fp16 with dropout and checkpointing, leaves when nothing interrupts it."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(finetuning, "ANSWER_LEN", 3)
-    patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
     root = tmp_path_factory.mktemp("reference") / "run"
-    run_to(base, root)
-    patch.undo()
+    with short_answers():
+        run_to(base, root)
     return crash.digest(root)
 
 
@@ -309,11 +315,8 @@ CHANGES = {
 def stopped(base, tmp_path_factory) -> Path:
     """A run that stopped after its first step."""
     root = tmp_path_factory.mktemp("stopped") / "run"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(finetuning, "ANSWER_LEN", 3)
-    patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
-    run_to(base, root, 1)
-    patch.undo()
+    with short_answers():
+        run_to(base, root, 1)
     return root
 
 
