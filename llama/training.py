@@ -4,6 +4,7 @@ A step takes a window of batches, counts the label tokens of all of them, and ba
 batch: the gradient of one large batch, however the window is cut and however long the answers are. Nothing that is not
 finite ever reaches a weight. Trained weights are fp32; the frozen ones may have 16 bits.
 
+With `Settings(lean=True)` the network's parts are those of lean.py: the same step in far less memory.
 `CheckpointedBlock` is activation checkpointing (Chen et al. 2016): a block keeps its input alone, and its forward runs
 again in the backward pass, dropout included.
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama.errors import InputError, NonFinite
-from llama.loss import cross_entropy_sum
+from llama.lean import InBackward, make_lean
+from llama.loss import cross_entropy_sum, lean_cross_entropy_sum
 from llama.model import Cache, Transformer, TransformerBlock
 from llama.snapshot import Snapshot
 from llama.surgery import replace_modules
@@ -41,7 +43,7 @@ class Settings:
 
     weight_decay: torch's meaning, part of the gradient for SGD and decoupled for AdamW. clip_norm: largest allowed L2
     norm of the whole gradient. loss_normalization: "tokens" weighs each label token of a step alike; "microbatch" is
-    the mean over micro-batches of their mean losses, in which a token of a short answer weighs more.
+    the mean over micro-batches of their mean losses, in which a token of a short answer weighs more. lean: see lean.py.
     """
 
     optimizer: str = "sgd"
@@ -53,6 +55,7 @@ class Settings:
     clip_norm: float | None = None
     loss_normalization: str = "tokens"
     amp: str = "none"
+    lean: bool = False
 
     def __post_init__(self) -> None:
         choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss_normalization": NORMALIZATIONS, "amp": AMP}
@@ -112,11 +115,14 @@ class Progress:
 
 @dataclass
 class Report:
-    """What one window did. loss: nats per label token (by the normalization in use); grad_norm: before clipping."""
+    """What one window did. loss: nats per label token (by the normalization in use); grad_norm: before clipping.
+
+    grad_norm is None where SGD happened inside the backward pass: the gradient was never there as a whole.
+    """
 
     loss: float
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     label_tokens: int
     tokens: int
     skipped: bool
@@ -170,11 +176,23 @@ def checkpoint_layers(model: Transformer, layers: Sequence[int]) -> None:
         replace_modules(model, lambda name, _: name in blocks, CheckpointedBlock)
 
 
+def require_plain_sgd(settings: Settings, accumulation: int = 1) -> None:
+    """Raise InputError where SGD inside the backward pass would be another step than these settings ask for."""
+    wanted = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
+    found = {name: getattr(settings, name) for name in wanted} | {"accumulation": accumulation, "amp": settings.amp}
+    for name, value in found.items():
+        if value != wanted.get(name, 1 if name == "accumulation" else value) or (name, value) == ("amp", "fp16"):
+            raise InputError(
+                f"--lean trains all weights by SGD inside the backward pass, which {name}={value} does not allow: "
+                "use sgd without momentum, weight_decay and clip_norm, accumulation 1, and amp none or bf16; or --lora"
+            )
+
+
 class Trainer:
     """A model with what training adds to it: optimizer, gradient scaler, progress. `stop` ends a window early.
 
-    Raises InputError where nothing is trainable or a trainable weight has 16 bits: most of its updates would be
-    rounded away.
+    Raises InputError where nothing is trainable, where a trainable weight has 16 bits (most of its updates would be
+    rounded away), and where SGD inside the backward pass is not the step that the settings ask for.
     """
 
     def __init__(self, model: Transformer, settings: Settings, total_steps: int) -> None:
@@ -191,6 +209,11 @@ class Trainer:
         self.compute_dtype = AMP[settings.amp] or frozen
         # fp16 gradients below 6e-8 vanish; the scaler multiplies the loss so that they do not. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute_dtype is torch.float16)
+        self.sgd: InBackward | None = None
+        if settings.lean:
+            self.sgd = make_lean(model)
+        if self.sgd is not None:
+            require_plain_sgd(settings)
         self.progress = Progress()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -208,6 +231,10 @@ class Trainer:
         count, random = sum(len(batch.labels) for batch in window), self._random_state()
         if count == 0:
             raise ValueError("the window has no label token")
+        if self.sgd is not None:
+            if len(window) > 1:
+                raise ValueError("SGD inside the backward pass cannot accumulate over several batches")
+            self.sgd.start(self.settings.lr_at(self.progress.steps, self.total_steps))
         self.model.train()
         total = torch.zeros((), device=self.device)
         for batch in window:
@@ -216,10 +243,17 @@ class Trainer:
                 self._set_random_state(random)
                 return None
             share = count if self.settings.loss_normalization == "tokens" else len(batch.labels) * len(window)
-            loss = self.loss_sum(batch) / share
-            self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+            loss = self.back_propagate(batch, share)
+            total = total + loss
         return self._update(window, total, count)
+
+    def back_propagate(self, batch: Batch, share: int) -> Tensor:
+        """Add the gradient of loss_sum / share to those of the weights, or move them by it; return the loss."""
+        loss = self.loss_sum(batch) / share
+        if self.sgd is not None and self.sgd.lr and not loss.isfinite():
+            raise NonFinite(self._describe_non_finite([batch], loss.item(), math.nan))
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed cross entropy of a batch in nats, under autocast where AMP is on."""
@@ -231,25 +265,24 @@ class Trainer:
         amp = AMP[self.settings.amp]
         with torch.autocast(self.device.type, amp, enabled=amp is not None):
             h = self.model.hidden(batch.tokens, batch.pos).flatten(0, 1)[batch.where]
-            return [cross_entropy_sum(self.model.logits, h, labels.to(self.device)) for labels in labellings]
+            return [self._cross_entropy_sum(h, labels.to(self.device)) for labels in labellings]
+
+    def _cross_entropy_sum(self, h: Tensor, labels: Tensor) -> Tensor:
+        if not self.settings.lean:
+            return cross_entropy_sum(self.model.logits, h, labels)
+        head = self.model.tok_embeddings if self.model.output is None else self.model.output
+        return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move)
 
     def _update(self, window: Sequence[Batch], total: Tensor, count: int) -> Report:
-        progress, settings = self.progress, self.settings
-        lr = settings.lr_at(progress.steps, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        limit = math.inf if settings.clip_norm is None else settings.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), limit).item()
-        loss = total.item()
-        if not self.scaler.is_enabled() and not math.isfinite(loss + norm):
-            self.optimizer.zero_grad()
-            raise NonFinite(self._describe_non_finite(window, loss, norm))
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)  # does nothing where a gradient overflowed
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        skipped = self.scaler.get_scale() < scale
+        progress, loss = self.progress, total.item()
+        lr = self.settings.lr_at(progress.steps, self.total_steps)
+        norm, skipped = (None, False) if self.sgd is not None else self._optimizer_step(window, loss, lr)
+        if self.sgd is not None and not self.sgd.is_finite():
+            names = ", ".join(name for batch in window for name in batch.names)
+            raise NonFinite(
+                f"step {progress.windows + 1}: loss {loss:g}, but a gradient that is not finite (samples {names}) has "
+                "moved weights; the snapshots are from before; lower --lr"
+            )
         progress.windows += 1
         progress.steps += not skipped
         progress.skipped += skipped
@@ -258,6 +291,22 @@ class Trainer:
         if progress.skipped_in_a_row >= MAX_SKIPS:
             raise NonFinite(f"{MAX_SKIPS} steps in a row overflowed; {self._describe_non_finite(window, loss, norm)}")
         return Report(loss, lr, norm, count, sum(batch.tokens.numel() for batch in window), skipped)
+
+    def _optimizer_step(self, window: Sequence[Batch], loss: float, lr: float) -> tuple[float, bool]:
+        """Move the weights by their gradients. Return the gradient's norm, and whether the step was skipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), limit).item()
+        if not self.scaler.is_enabled() and not math.isfinite(loss + norm):
+            self.optimizer.zero_grad()
+            raise NonFinite(self._describe_non_finite(window, loss, norm))
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)  # does nothing where a gradient overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm, self.scaler.get_scale() < scale
 
     @torch.no_grad()
     def _describe_non_finite(self, window: Sequence[Batch], loss: float, norm: float) -> str:

@@ -1,0 +1,286 @@
+"""Training with the same numbers in far less memory: what backward needs is computed again, gradients are not kept.
+
+    sgd = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
+
+    LeanRMSNorm      keeps its input and one number for each position; the plain one keeps four tensors of that size
+    LeanFeedForward  keeps gate and up, two of the four tensors of the hidden size
+    LeanLinear       under autocast, the 16-bit copy of a weight lives as long as one product, not the whole step
+    LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
+    InBackward       where the weights themselves are trained: SGD as soon as a gradient is known, so that none is kept
+
+The logits are lean in loss.py. With SGD inside the backward pass a weight has one chance to move: no accumulation, no
+clipping, no momentum, no loss scale. The results are those of the plain parts up to the order of additions; under
+autocast, gradients that meet are added in 16 bits instead of 32. Tests compare the two part by part.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from llama.lora import LoRALinear
+from llama.model import FeedForward, RMSNorm, TokenEmbedding, Transformer
+from llama.surgery import replace_modules
+
+
+class InBackward:
+    """Plain SGD that happens inside the backward pass, at the learning rate that is set before each step.
+
+    `is_finite` tells after a step whether all gradients were; the weights have moved by then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lr = 0.0
+        self._sum = torch.zeros((), device=device)
+
+    def start(self, lr: float) -> None:
+        """Before each step."""
+        self.lr = lr
+        self._sum.zero_()
+
+    def move(self, weight: Tensor, gradient: Tensor) -> None:
+        """weight -= lr * gradient, unseen by autograd: what it still needs of this weight was read before."""
+        self._sum += gradient.sum(dtype=torch.float32)  # NaN and infinity survive any sum
+        weight.data.add_(gradient.to(weight.dtype), alpha=-self.lr)
+
+    def move_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """The same for some rows of the weight; a row may occur several times."""
+        self._sum += gradient.sum(dtype=torch.float32)
+        weight.data.index_add_(0, rows, gradient.to(weight.dtype), alpha=-self.lr)
+
+    def is_finite(self) -> bool:
+        return bool(self._sum.isfinite())
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would make of a product with x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _RMSNorm(Function):
+    """y = w x / rms(x). With n = x / rms(x) and g = w dy: dx = (g - n mean(g n)) / rms(x), dw = sum of n dy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, sgd: InBackward | None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        ctx.weight, ctx.sgd = weight, sgd
+        return ((wide * inverse).to(x.dtype) * weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse = ctx.saved_tensors
+        normed, dy = x.to(inverse.dtype) * inverse, dy.to(x.dtype)
+        g = (dy * ctx.weight).to(inverse.dtype)
+        dx = (g - normed * (g * normed).mean(-1, keepdim=True)).mul_(inverse).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.sgd.move(ctx.weight, (dy * normed.to(x.dtype)).flatten(0, -2).sum(0))
+        return dx, None, None, None, None
+
+
+class LeanRMSNorm(RMSNorm):
+    """RMSNorm that keeps its input and one number for each position, and returns what the next product takes."""
+
+    def __init__(self, norm: RMSNorm, sgd: InBackward | None) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.weight, self.sgd = norm.eps, norm.weight, sgd
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x), self.sgd)
+
+
+def _linear_backward(x: Tensor | None, weight: Tensor, dy: Tensor, sgd: InBackward | None, needs_dx: bool):
+    """dx of y = x w^T, and where the weight is trained, its step; in the dtype of dy."""
+    dx = dy @ weight.to(dy.dtype) if needs_dx else None
+    if weight.requires_grad:  # after dx, which is that of the weight before the step
+        sgd.move(weight, dy.flatten(0, -2).t() @ x.flatten(0, -2))
+    return dx
+
+
+class _Linear(Function):
+    """y = x w^T in the dtype of x, without keeping the weight's copy in that dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, sgd: InBackward | None) -> Tensor:
+        # Not save_for_backward, which refuses a weight that has moved since: here it moves in its own backward.
+        ctx.weight, ctx.sgd = weight, sgd
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return _linear_backward(x, ctx.weight, dy, ctx.sgd, ctx.needs_input_grad[0]), None, None
+
+
+class LeanLinear(nn.Linear):
+    """A linear layer whose 16-bit copy of the weight lives as long as one product."""
+
+    def __init__(self, linear: nn.Linear, sgd: InBackward | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight, self.bias, self.sgd = linear.weight, None, sgd
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x.to(_compute_dtype(x)), self.weight, self.sgd)
+
+
+def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    return x if keep is None else x * keep * (1 / (1 - p))
+
+
+class _LoRALinear(Function):
+    """y = x w^T + scale dropout(x) a^T b^T, keeping x, which elements were dropped, and dropout(x) a^T."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
+        # What F.dropout draws, from the same state of the generator.
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
+        low = F.linear(_dropped(x.to(dtype), keep, p), a.to(dtype))
+        ctx.save_for_backward(x, keep, low, a, b)
+        ctx.weight, ctx.scale, ctx.p = weight, scale, p
+        update = F.linear(low, b.to(dtype)).mul_(scale)
+        return F.linear(x, weight.to(x.dtype)) + update.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, low, a, b = ctx.saved_tensors
+        dtype, scale, p = low.dtype, ctx.scale, ctx.p
+        g = dy.to(dtype) * scale
+        d_low = g @ b.to(dtype)
+        db = (g.flatten(0, -2).t() @ low.flatten(0, -2)).to(b.dtype)
+        da = (d_low.flatten(0, -2).t() @ _dropped(x.to(dtype), keep, p).flatten(0, -2)).to(a.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _linear_backward(None, ctx.weight, dy, None, True)
+            dx = dx + _dropped(d_low @ a.to(dtype), keep, p).to(dx.dtype)
+        return dx, None, da, db, None, None
+
+
+class LeanLoRALinear(LoRALinear):
+    """An adapted projection that keeps one byte an element of its dropout, and no copy of its input."""
+
+    def __init__(self, adapted: LoRALinear) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.lora_A, self.lora_B = adapted.weight, adapted.lora_A, adapted.lora_B
+        self.scale, self.dropout, self.base = adapted.scale, adapted.dropout, adapted.base
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.base is not None:
+            return super().forward(x)
+        p = self.dropout.p if self.training else 0.0
+        return _LoRALinear.apply(x.to(_compute_dtype(x)), self.weight, self.lora_A, self.lora_B, self.scale, p)
+
+
+def _swiglu_backward(gate: Tensor, up: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Of silu(gate) * up, with the roundings of the plain operations."""
+    return torch.ops.aten.silu_backward(d * up, gate), d * F.silu(gate)
+
+
+class _SwiGLU(Function):
+    """silu(gate) * up, keeping the two."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        return _swiglu_backward(*ctx.saved_tensors, d)
+
+
+class _SwiGLUDown(Function):
+    """(silu(gate) * up) w^T, keeping gate and up: for the gradient of w the product is computed again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, sgd: InBackward | None) -> Tensor:
+        ctx.weight, ctx.sgd = weight, sgd
+        ctx.save_for_backward(gate, up)
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        product = F.silu(gate).mul_(up) if ctx.weight.requires_grad else None
+        d = _linear_backward(product, ctx.weight, dy, ctx.sgd, True)
+        del product
+        return *_swiglu_backward(gate, up, d), None, None
+
+
+class LeanFeedForward(FeedForward):
+    """SwiGLU that keeps two tensors of the hidden size."""
+
+    def __init__(self, feed_forward: FeedForward, sgd: InBackward | None) -> None:
+        nn.Module.__init__(self)
+        self.w1, self.w2, self.w3, self.sgd = feed_forward.w1, feed_forward.w2, feed_forward.w3, sgd
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w1(x), self.w3(x)
+        if isinstance(self.w2, nn.Linear):
+            return _SwiGLUDown.apply(gate, up, self.w2.weight, self.sgd)
+        return self.w2(_SwiGLU.apply(gate, up))  # an adapter takes the product itself
+
+
+class _Lookup(Function):
+    """Rows of a table, which the backward pass moves; it makes no gradient of the table."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight: Tensor, sgd: InBackward) -> Tensor:
+        ctx.weight, ctx.sgd = weight, sgd
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
+        (tokens,) = ctx.saved_tensors
+        ctx.sgd.move_rows(ctx.weight, tokens.flatten(), dy.flatten(0, -2))
+        return None, None, None
+
+
+class LeanEmbedding(TokenEmbedding):
+    """The table of token vectors, of which a step moves the rows that were looked up."""
+
+    def __init__(self, embedding: TokenEmbedding, sgd: InBackward) -> None:
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.weight, self.sgd = embedding.weight, sgd  # the parameter itself
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _Lookup.apply(tokens, self.weight, self.sgd)
+
+
+def make_lean(model: Transformer) -> InBackward | None:
+    """Swap the lean parts in. Where the weights themselves are trained, return the SGD that moves them.
+
+    With adapters there is none: their gradients are small, and any optimizer may use them.
+    """
+    embedding = model.tok_embeddings.weight
+    sgd = InBackward(embedding.device) if embedding.requires_grad else None
+    parts = [
+        (RMSNorm, lambda norm: LeanRMSNorm(norm, sgd)),
+        (nn.Linear, lambda linear: LeanLinear(linear, sgd)),
+        (FeedForward, lambda feed_forward: LeanFeedForward(feed_forward, sgd)),
+    ]
+    if any(type(module) is LoRALinear for module in model.modules()):
+        parts.append((LoRALinear, LeanLoRALinear))
+    if sgd is not None:
+        parts.append((TokenEmbedding, lambda embedding: LeanEmbedding(embedding, sgd)))
+    for plain, make in parts:
+        try:
+            replace_modules(model, lambda _, module, plain=plain: type(module) is plain, make)
+        except ValueError:
+            if plain is not nn.Linear:  # of which none is left where all are adapted
+                raise
+    return sgd
