@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from llama import Llama, Transformer, bench, checkpoint, cli, floors
+from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors
 from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import DECODING
@@ -52,6 +48,9 @@ class Cell:
     engine: str
     batch_size: int
     use_cache: bool
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_size}, {self.engine}, cache {'on' if self.use_cache else 'off'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ def main(
     if worker is not None:
         serve(json.loads(worker))
         return
-    cells = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, warm_up, decoding, against)
+    wanted = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, warm_up, decoding, against)
     if dtype == "auto" and devices.resolve(device)[0].type == "cpu":
         dtype = "bfloat16"  # half the bytes; the library's own default on a CPU is fp32, for exactness
     resolved, weights = devices.resolve(device, dtype)
@@ -125,15 +124,15 @@ def main(
     bench.require_writable(path)
     name = str(weights).removeprefix("torch.")
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-        directory = provide_weights(Path(folder), model, ckpt_dir, weights, seed, against is not None)
+        directory = cells.provide_weights(Path(folder), model, ckpt_dir, weights, seed, against is not None)
         shape = (input_len, output_len, str(resolved), name, decoding, warm_up, memory_limit_gb, seed)
         plan = Plan(str(directory.resolve()), *shape)
-        check = Worker(plan, None)
+        check = start(plan, None)
         if check.ask() is None:
             raise EnvironmentFailure("comparing the tokens in float32 ran out of memory; nothing was timed")
         check.close()
         label = model if ckpt_dir is None else Path(ckpt_dir).name
-        measured = measure(plan, cells, repeats)
+        measured = measure(plan, wanted, repeats)
         rows = [append_row(path, label, plan, cell, runs, resolved) for cell, runs in measured]
     print(table(rows))
     print(details(rows))
@@ -180,116 +179,31 @@ def check_flags(
     if against not in (None, "transformers"):
         raise InputError(f"--against={against}: expected transformers")
     modes = {"both": (True, False), "on": (True,), "off": (False,)}[cache]
-    cells = [Cell("llama", size, use_cache) for size in sizes for use_cache in modes]
-    return cells + [Cell(peer, size, True) for size in sizes for peer in PEERS if against]
+    ours = [Cell("llama", size, use_cache) for size in sizes for use_cache in modes]
+    return ours + [Cell(peer, size, True) for size in sizes for peer in PEERS if against]
 
 
-def provide_weights(
-    folder: Path, model: str, ckpt_dir: str | None, dtype: torch.dtype, seed: int, for_peers: bool
-) -> Path:
-    """A directory for all cells: the user's, or random weights; in Hugging Face's layout where peers need it."""
-    if ckpt_dir is not None:
-        checkpoint.read_args(ckpt_dir)
-        if not for_peers or (Path(ckpt_dir) / "config.json").exists():
-            return Path(ckpt_dir)
-        network = checkpoint.load(ckpt_dir, dtype)
-    else:
-        args = PRESETS[model]
-        print(f"writing random weights of {model} ({args.weight_bytes(dtype.itemsize) / 1e9:.1f} GB)", file=sys.stderr)
-        network = Transformer.random(args, dtype, seed=seed)
-    checkpoint.save(network, folder / "weights", "hf" if for_peers else "meta")
-    return folder / "weights"
+def start(plan: Plan, cell: Cell | None) -> cells.Worker:
+    """A process for a cell; for the check of the tokens where there is none."""
+    return cells.Worker(__file__, {"plan": dataclasses.asdict(plan), "cell": cell and dataclasses.asdict(cell)})
 
 
-class Worker:
-    """A process that measures one cell whenever it is told to."""
-
-    def __init__(self, plan: Plan, cell: Cell | None) -> None:
-        spec = {"plan": dataclasses.asdict(plan), "cell": cell and dataclasses.asdict(cell)}
-        command = [sys.executable, __file__, f"--worker={json.dumps(spec)}"]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
-
-    def ask(self) -> dict[str, Any] | None:
-        """One measurement; None where memory ran out."""
-        try:
-            self._process.stdin.write("run\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if answer:
-            return json.loads(answer)
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or ["no message"]
-        if code == -9 or "out of memory" in lines[-1]:  # the system's killer, or our own message
-            return None
-        raise EnvironmentFailure(f"a cell's process ended with {code}: {lines[-1]}")
-
-    def close(self) -> None:
-        """End the process; its memory is free afterwards."""
-        self._process.communicate()  # the end of its input is its sign to leave
-        self._errors.close()
+def measure(plan: Plan, wanted: list[Cell], repeats: int) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+    """Each cell with its measurements. On a CPU those of one batch size take turns; on a GPU each runs alone."""
+    sizes = sorted({cell.batch_size for cell in wanted})
+    groups = [[cell] for cell in wanted]
+    if not plan.device.startswith("cuda"):
+        groups = [[cell for cell in wanted if cell.batch_size == size] for size in sizes]
+    return cells.rounds(groups, lambda cell: start(plan, cell), repeats, plan.seed)
 
 
-def measure(plan: Plan, cells: list[Cell], repeats: int) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
-    """Yield each cell with its `repeats` measurements, none where memory ran out, as soon as it has them.
-
-    On a CPU the cells of one batch size wait side by side and take turns; on a GPU each runs alone. A peer that does
-    not run here is left out, and said so.
-    """
-    order = random.Random(plan.seed)
-    alone = plan.device.startswith("cuda")
-    sizes = sorted({cell.batch_size for cell in cells})
-    groups = [[cell] for cell in cells] if alone else [[c for c in cells if c.batch_size == size] for size in sizes]
-    order.shuffle(groups)
-    with tqdm(total=len(cells) * repeats, unit="run") as bar:
-        for group in groups:
-            workers = {cell: Worker(plan, cell) for cell in group}
-            runs: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in group}
-            try:
-                for _ in range(repeats):
-                    for cell in order.sample(list(workers), len(workers)):
-                        bar.set_description(f"batch {cell.batch_size}, {cell.engine}, cache {_on(cell)}")
-                        if not _ask(workers[cell], cell, runs):
-                            workers.pop(cell).close()
-                        bar.update()
-            finally:
-                for worker in workers.values():
-                    worker.close()
-            yield from runs.items()
-
-
-def _ask(worker: Worker, cell: Cell, runs: dict[Cell, list[dict[str, Any]]]) -> bool:
-    """Put one more measurement into `runs`; False where there will be no more of this cell."""
-    try:
-        result = worker.ask()
-    except EnvironmentFailure as error:
-        if cell.engine == "llama":
-            raise
-        tqdm.write(f"{cell.engine} does not run at batch {cell.batch_size}: {error}", file=sys.stderr)
-        del runs[cell]
-        return False
-    runs[cell] = [] if result is None else [*runs[cell], result]
-    return result is not None
-
-
-def _on(cell: Cell) -> str:
-    return "on" if cell.use_cache else "off"
-
-
-def serve(spec: dict[str, Any]) -> None:
-    """The other side of Worker: set up once, then one measurement for each line that comes in."""
-    plan = Plan(**spec["plan"])
+def serve(orders: dict[str, Any]) -> None:
+    """What a worker does: set up once, then measure on demand."""
+    plan = Plan(**orders["plan"])
     device, _ = devices.resolve(plan.device, plan.dtype)
-    if plan.memory_limit_gb is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory_limit_gb * 1e9 / total), device)
-    run = (lambda: check_tokens(plan, device)) if spec["cell"] is None else CellRunner(plan, Cell(**spec["cell"]))
-    for _ in sys.stdin:
-        print(json.dumps(run()), flush=True)
+    cells.limit_memory(device, plan.memory_limit_gb)
+    cell = orders["cell"]
+    cells.measure_on_demand(CellRunner(plan, Cell(**cell)) if cell is not None else lambda: check_tokens(plan, device))
 
 
 def check_tokens(
@@ -354,8 +268,7 @@ class CellRunner:
         plan, cell = self.plan, self.cell
         load = load_ours if cell.engine == "llama" else load_transformers
         warm_libraries(self.device, self.dtype)
-        bench.reset_peak_memory(self.device)
-        self.baseline = 0 if self.device.type == "cuda" else bench.peak_memory_bytes(self.device)
+        self.baseline = bench.memory_baseline(self.device)
         (self.generate, self.llama), loading = bench.measure(
             lambda: load(plan, cell, self.device, self.dtype), self.device
         )
@@ -485,9 +398,9 @@ def details(rows: list[dict]) -> str:
         x_floor = {
             name: _number(m, f"{name}_over_floor_x", ".2f") for name in ("runtime", "ttft", "tpot", "peak_memory")
         }
-        cells = [str(cell["batch_size"]), cell["engine"], "on" if cell["use_cache"] else "off", runtime]
-        cells += [x_floor["runtime"], _number(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
-        lines.append(f"| {' | '.join([*cells, x_floor['peak_memory'], compared])} |")
+        columns = [str(cell["batch_size"]), cell["engine"], "on" if cell["use_cache"] else "off", runtime]
+        columns += [x_floor["runtime"], _number(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
+        lines.append(f"| {' | '.join([*columns, x_floor['peak_memory'], compared])} |")
     row = rows[0]
     repeats = {r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"]}
     where = f"{bench.setting(row)}, {row['dtype']}"

@@ -2,7 +2,7 @@
 
     python finetuning.py                               # the embedded model, 200 records, the course's settings
     python finetuning.py --preset=learn                # settings that change what the model answers
-    python finetuning.py --ckpt_dir=Llama-3.2-1B --checkpointing=all --amp=fp16
+    python finetuning.py --ckpt_dir=Llama-3.2-1B --dtype=float16 --lean       # in a fifth more than the weights need
     python finetuning.py --resume                      # go on where a run stopped, to the same bytes
     python finetuning.py --show_data=3                 # print samples, the trained tokens in brackets
 
@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data import alpaca
-from llama import Llama, bench, checkpoint, cli, files, lora, snapshot
+from llama import Llama, bench, checkpoint, cli, files, lora, memory, snapshot
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -43,6 +43,7 @@ from llama.training import (
     checkpointed_layers,
     confidence,
     evaluate,
+    require_plain_sgd,
 )
 
 ROOT = Path(__file__).parent
@@ -78,7 +79,7 @@ PRESETS = {
     },
 }
 MAY_CHANGE = ("device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
-ROW = ("preset", "lora", "optimizer", "batch_size", "accumulation", "amp", "checkpointing", "max_seq_len")  # of a cell
+ROW = ("preset", "lora", "optimizer", "batch_size", "accumulation", "amp", "lean", "checkpointing", "max_seq_len")
 EXPORTS = ("meta", "hf", "both", "none")
 INSTRUCTIONS = ("Name three colours.", "What is the capital of France?", "Explain how to make a cup of tea.")
 ANSWER_LEN = 48
@@ -114,7 +115,9 @@ class Options:
     max_steps: int | None
     loss_normalization: str
     amp: str
+    lean: bool
     checkpointing: str
+    checkpoint_budget_gb: float | None
     dtype: str
     seed: int
     device: str
@@ -134,6 +137,13 @@ class Options:
             raise InputError(f"--export={self.export}: expected one of {', '.join(EXPORTS)}")
         if not self.lora and self.dtype != "float32":
             raise InputError(f"--dtype={self.dtype}: without LoRA all weights are trained, in float32; use --amp")
+        if self.lean and not self.lora:
+            require_plain_sgd(self.settings, self.accumulation)
+        if self.checkpoint_budget_gb is not None and (self.checkpoint_budget_gb <= 0 or self.checkpointing != "none"):
+            raise InputError(
+                f"--checkpoint_budget_gb={self.checkpoint_budget_gb}: expected more than 0, and no --checkpointing, "
+                "because it chooses the layers"
+            )
 
     @property
     def settings(self) -> Settings:
@@ -171,7 +181,9 @@ def main(
     max_steps: int | None = None,
     loss_normalization: str | None = None,
     amp: str | None = None,
+    lean: bool | None = None,
     checkpointing: str | None = None,
+    checkpoint_budget_gb: float | None = None,
     dtype: str | None = None,
     held_out: int | None = None,
     max_seq_len: int | None = None,
@@ -213,7 +225,9 @@ def main(
         max_steps: end after this many optimizer steps.
         loss_normalization: tokens weighs label tokens alike; microbatch averages the means of the batches (the course).
         amp: none, fp16 (with loss scaling) or bf16 autocast.
+        lean: the same step in far less memory; without LoRA it takes sgd and --accumulation=1.
         checkpointing: layers that are recomputed in the backward pass: none, all, every:K, or a list such as 0,4,8.
+        checkpoint_budget_gb: recompute the fewest layers with which the peak stays within so many GB (1e9 bytes).
         dtype: float32, or bfloat16 or float16 for a frozen base under LoRA.
         held_out: records set aside, on which the loss is measured (20).
         max_seq_len: longer samples lose their end, and are counted (512).
@@ -270,7 +284,9 @@ def resolve(given: dict[str, Any]) -> Options:
         "max_steps": None,
         "loss_normalization": "tokens",
         "amp": "none",
+        "lean": False,
         "checkpointing": "none",
+        "checkpoint_budget_gb": None,
         "dtype": "float32",
         "seed": 1,
         "device": "auto",
@@ -410,7 +426,8 @@ class Run:
             raise InputError("--amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
         self.tokenizer = load_tokenizer(options)
         self._prepare_data()
-        layers = checkpointed_layers(options.checkpointing, checkpoint.read_args(directory_of(options)).n_layers)
+        self.layers = self._plan_memory(dtype)
+        self.baseline = bench.memory_baseline(self.device)
         self.model = checkpoint.load(directory_of(options), dtype, self.device, progress=True)
         self._check_vocabulary()
         self.base = checkpoint.fingerprint(self.model)
@@ -418,7 +435,7 @@ class Run:
             lora.apply(self.model, options.lora_config, options.seed)
         else:
             self.model.requires_grad_(True)
-        checkpoint_layers(self.model, layers)
+        checkpoint_layers(self.model, self.layers)
         size = options.batch_size * options.accumulation
         self.per_epoch = alpaca.windows_per_epoch(len(self.rows), size)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
@@ -428,7 +445,7 @@ class Run:
         self.log = Log(root / "loss.jsonl")
         self.step_seconds: list[float] = []
         self.tokens = 0
-        print(self.describe(len(layers)))
+        print(self.describe())
 
     def _prepare_data(self) -> None:
         """Records to samples; a seeded choice of them is held out."""
@@ -451,6 +468,24 @@ class Run:
         self.rows = alpaca.pack(kept, options.max_seq_len) if options.packing else [[sample] for sample in kept]
         self.n_trained_on = len(kept)
 
+    def _plan_memory(self, dtype: torch.dtype) -> list[int]:
+        """The layers to recompute; also foresees the peak of a step on the longest samples."""
+        options = self.options
+        tokens = [sum(len(sample.tokens) for sample in row) for row in self.rows]
+        labels = [sum(len(sample.tokens) - sample.n_prompt for sample in row) for row in self.rows]
+        shape = memory.Shape(
+            options.batch_size, max(tokens), options.batch_size * max(labels), min(2, options.accumulation)
+        )
+        args = checkpoint.read_args(directory_of(options))
+        if args.vocab_size == -1:
+            args = dataclasses.replace(args, vocab_size=self.tokenizer.n_words)
+        training = args, dtype, options.lora_config if options.lora else None, options.settings, shape
+        layers = checkpointed_layers(options.checkpointing, args.n_layers)
+        if options.checkpoint_budget_gb is not None:
+            layers = memory.plan(memory.profile(*training), options.checkpoint_budget_gb * 1e9)
+        self.expected = memory.estimate(*training, tuple(layers))
+        return layers
+
     def _check_vocabulary(self) -> None:
         if self.tokenizer.n_words > self.model.args.vocab_size:
             raise InputError(
@@ -458,21 +493,23 @@ class Run:
                 f"{self.model.args.vocab_size}; they do not belong together"
             )
 
-    def describe(self, n_checkpointed: int) -> str:
+    def describe(self) -> str:
         """The settings in a few lines."""
         options, s = self.options, self.options.settings
         n_trained, n_all = lora.trainable_share(self.model)
         name = "embedded model" if options.ckpt_dir is None else options.ckpt_dir
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         rows = f"{len(self.rows)} rows" if options.packing else f"{self.n_trained_on} records"
+        held = ", ".join(f"{name} {size / bench.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         return "\n".join(
             (
                 f"model      {name}, {options.dtype} on {bench.device_name(self.device)}, seed {options.seed}",
                 f"training   {method if options.lora else 'all weights'}, amp {s.amp}, "
-                f"{n_checkpointed} of {self.model.args.n_layers} layers checkpointed",
+                f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' if s.lean else ''}",
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {s.optimizer}, lr {s.lr:g} {s.schedule}, warm-up {s.warmup_steps}, "
                 f"loss averaged over {s.loss_normalization}",
+                f"memory     {self.expected.peak / bench.MB:,.0f} MB expected at the peak of a step: {held}",
                 f"data       {rows}, {len(self.held_out)} held out{about_lengths(self.cut, self.left_out)}",
                 f"steps      {self.total} of {options.accumulation} x {options.batch_size} rows; "
                 f"an epoch has {self.per_epoch}; kept in {self.root}",
@@ -584,21 +621,25 @@ class Run:
             "epoch": (progress.windows - 1) // self.per_epoch,
             "loss": report.loss,
             "lr": report.lr,
-            "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
+            "grad_norm": report.grad_norm if math.isfinite(report.grad_norm or 0) else None,
             "label_tokens": report.label_tokens,
             "skipped": report.skipped,
             "samples": names,
         }
 
+    def peak_mb(self) -> float:
+        """The most memory so far, over what the process took before it loaded the model."""
+        return (bench.peak_memory_bytes(self.device) - self.baseline) / bench.MB
+
     def _status(self, report: Report) -> str:
-        peak = bench.peak_memory_bytes(self.device) / bench.MB
+        peak = self.peak_mb()
         skipped = f", {self.trainer.progress.skipped} skipped" if self.trainer.progress.skipped else ""
         rate = self.tokens / sum(self.step_seconds)
         return f"loss {report.loss:.3f}, lr {report.lr:.2g}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB{skipped}"
 
     def _check_movement(self, report: Report) -> None:
         first = self.trainer.progress.steps == 1 and not report.skipped
-        if first and report.lr > 0 and report.grad_norm > 0 and self.movement.share() == 0:
+        if first and report.lr > 0 and report.grad_norm != 0 and self.movement.share() == 0:
             raise NonFinite(f"--lr={report.lr:g}: no weight moved in the first step; updates are below its resolution")
 
     def look(self, bar: tqdm) -> None:
@@ -625,13 +666,15 @@ class Run:
 
     def finish(self) -> None:
         """Compare before and after, say whether it learned, and write what the run was for."""
+        peak = self.peak_mb()
         after, answers = self.evaluate(), self.answers(self.asked)
         self.show_answers(answers)
         lines = verdict(self.options, self.model.args.vocab_size, self.before, after, self.movement.share())
         if self.trainer.progress.skipped:
             lines.append(f"{self.trainer.progress.skipped} of {self.total} steps overflowed in fp16 and were skipped.")
+        lines.append(f"Peak memory {peak:,.0f} MB; {self.expected.peak / bench.MB:,.0f} MB were expected of a step.")
         lines += self.export()
-        self.write_summary(after, answers)
+        self.write_summary(after, answers, peak)
         print("\n".join(lines))
 
     def show_answers(self, answers: list[dict[str, Any]]) -> None:
@@ -678,7 +721,7 @@ class Run:
     def _save_merged(self, path: Path, hf: bool) -> None:
         checkpoint.save(self.model, path, "hf" if hf else "meta", tokenizer_file(self.options))
 
-    def write_summary(self, after: Evaluation, answers: list[dict[str, Any]]) -> None:
+    def write_summary(self, after: Evaluation, answers: list[dict[str, Any]], peak_mb: float) -> None:
         """summary.json and loss.png."""
         summary = {
             "steps": self.trainer.progress.steps,
@@ -686,7 +729,8 @@ class Run:
             "label_tokens": self.trainer.progress.label_tokens,
             "moved_share": self.movement.share(),
             "tokens_per_s": self.tokens / sum(self.step_seconds) if self.step_seconds else None,
-            "peak_memory_mb": bench.peak_memory_bytes(self.device) / bench.MB,
+            "peak_memory_mb": peak_mb,
+            "expected_peak_memory_mb": self.expected.peak / bench.MB,
             "answers": [
                 {"instruction": instruction, "before": before["text"], "after": now["text"]}
                 for instruction, before, now in zip(INSTRUCTIONS, self.answers_before, answers, strict=False)

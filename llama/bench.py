@@ -75,6 +75,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(status["VmHWM"].split()[0]) * 1024  # "... kB", which means KiB here
 
 
+def memory_baseline(device: torch.device) -> int:
+    """What the process holds now, and what its peaks are to be counted from; nothing on a GPU, where peaks are ours."""
+    if device.type == "cuda" or not reset_peak_memory(device):
+        return 0
+    return peak_memory_bytes(device)
+
+
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """What a row keeps of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}

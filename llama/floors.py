@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from llama import bench
 from llama.kernels import decode_step
-from llama.model import FeedForward, Transformer
+from llama.model import Transformer
 
 PRODUCT_ROWS = (256, 1024, 2048)
 
@@ -43,25 +43,28 @@ def read_bandwidth(model: Transformer) -> dict[str, float]:
 
 
 @torch.no_grad()
-def product_rate(model: Transformer) -> dict[str, float]:
+def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, float]:
     """FLOPs per second of the network's largest products, x w1^T and x w2^T, by number of rows of x.
 
-    Each product takes the weights of another layer, so that none is in a cache.
+    Each product takes the weights of another layer, so that none is in a cache. dtype: to multiply in; default: that of
+    the weights.
     """
-    args, weight = model.args, model.layers[0].feed_forward.w1.weight
+    args, first = model.args, model.layers[0].feed_forward.w1.weight
+    device, dtype = first.device, dtype or first.dtype
+    blocks = [block.feed_forward for block in model.layers[:4]]
+    weights = [(part.w1.weight.to(dtype), part.w2.weight.to(dtype)) for part in blocks]
     rates = {}
     for rows in PRODUCT_ROWS:
-        x = torch.full((rows, args.dim), 0.5, dtype=weight.dtype, device=weight.device)
-        h = torch.full((rows, args.ffn_dim), 0.5, dtype=weight.dtype, device=weight.device)
-        layers = [block.feed_forward for block in model.layers[: 4 if rows <= 1024 else 2]]
-        F.linear(x, layers[0].w1.weight)
-        work = functools.partial(_products, x, h, layers)
-        seconds = bench.measure(work, weight.device)[1].seconds
-        rates[f"{rows} rows"] = len(layers) * 4 * rows * args.dim * args.ffn_dim / seconds
+        x = torch.full((rows, args.dim), 0.5, dtype=dtype, device=device)
+        h = torch.full((rows, args.ffn_dim), 0.5, dtype=dtype, device=device)
+        used = weights[: 4 if rows <= 1024 else 2]
+        F.linear(x, used[0][0])
+        seconds = bench.measure(functools.partial(_products, x, h, used), device)[1].seconds
+        rates[f"{rows} rows"] = len(used) * 4 * rows * args.dim * args.ffn_dim / seconds
     return rates
 
 
-def _products(x: torch.Tensor, h: torch.Tensor, layers: list[FeedForward]) -> None:
-    for layer in layers:
-        F.linear(x, layer.w1.weight)
-        F.linear(h, layer.w2.weight)
+def _products(x: torch.Tensor, h: torch.Tensor, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for w1, w2 in weights:
+        F.linear(x, w1)
+        F.linear(h, w2)

@@ -15,6 +15,7 @@ themselves is not seen here; on a GPU it is the difference to what the allocator
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -218,13 +219,14 @@ def track_step(trainer: Trainer, window: Sequence[Batch], marks_blocks: bool = F
     return tracker
 
 
+@functools.lru_cache(maxsize=64)
 def estimate(
     args: ModelArgs,
     dtype: torch.dtype,
     adapters: LoRAConfig | None,
     settings: Settings,
     shape: Shape,
-    layers: Sequence[int] = (),
+    layers: tuple[int, ...] = (),
 ) -> Footprint:
     """What a training step will need, found by running it on tensors without content, as a CPU would.
 

@@ -164,7 +164,7 @@ def test_a_cell_out_of_memory_is_an_x_and_the_rest_goes_on(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(benchmark_inference, "Worker", Scripted)
+    monkeypatch.setattr(benchmark_inference, "start", Scripted)
     for device in ("cpu", "cuda"):
         cells = [Cell("llama", size, True) for size in (1, 8, 16)]
         plan = Plan("", 256, 32, device, "float16", "auto", 1, None, 1)
@@ -185,12 +185,12 @@ def test_a_peer_that_does_not_run_is_left_out_and_said_so(monkeypatch, capsys):
         def close(self):
             pass
 
-    monkeypatch.setattr(benchmark_inference, "Worker", Scripted)
+    monkeypatch.setattr(benchmark_inference, "start", Scripted)
     cells = [Cell("llama", 1, True), Cell("transformers", 1, True)]
     plan = Plan("", 256, 32, "cpu", "float16", "auto", 1, None, 1)
     runs = dict(benchmark_inference.measure(plan, cells, 2))
     assert runs == {cells[0]: [{"runtime_s": 1.0}] * 2}
-    assert "transformers does not run at batch 1: no such kernel" in capsys.readouterr().err
+    assert "batch 1, transformers, cache on does not run here: no such kernel" in capsys.readouterr().err
 
 
 def test_nothing_is_timed_where_the_cache_changes_a_token(monkeypatch):
@@ -210,7 +210,7 @@ def test_nothing_is_timed_where_the_cache_changes_a_token(monkeypatch):
 
 def test_a_worker_says_what_went_wrong(tmp_path):
     plan = Plan(str(tmp_path / "nothing"), 8, 2, "cpu", "float32", "auto", 1, None, 1)
-    worker = benchmark_inference.Worker(plan, Cell("llama", 1, True))
+    worker = benchmark_inference.start(plan, Cell("llama", 1, True))
     with pytest.raises(EnvironmentFailure, match=r"ended with 2: error: .*nothing"):
         worker.ask()
     worker.close()

@@ -350,6 +350,64 @@ def test_a_snapshot_that_lacks_anything_is_not_resumed(base, stopped, tmp_path, 
     assert code == 2 and "rng.safetensors: is missing" in err and len(err.splitlines()) == 1
 
 
+# In less memory
+
+
+def losses(root: Path) -> list[float]:
+    return [row["loss"] for row in map(json.loads, (root / "loss.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+LEAN_FULL = {"lora": False, "lean": True, "optimizer": "sgd", "accumulation": 1, "amp": "none", "lr": 0.05}
+
+
+@pytest.mark.parametrize("changes", [{"amp": "none", "checkpointing": "none"}, LEAN_FULL])
+def test_a_lean_run_is_the_run(base, tmp_path, changes):
+    """Losses and merged weights of --lean are those without, with adapters and with all weights trained."""
+    weights = []
+    for is_lean in (False, True):
+        root = tmp_path / str(is_lean)
+        run_to(base, root, export="meta", **{**changes, "lean": is_lean})
+        weights.append(checkpoint.load(root / "merged").state_dict())
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lean_run_of_all_weights_resumes_to_the_same_bytes(base, tmp_path):
+    run_to(base, tmp_path / "whole", **LEAN_FULL)
+    run_to(base, tmp_path / "run", step=3, **LEAN_FULL)
+    run_to(base, tmp_path / "run", resume=True, **LEAN_FULL)
+    assert (tmp_path / "run" / "loss.jsonl").read_bytes() == (tmp_path / "whole" / "loss.jsonl").read_bytes()
+    last = [snapshot.listed(tmp_path / name / "snapshots")[-1] / "model.safetensors" for name in ("run", "whole")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] is None for row in rows if "loss" in row)
+
+
+@pytest.mark.parametrize(("name", "value"), [("accumulation", 3), ("optimizer", "adamw"), ("momentum", 0.9)])
+def test_lean_training_of_all_weights_says_what_it_cannot_do(base, tmp_path, monkeypatch, capsys, name, value):
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **{**LEAN_FULL, name: value}))
+    assert code == 2 and f"which {name}={value} does not allow" in err and len(err.splitlines()) == 1
+
+
+def test_the_expected_peak_is_printed_before_and_the_measured_one_after(base, tmp_path, monkeypatch, capsys):
+    """And --checkpoint_budget_gb chooses layers with which the expected one is within the budget."""
+    plain = {"amp": "none", "checkpointing": None, "epochs": 1}
+    code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "a", **plain))
+    assert code == 0, err
+    assert re.search(r"memory +\d+ MB expected at the peak of a step: weights \d", out)
+    assert re.search(r"Peak memory [\d,]+ MB; \d+ MB were expected of a step", out)
+    expected = json.loads((tmp_path / "a" / "summary.json").read_text())["expected_peak_memory_mb"]
+    budget = expected / 1e3 * 0.9
+    code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "b", checkpoint_budget_gb=budget, **plain))
+    assert code == 0, err
+    assert re.search(r"[1-4] of 4 layers checkpointed", out)
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["expected_peak_memory_mb"] <= budget * 1e3
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "c", checkpoint_budget_gb=1e-4, **plain))
+    assert code == 2 and "cannot bring the peak below" in err and len(err.splitlines()) == 1
+
+
 # What is wrong with what the user gave
 
 BAD = {
@@ -376,6 +434,7 @@ BAD = {
     "schedule": ("wave", "schedule: 'wave'"),
     "device": ("tpu", "device 'tpu' is unknown"),
     "loss_normalization": ("sum", "loss_normalization"),
+    "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0: expected more than 0, and no --checkpointing"),
 }
 
 

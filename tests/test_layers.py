@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "llama.snapshot",
         "llama.surgery",
     },
+    "llama.cells": {"llama.checkpoint", "llama.config", "llama.errors", "llama.model"},
     "llama.memory": {"llama.config", "llama.errors", "llama.lora", "llama.model", "llama.training"},
     "llama.floors": {"llama.bench", "llama.kernels.decode_step", "llama.model"},
     "llama.kernels": set(),
