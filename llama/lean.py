@@ -95,7 +95,9 @@ class LeanRMSNorm(RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x), self.sgd)
 
 
-def _linear_backward(x: Tensor | None, weight: Tensor, dy: Tensor, sgd: InBackward | None, needs_dx: bool):
+def _linear_backward(
+    x: Tensor | None, weight: Tensor, dy: Tensor, sgd: InBackward | None, needs_dx: bool
+) -> Tensor | None:
     """dx of y = x w^T, and where the weight is trained, its step; in the dtype of dy."""
     dx = dy @ weight.to(dy.dtype) if needs_dx else None
     if weight.requires_grad:  # after dx, which is that of the weight before the step
@@ -142,7 +144,7 @@ class _LoRALinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
-        # What F.dropout draws, from the same state of the generator.
+        # On a CPU this is what F.dropout draws from the same state of the generator.
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
         low = F.linear(_dropped(x.to(dtype), keep, p), a.to(dtype))
         ctx.save_for_backward(x, keep, low, a, b)
@@ -181,42 +183,40 @@ class LeanLoRALinear(LoRALinear):
         return _LoRALinear.apply(x.to(_compute_dtype(x)), self.weight, self.lora_A, self.lora_B, self.scale, p)
 
 
-def _swiglu_backward(gate: Tensor, up: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Of silu(gate) * up, with the roundings of the plain operations."""
-    return torch.ops.aten.silu_backward(d * up, gate), d * F.silu(gate)
-
-
 class _SwiGLU(Function):
-    """silu(gate) * up, keeping the two."""
+    """silu(gate) * up, keeping the two; gradients with the roundings of the plain operations."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.unpacked = None
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
-        return _swiglu_backward(*ctx.saved_tensors, d)
+        gate, up = ctx.unpacked or ctx.saved_tensors
+        ctx.unpacked = None
+        return torch.ops.aten.silu_backward(d * up, gate), d * F.silu(gate)
 
 
-class _SwiGLUDown(Function):
-    """(silu(gate) * up) w^T, keeping gate and up: for the gradient of w the product is computed again."""
+class _Down(Function):
+    """y = product w^T after _SwiGLU, whose product is not kept but made again from what that keeps.
+
+    Two functions and not one: a checkpointed block is recomputed up to the last tensor that is kept of it, and the
+    product with w2, a quarter of a block's FLOPs, comes after that.
+    """
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, sgd: InBackward | None) -> Tensor:
-        ctx.weight, ctx.sgd = weight, sgd
-        ctx.save_for_backward(gate, up)
-        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+    def forward(ctx, product: Tensor, weight: Tensor, sgd: InBackward) -> Tensor:
+        ctx.swiglu, ctx.weight, ctx.sgd = product.grad_fn, weight, sgd
+        return F.linear(product, weight.to(product.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        product = F.silu(gate).mul_(up) if ctx.weight.requires_grad else None
-        d = _linear_backward(product, ctx.weight, dy, ctx.sgd, True)
-        del product
-        return *_swiglu_backward(gate, up, d), None, None
+        gate, up = ctx.swiglu.unpacked = ctx.swiglu.saved_tensors  # recomputation allows to ask for them once
+        return _linear_backward(F.silu(gate).mul_(up), ctx.weight, dy, ctx.sgd, True), None, None
 
 
 class LeanFeedForward(FeedForward):
@@ -227,10 +227,10 @@ class LeanFeedForward(FeedForward):
         self.w1, self.w2, self.w3, self.sgd = feed_forward.w1, feed_forward.w2, feed_forward.w3, sgd
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w1(x), self.w3(x)
-        if isinstance(self.w2, nn.Linear):
-            return _SwiGLUDown.apply(gate, up, self.w2.weight, self.sgd)
-        return self.w2(_SwiGLU.apply(gate, up))  # an adapter takes the product itself
+        product = _SwiGLU.apply(self.w1(x), self.w3(x))
+        if self.sgd is not None:
+            return _Down.apply(product, self.w2.weight, self.sgd)
+        return self.w2(product)  # frozen, or an adapter, which keeps the product itself
 
 
 class _Lookup(Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -34,16 +35,17 @@ def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict
     return append_row(path, "x", PLAN, cell, [run] * 3, torch.device("cpu"))
 
 
-def test_it_measures_every_cell(tmp_path):
-    """A whole small benchmark, by its command line, with the peers."""
-    flags = "--model=tiny-draft --cells=course,lean,half --seq_len=24 --repeats=2 --warm_up=0 --device=cpu".split()
+@pytest.mark.parametrize("cells", ["half", pytest.param("course,lean,table2", marks=pytest.mark.slow)])
+def test_it_measures_every_cell(tmp_path, cells):
+    """A whole small benchmark, by its command line."""
+    flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --warm_up=0 --device=cpu".split()
     paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
     command = [sys.executable, "benchmark_finetuning.py", *flags, *paths]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     found = by_cell(rows)
-    assert found.keys() == {*COURSE, *SETS["lean"], *SETS["half"]}
+    assert found.keys() == {cell for name in cells.split(",") for cell in SETS[name]}
     weights = PRESETS["tiny-draft"].weight_bytes(4) / 1e6
     for cell, metrics in found.items():
         value = {name: spread["median"] for name, spread in metrics.items()}
@@ -51,12 +53,13 @@ def test_it_measures_every_cell(tmp_path):
         kinds = benchmark_finetuning.memory.CATEGORIES
         total = sum(value[f"{name}_at_peak_mb"] for name in kinds)
         assert total == pytest.approx(value["expected_peak_memory_mb"], rel=1e-9)
-        assert value["weights_most_mb"] == pytest.approx(weights * (0.5 if cell.half else 1), rel=0.05)
+        assert value["weights_most_mb"] == pytest.approx(weights * (0.5 if cell.half else 1), rel=0.2)
         assert value["step_s"] > 0 and value["floor_step_s"] > 0 and value["load_s"] > 0
         assert (value["copies_most_mb"] > 0) == cell.amp
         assert (value["gradients_most_mb"] > 0.9 * weights) == (not cell.lora and not cell.lean)
-    recomputed = [found[Cell(c)]["step_tflop"]["median"] for c in (False, True)]
-    assert 1.1 < recomputed[1] / recomputed[0] < 4 / 3
+        if cell.checkpointing:
+            plain = found[dataclasses.replace(cell, checkpointing=False)]
+            assert 1.1 < value["step_tflop"] / plain["step_tflop"]["median"] < 1.45
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert benchmark_finetuning.report(rows) in run.stdout
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, random_model
 from test_training import batches, gap, gradients, lora_model, samples
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama import Transformer, lean, lora, loss
 from llama.errors import InputError, NonFinite
@@ -227,6 +228,23 @@ def test_checkpointing_changes_no_bit_of_lean_adapters():
         results.append(train(model, batches([samples(2)]), 5, lean=True, optimizer="adamw", lr=1e-2))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1].values(), results[1][1].values(), strict=True))
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_recomputing_a_lean_block_leaves_its_last_product_out(is_full):
+    """FLOPs that checkpointing adds to a step: all matrix products of the blocks but w2, and attention."""
+    flops = []
+    for layers in ((), (0, 1, 2, 3)):
+        model = full_model() if is_full else lora_model(targets=("wq", "wv"))
+        checkpoint_layers(model, layers)
+        trainer = Trainer(model, Settings(lean=True), 1)
+        with FlopCounterMode(display=False) as counter:
+            trainer.back_propagate(batches([samples(1)])[0], 1)
+        flops.append(counter.get_total_flops())
+    T = len(samples(1)[0].tokens)
+    products = SMALL.block_linear_params() - SMALL.dim * SMALL.ffn_dim + (0 if is_full else 4 * (2 * 64 + 64 + 32))
+    attention = 4 * T * T * SMALL.dim  # scores and sums, as the counter sees them: not causal
+    assert flops[1] - flops[0] in (2 * 4 * T * products, 4 * (2 * T * products + attention))
 
 
 def test_a_lean_model_is_the_same_model():

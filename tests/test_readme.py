@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import benchmark_finetuning
 import benchmark_inference
 import benchmark_loading
 import finetuning
@@ -97,6 +98,13 @@ def test_finetuning_figures_are_the_measured_rows():
     rows = [row for row in newest_rows("finetuning") if row["cell"]["model"] == "tiny"]
     assert {row["cell"]["preset"] for row in rows} == set(finetuning.PRESETS)
     assert table_of(README, "figures: finetuning") == finetuning.table(rows)
+
+
+def test_tables_2_and_3_are_the_measured_rows():
+    rows = [row for row in newest_rows("benchmark_finetuning") if row["cell"]["model"] == "llama3.2-1b"]
+    assert len({(row["device"]["name"], row["torch"], row["cell"]["seq_len"]) for row in rows}) == 1
+    assert {benchmark_finetuning.cell_of(row) for row in rows} >= {*benchmark_finetuning.COURSE}
+    assert table_of(README, "figures: tables 2 and 3") == benchmark_finetuning.report(rows)
 
 
 def test_figures_of_the_embedded_model_are_the_measured_rows():
