@@ -177,7 +177,7 @@ def check_flags(
     if model not in PRESETS:
         raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
     limits = {"seq_len": (seq_len, 2), "batch_size": (batch_size, 1), "accumulation": (accumulation, 1)}
-    limits |= {"repeats": (repeats, 1), "warm_up": (warm_up, 0)}
+    limits |= {"repeats": (repeats, 1), "warm_up": (warm_up, 1)}
     for name, (value, least) in limits.items():
         if value < least:
             raise InputError(f"--{name}={value}: expected at least {least}")
@@ -317,7 +317,7 @@ class StepRunner:
         self.baseline = bench.memory_baseline(self.device)
         self.fixed: dict[str, float] = {}
         self.step, loading = bench.measure(load, self.device)
-        losses, _ = bench.measure(lambda: [self.step() for _ in range(max(1, self.plan.warm_up))], self.device)
+        losses, _ = bench.measure(lambda: [self.step() for _ in range(self.plan.warm_up)], self.device)
         self.fixed |= {"load_s": loading.seconds, "first_loss_nats": losses[0]}
 
     def _load(self) -> Callable[[], float]:

@@ -3,6 +3,7 @@
     sgd = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
 
     LeanRMSNorm      keeps its input and one number for each position; the plain one keeps four tensors of that size
+    LeanAttention    rotates in one operation that keeps nothing
     LeanFeedForward  keeps gate and up, two of the four tensors of the hidden size
     LeanLinear       under autocast, the 16-bit copy of a weight lives as long as one product, not the whole step
     LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from llama.lora import LoRALinear
-from llama.model import FeedForward, RMSNorm, TokenEmbedding, Transformer
+from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
 from llama.surgery import replace_modules
 
 
@@ -62,26 +63,31 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _RMSNorm(Function):
-    """y = w x / rms(x). With n = x / rms(x) and g = w dy: dx = (g - n mean(g n)) / rms(x), dw = sum of n dy."""
+    """y = w x / rms(x). With n = x / rms(x) and g = w dy: dx = (g - n mean(g n)) / rms(x), dw = sum of n dy.
+
+    In place wherever possible: on a CPU a fresh buffer costs more than what is computed into it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, sgd: InBackward | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, inverse)
         ctx.weight, ctx.sgd = weight, sgd
-        return ((wide * inverse).to(x.dtype) * weight).to(dtype)
+        return wide.mul_(inverse).to(x.dtype).mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse = ctx.saved_tensors
-        normed, dy = x.to(inverse.dtype) * inverse, dy.to(x.dtype)
-        g = (dy * ctx.weight).to(inverse.dtype)
-        dx = (g - normed * (g * normed).mean(-1, keepdim=True)).mul_(inverse).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            ctx.sgd.move(ctx.weight, (dy * normed.to(x.dtype)).flatten(0, -2).sum(0))
-        return dx, None, None, None, None
+        normed = x.to(inverse.dtype, copy=True).mul_(inverse)
+        g = dy.to(inverse.dtype, copy=True)
+        dw = (g * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        g.mul_(ctx.weight)
+        if dw is not None:
+            ctx.sgd.move(ctx.weight, dw)
+        mean = (g.unsqueeze(-2) @ normed.unsqueeze(-1)).squeeze(-1) / x.shape[-1]
+        return g.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), None, None, None, None
 
 
 class LeanRMSNorm(RMSNorm):
@@ -134,38 +140,39 @@ class LeanLinear(nn.Linear):
         return _Linear.apply(x.to(_compute_dtype(x)), self.weight, self.sgd)
 
 
-def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    return x if keep is None else x * keep * (1 / (1 - p))
-
-
 class _LoRALinear(Function):
-    """y = x w^T + scale dropout(x) a^T b^T, keeping x, which elements were dropped, and dropout(x) a^T."""
+    """y = x w^T + scale dropout(x) a^T b^T, keeping x, which elements were dropped, and dropout(x) a^T.
+
+    The factors of scale and dropout go to the small matrices, never to one of the size of x.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
         # On a CPU this is what F.dropout draws from the same state of the generator.
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
-        low = F.linear(_dropped(x.to(dtype), keep, p), a.to(dtype))
-        ctx.save_for_backward(x, keep, low, a, b)
+        drop = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).logical_not_() if p else None
+        low = F.linear(_without(x.to(dtype), drop), a.to(dtype)).div_(1 - p)
+        ctx.save_for_backward(x, drop, low, a, b)
         ctx.weight, ctx.scale, ctx.p = weight, scale, p
-        update = F.linear(low, b.to(dtype)).mul_(scale)
-        return F.linear(x, weight.to(x.dtype)) + update.to(x.dtype)
+        return F.linear(x, weight.to(x.dtype)).add_(F.linear(low * scale, b.to(dtype)).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, low, a, b = ctx.saved_tensors
-        dtype, scale, p = low.dtype, ctx.scale, ctx.p
-        g = dy.to(dtype) * scale
-        d_low = g @ b.to(dtype)
-        db = (g.flatten(0, -2).t() @ low.flatten(0, -2)).to(b.dtype)
-        da = (d_low.flatten(0, -2).t() @ _dropped(x.to(dtype), keep, p).flatten(0, -2)).to(a.dtype)
+        x, drop, low, a, b = ctx.saved_tensors
+        dtype, wide = low.dtype, dy.to(low.dtype)
+        db = (wide.flatten(0, -2).t() @ (low * ctx.scale).flatten(0, -2)).to(b.dtype)
+        d_low = (wide @ b.to(dtype)).mul_(ctx.scale / (1 - ctx.p))
+        da = (d_low.flatten(0, -2).t() @ _without(x.to(dtype), drop).flatten(0, -2)).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _linear_backward(None, ctx.weight, dy, None, True)
-            dx = dx + _dropped(d_low @ a.to(dtype), keep, p).to(dx.dtype)
+            dx.add_(_without(d_low @ a.to(dtype), drop).to(dx.dtype))
         return dx, None, da, db, None, None
+
+
+def _without(x: Tensor, drop: Tensor | None) -> Tensor:
+    return x if drop is None else x.masked_fill(drop, 0)
 
 
 class LeanLoRALinear(LoRALinear):
@@ -181,6 +188,44 @@ class LeanLoRALinear(LoRALinear):
             return super().forward(x)
         p = self.dropout.p if self.training else 0.0
         return _LoRALinear.apply(x.to(_compute_dtype(x)), self.weight, self.lora_A, self.lora_B, self.scale, p)
+
+
+class _Rotation(Function):
+    """apply_rope as a product of complex numbers; backward is the rotation the other way, and keeps nothing of x."""
+
+    @staticmethod
+    def forward(ctx, x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
+        ctx.cis = torch.view_as_complex(freqs_cis.to(torch.promote_types(x_BTHD.dtype, torch.float32)))
+        return _rotated(x_BTHD, ctx.cis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return _rotated(dy, ctx.cis.conj()), None
+
+
+def _rotated(x_BTHD: Tensor, cis: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x_BTHD.to(cis.real.dtype, copy=True).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(cis)).flatten(-2).to(x_BTHD.dtype)
+
+
+class LeanAttention(Attention):
+    """Attention that keeps the rotated q and k, v and its output."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.head_dim = attention.layer, attention.head_dim
+        for name, projection in attention.named_children():
+            self.add_module(name, projection)
+
+    def forward(
+        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        if cache is not None:
+            return super().forward(x, freqs_cis, mask, pos, cache)
+        q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = (_Rotation.apply(part, freqs_cis).transpose(1, 2) for part in (q_BTHD, k_BTKD))
+        return self.wo(attend(q, k, v_BTKD.transpose(1, 2), mask).transpose(1, 2).flatten(-2))
 
 
 class _SwiGLU(Function):
@@ -271,6 +316,7 @@ def make_lean(model: Transformer) -> InBackward | None:
     parts = [
         (RMSNorm, lambda norm: LeanRMSNorm(norm, sgd)),
         (nn.Linear, lambda linear: LeanLinear(linear, sgd)),
+        (Attention, LeanAttention),
         (FeedForward, lambda feed_forward: LeanFeedForward(feed_forward, sgd)),
     ]
     if any(type(module) is LoRALinear for module in model.modules()):

@@ -38,7 +38,7 @@ def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict
 @pytest.mark.parametrize("cells", ["half", pytest.param("course,lean,table2", marks=pytest.mark.slow)])
 def test_it_measures_every_cell(tmp_path, cells):
     """A whole small benchmark, by its command line."""
-    flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --warm_up=0 --device=cpu".split()
+    flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --device=cpu".split()
     paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
     command = [sys.executable, "benchmark_finetuning.py", *flags, *paths]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -17,7 +17,7 @@ from llama import Transformer, lean, lora, loss
 from llama.errors import InputError, NonFinite
 from llama.lean import InBackward, make_lean
 from llama.lora import LoRALinear
-from llama.model import FeedForward, RMSNorm
+from llama.model import FeedForward, RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.training import Settings, Trainer, checkpoint_layers, evaluate
 
 FULL = {"optimizer": "sgd", "lr": 0.05}
@@ -25,6 +25,14 @@ FULL = {"optimizer": "sgd", "lr": 0.05}
 
 def full_model(dtype: torch.dtype = torch.float32) -> Transformer:
     return random_model().to(dtype).requires_grad_(True)
+
+
+def steady_lora_model(dropout: float, dtype: torch.dtype) -> Transformer:
+    """Adapters a tenth as large; the others amplify any rounding until chance decides."""
+    model = lora_model(dropout, dtype)
+    for module in lora.layers(model).values():
+        module.lora_B.data.mul_(0.1)
+    return model
 
 
 def train(model: Transformer, window, n_steps: int, **settings) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -77,6 +85,21 @@ def test_norm(dtype):
     assert saved_bytes(slim, lambda: slim(x * 1)) == 3 * 17 * (64 * dtype.itemsize + wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation(dtype):
+    """The rotation of the model and its gradient, far out in the context too."""
+    freqs_cis = rope_table(torch.tensor([[0, 1, 77, 5_000, 100_000]]), rope_frequencies(SMALL))
+    results = []
+    for rotate in (apply_rope, lean._Rotation.apply):
+        x = torch.randn(1, 5, 4, 16, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = rotate(x, freqs_cis)
+        y.backward(torch.randn(y.shape, dtype=dtype, generator=torch.Generator().manual_seed(2)))
+        results.append((y.detach(), x.grad))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert gap({"x": found}, {"x": expected}) < tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_feed_forward(dtype):
     """Output and gradient of a frozen SwiGLU to the bit; kept: gate and up."""
@@ -98,7 +121,7 @@ def test_adapted_projection(dropout, base):
     """The same elements are dropped, from the same state of the generator; loss and gradients agree."""
     results = []
     for is_lean in (False, True):
-        model = lora_model(dropout, base)
+        model = steady_lora_model(dropout, base)
         if is_lean:
             make_lean(model)
         model.train()
@@ -204,9 +227,7 @@ def test_sixteen_bit_rounding_of_lean_parts_is_no_worse(dtype, amp):
     for seed in range(2):
         exact = None
         for kind, setting, is_lean in ((torch.float64, "none", False), (dtype, amp, False), (dtype, amp, True)):
-            model = lora_model(0.1, dtype)  # the exact one has the same rounded weights
-            for module in lora.layers(model).values():
-                module.lora_B.data.mul_(0.1)  # ten times that amplifies any rounding until chance decides
+            model = steady_lora_model(0.1, dtype)  # the exact one has the same rounded weights
             model = model.double() if kind is torch.float64 else model
             trainer = Trainer(model, Settings(lean=is_lean, amp=setting), 1)
             torch.manual_seed(seed)
