@@ -69,9 +69,23 @@ def keep_freed_memory() -> None:
     By default it returns them to the system at once, and the next operation's buffer is faulted in anew, page by page:
     a seventh of the time of a training step on a CPU. For scripts that own their process.
     """
+    _set_malloc({-3: 1 << 30, -1: (1 << 31) - 1})  # blocks below 1 GiB come from the heap, which is not handed back
+
+
+def return_freed_memory() -> None:
+    """Let glibc return every block of a megabyte as soon as it is freed; without glibc this does nothing.
+
+    By default it learns to keep blocks of up to 32 MB, and the gaps between them: 300 to 500 MB in a training step of
+    Llama 3.2 1B. For scripts that own their process.
+    """
+    _set_malloc({-3: 1 << 20})
+
+
+def _set_malloc(options: dict[int, int]) -> None:
+    """mallopt: -3 is M_MMAP_THRESHOLD, from which size on blocks are mapped; -1 is M_TRIM_THRESHOLD."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
+    for name, value in options.items():
+        mallopt(name, value)

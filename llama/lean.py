@@ -26,6 +26,8 @@ from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
 from llama.surgery import replace_modules
 
+ROWS = 1024  # of a gradient in 16 bits that are widened at once
+
 
 class InBackward:
     """Plain SGD that happens inside the backward pass, at the learning rate that is set before each step.
@@ -44,13 +46,16 @@ class InBackward:
 
     def move(self, weight: Tensor, gradient: Tensor) -> None:
         """weight -= lr * gradient, unseen by autograd: what it still needs of this weight was read before."""
-        self._sum += gradient.sum(dtype=torch.float32)  # NaN and infinity survive any sum
-        weight.data.add_(gradient.to(weight.dtype), alpha=-self.lr)
+        for part, step in zip(weight.data.split(ROWS), gradient.split(ROWS), strict=True):
+            step = step.to(part.dtype)
+            self._sum += step.sum()  # NaN and infinity survive any sum
+            part.add_(step, alpha=-self.lr)
 
     def move_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """The same for some rows of the weight; a row may occur several times."""
-        self._sum += gradient.sum(dtype=torch.float32)
-        weight.data.index_add_(0, rows, gradient.to(weight.dtype), alpha=-self.lr)
+        step = gradient.to(weight.dtype)
+        self._sum += step.sum()
+        weight.data.index_add_(0, rows, step, alpha=-self.lr)
 
     def is_finite(self) -> bool:
         return bool(self._sum.isfinite())

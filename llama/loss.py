@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 128  # positions: 66 MB of fp32 logits, and as much again for their gradient
-LOGIT_BYTES = 1 << 27  # of logits that the lean loss holds at once: 512 positions in 16 bits
+LOGIT_BYTES = 1 << 26  # of logits that the lean loss holds at once: 256 positions in 16 bits
+KEPT_BYTES = 1 << 27  # of logits that it keeps for the gradient of the table, if those of all positions fit
 SLICE = 8192  # rows of the output table that are multiplied at once
 P_SCALE = 1024.0  # p of a rare token is below what fp16 can hold
 Move = Callable[[Tensor, Tensor], None]  # weight, gradient
@@ -57,17 +58,19 @@ class _LeanCrossEntropy(Function):
     """Sum of lse(z) - z[label] with z = h w^T. With p = softmax(z) - onehot(label): dh = p w, dw = p^T h.
 
     dh is made in the forward pass, while the logits are there. For dw the p of all positions are kept where they are
-    within `LOGIT_BYTES`; elsewhere each slice of the vocabulary is computed again: p_s = exp(h w_s^T - lse), whatever
+    within `KEPT_BYTES`; elsewhere each slice of the vocabulary is computed again: p_s = exp(h w_s^T - lse), whatever
     has become of the other rows of w in the meantime.
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, labels: Tensor, move: Move | None) -> Tensor:
-        wide, n_rows = torch.promote_types(h.dtype, torch.float32), LOGIT_BYTES // (len(weight) * h.element_size())
+        wide, row_bytes = torch.promote_types(h.dtype, torch.float32), len(weight) * h.element_size()
+        is_kept = ctx.needs_input_grad[1] and len(h) * row_bytes <= KEPT_BYTES
+        n_rows = len(h) if is_kept else max(1, LOGIT_BYTES // row_bytes)
         total, lse, dh = h.new_zeros((), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
         z = None
-        for start in range(0, len(h), max(1, n_rows)):
-            rows = slice(start, start + max(1, n_rows))
+        for start in range(0, len(h), n_rows):
+            rows = slice(start, start + n_rows)
             z = h.new_empty(len(h[rows]), len(weight))
             sums = []
             for part, w in _slices(weight, h.dtype):
@@ -81,8 +84,7 @@ class _LeanCrossEntropy(Function):
                     z[:, part] = _p(z[:, part], lse[rows], labels[rows], part)
                     dh_wide += z[:, part] @ w
                 dh[rows] = dh_wide / P_SCALE
-        is_whole = ctx.needs_input_grad[1] and len(h) <= n_rows
-        ctx.save_for_backward(h, labels, lse, dh, z if is_whole else None)
+        ctx.save_for_backward(h, labels, lse, dh, z if is_kept else None)
         ctx.weight, ctx.move = weight, move
         return total
 

