@@ -32,6 +32,7 @@ from data import alpaca
 from llama import Llama, bench, checkpoint, cli, files, lora, memory, snapshot
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
+from llama.evaluation import confidence
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import (
     Evaluation,
@@ -41,7 +42,6 @@ from llama.training import (
     Trainer,
     checkpoint_layers,
     checkpointed_layers,
-    confidence,
     evaluate,
     require_plain_sgd,
 )

@@ -107,17 +107,11 @@ def require_writable(path: Path) -> None:
         raise InputError(f"results file {path} cannot be written: {error.strerror}; choose another --results") from None
 
 
-def append_row(
-    path: Path,
-    experiment: str,
-    cell: dict[str, Any],
-    metrics: dict[str, Any],
-    device: torch.device,
-    dtype: str,
-    seed: int,
+def make_row(
+    experiment: str, cell: dict[str, Any], metrics: dict[str, Any], device: torch.device, dtype: str, seed: int
 ) -> dict[str, Any]:
-    """Append one measured cell, as one line of JSON, and return it. Metric names end in their unit; MB is 1e6 bytes."""
-    row = {
+    """One measured cell and all that is to be known about it. Metric names end in their unit; MB is 1e6 bytes."""
+    return {
         "experiment": experiment,
         "cell": cell,
         "metrics": metrics,
@@ -130,6 +124,19 @@ def append_row(
         "command": _command(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def append_row(
+    path: Path,
+    experiment: str,
+    cell: dict[str, Any],
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Append one measured cell, as one line of JSON, and return it."""
+    row = make_row(experiment, cell, metrics, device, dtype, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -500,8 +500,7 @@ def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": scaling if args.use_scaled_rope else None,
-        # The context the released models were trained on; nothing here depends on it.
-        "max_position_embeddings": 131_072 if args.use_scaled_rope else 4096,
+        "max_position_embeddings": args.trained_context,
         "tie_word_embeddings": args.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

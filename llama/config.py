@@ -127,6 +127,16 @@ class ModelArgs:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
+    @property
+    def trained_context(self) -> int:
+        """The longest text that the released models of this kind were trained on. Nothing in the network depends on it.
+
+        131,072 tokens where RoPE is scaled (Llama 3.1, 3.2), 8,192 for Llama 3 (theta 500,000), 4,096 for Llama 2.
+        """
+        if self.use_scaled_rope:
+            return 131_072
+        return ROPE_ORIGINAL_CONTEXT if self.rope_theta >= 500_000 else 4096
+
     # Counts. "token" is one position of one sequence.
 
     def block_linear_params(self) -> int:

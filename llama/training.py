@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama.errors import InputError, NonFinite
+from llama.evaluation import LossSums
 from llama.lean import InBackward, make_lean
 from llama.loss import cross_entropy_sum, lean_cross_entropy_sum
 from llama.model import Cache, Transformer, TransformerBlock
@@ -418,21 +419,14 @@ class Movement:
 
 
 @dataclass
-class Evaluation:
-    """Loss of each sample: summed cross entropy in nats and number of label tokens.
+class Evaluation(LossSums):
+    """The loss of each sample.
 
     copied: what the loss would be if the label were the token that the model was just given. A model that was trained
     on labels that are not shifted is good at that, and at nothing else.
     """
 
-    sums: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
     copied: list[float] = field(default_factory=list)
-
-    @property
-    def loss(self) -> float:
-        """Mean over all label tokens, in nats."""
-        return sum(self.sums) / sum(self.counts)
 
     @property
     def copy_loss(self) -> float:
@@ -452,22 +446,6 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> Evaluation:
         result.copied.append(copied.item())
         result.counts.append(len(batch.labels))
     return result
-
-
-def confidence(
-    before: Evaluation, after: Evaluation | None = None, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval over samples of the loss of `before`, or of the fall from `before` to `after`.
-
-    Samples are drawn, not tokens: the tokens of one answer are not independent (Efron 1979, percentile method).
-    """
-    sums, counts = torch.tensor(before.sums, dtype=torch.float64), torch.tensor(before.counts, dtype=torch.float64)
-    if after is not None:
-        sums = sums - torch.tensor(after.sums, dtype=torch.float64)
-    picks = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(seed))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _entry(content: dict[str, Any], name: str) -> Any:

@@ -20,6 +20,7 @@ from data.alpaca import Record, Sample
 from llama import Llama, Transformer, lora
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
+from llama.evaluation import confidence
 from llama.lora import LoRAConfig
 from llama.loss import cross_entropy_sum
 from llama.training import (
@@ -31,7 +32,6 @@ from llama.training import (
     Trainer,
     checkpoint_layers,
     checkpointed_layers,
-    confidence,
     evaluate,
 )
 

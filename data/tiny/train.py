@@ -233,14 +233,19 @@ def _export(model: Transformer, directory: Path) -> None:
     fresh.rmdir()
 
 
+def held_out(tokenizer: Tokenizer, mix: corpus.Mix = corpus.BALANCED, n_rows: int = HELD_OUT_ROWS) -> torch.Tensor:
+    """[n_rows, SEQ_LEN + 1] ids of text from a seed that training never uses."""
+    stream = rows(tokenizer, "held-out", mix)
+    return torch.tensor([next(stream) for _ in range(n_rows)])
+
+
 @torch.no_grad()
 def held_out_loss(
     model: Transformer, tokenizer: Tokenizer, mix: corpus.Mix = corpus.BALANCED, n_rows: int = HELD_OUT_ROWS
 ) -> float:
-    """Mean loss in nats per token on text from a seed that training never uses."""
-    stream = rows(tokenizer, "held-out", mix)
-    ids = torch.tensor([next(stream) for _ in range(n_rows)])
-    return torch.stack([loss_of(model, part) for part in ids.split(16)]).mean().item()
+    """Mean loss in nats per token on held-out text."""
+    parts = held_out(tokenizer, mix, n_rows).split(16)
+    return torch.stack([loss_of(model, part) for part in parts]).mean().item()
 
 
 def step_seconds(stage: str, seed: int, device: torch.device, n: int = 20) -> list[float]:
