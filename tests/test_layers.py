@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "llama.surgery": set(),
     "llama.loss": set(),
     "llama.evaluation": set(),
+    "llama.perplexity": {"llama.errors", "llama.evaluation", "llama.loss", "llama.model"},
     "llama.checkpoint": {"llama.config", "llama.errors", "llama.files", "llama.model"},
     "llama.lora": {"llama.checkpoint", "llama.errors", "llama.files", "llama.model", "llama.surgery"},
     "llama.snapshot": {"llama.errors", "llama.files"},

@@ -1,0 +1,278 @@
+"""Perplexity of a Llama model on a text, alone or against another model.
+
+    python evaluate.py                                                      # the embedded model on text of its world
+    python evaluate.py --dtype=bfloat16 --against_dtype=float32             # what 16 bits cost
+    python evaluate.py --adapter=runs/finetuning/adapter --against=data/tiny   # what fine-tuning changed
+    python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw         # chunks of 2,048, as papers count
+    python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw --stride=512   # sliding windows
+
+How tokens are counted: llama/perplexity.py. A file's text is taken as it is, with the begin-of-text token once, before
+its first character.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tiny import train
+from llama import Transformer, bench, checkpoint, cli, files, lora, perplexity
+from llama import device as devices
+from llama.errors import InputError
+from llama.evaluation import confidence
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+EMBEDDED = Path(__file__).parent / "data" / "tiny"
+CONTEXT = 2048  # what papers on quantization use
+WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
+LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
+LEAST_STRETCHES = 10  # for an interval; a bootstrap over fewer claims more than it knows
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model to measure, and the precision to measure it in."""
+
+    directory: Path
+    adapter: Path | None
+    dtype: torch.dtype
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """What a row calls it; where it lies on this machine is nobody's business."""
+        name = "tiny" if self.directory.resolve() == EMBEDDED.resolve() else self.directory.resolve().name
+        return {"model": name, "adapter": self.adapter and self.adapter.resolve().name}
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def main(
+    *,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    adapter: str | None = None,
+    data: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    against: str | None = None,
+    against_dtype: str | None = None,
+    results: str | None = None,
+) -> None:
+    """Perplexity of a Llama model on a text, alone or against another model.
+
+    Args:
+        ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
+        tokenizer_path: tokenizer.model; default: the one in ckpt_dir.
+        adapter: directory of a LoRA adapter for the model, from finetuning.py or PEFT.
+        data: a text file in UTF-8, scored as it is after one begin-of-text token; default for models with the embedded
+            model's tokenizer: 256 rows of text of its world that it was not trained on, each beginning a document.
+        context: tokens of a window; default 2048, and with the embedded model's tokenizer 257, one such row.
+        stride: tokens from one window's start to the next's; default: context, windows side by side, of each of which
+            the first token is not scored. With less, windows overlap and every token but the text's first is scored.
+        batch_size: windows that go through the network at once.
+        max_tokens: stop after so many tokens of the text, the begin-of-text token included.
+        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type.
+        device: auto, cpu, cuda or cuda:N.
+        against: checkpoint directory of a second model, without adapter, to compare with on the same tokens.
+        against_dtype: dtype of the second model; without --against, the second is the first in this dtype.
+        results: append the measured rows to this file; default: no.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch_size={batch_size}: expected at least 1")
+    target, resolved = devices.resolve(device, dtype)
+    directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
+    sides = [Side(directory, None if adapter is None else Path(adapter), resolved)]
+    if against is not None or against_dtype is not None:
+        other = resolved if against_dtype is None else devices.resolve(target, against_dtype)[1]
+        second = replace(sides[0], dtype=other) if against is None else Side(Path(against), None, other)
+        sides.append(second)
+    path = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
+    tokenizer = Tokenizer(path)
+    is_embedded = files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")
+    if context is None:
+        context = train.SEQ_LEN + 1 if is_embedded else CONTEXT
+    for side in sides:
+        check(side, tokenizer, context)
+    for side in sides[1:]:
+        require_same_tokenizer(side, path)
+    ids = read_ids(data, tokenizer, is_embedded, max_tokens)
+    stride = context if stride is None else stride
+    perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
+    if results is not None:
+        bench.require_writable(Path(results))
+    settings = {"context": context, "stride": stride, "batch_size": batch_size}
+    measured = [measure(side, ids, target, **settings) for side in sides]
+    text = "the embedded model's held-out text" if data is None else Path(data).name
+    cell = {"data": text, "data_sha256": data and files.sha256(Path(data)), "tokens": len(ids), **settings}
+    print(table(make_rows(sides, measured, cell, target, results)), end="")
+
+
+def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
+    """Raise InputError where a model cannot be measured with this tokenizer and context, before it is loaded."""
+    args = checkpoint.read_args(side.directory)
+    if tokenizer.n_words != args.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.n_words} words, the model in {side.directory} {args.vocab_size}; "
+            "pass the --tokenizer_path that belongs to it"
+        )
+    if context > args.trained_context:
+        raise InputError(
+            f"--context={context}: models like that in {side.directory} were trained on {args.trained_context} tokens "
+            "at most"
+        )
+
+
+def require_same_tokenizer(side: Side, path: Path) -> None:
+    """Raise InputError where the second model has a tokenizer of its own that is another one."""
+    for name in checkpoint.TOKENIZER_IN.values():
+        own = side.directory / name
+        if own.is_file() and files.sha256(own) != files.sha256(path):
+            raise InputError(f"--against: {own} is not the tokenizer in use; other tokens cannot be compared")
+
+
+def read_ids(data: str | None, tokenizer: Tokenizer, is_embedded: bool, max_tokens: int | None) -> list[int]:
+    """The tokens to score. Raises InputError for a file that is not there, not UTF-8 or empty."""
+    if max_tokens is not None and max_tokens < 2:
+        raise InputError(f"--max_tokens={max_tokens}: expected at least 2, one to see and one to predict")
+    if data is None:
+        if not is_embedded:
+            raise InputError("--data is missing; pass a text file to measure on")
+        return train.held_out(tokenizer).flatten().tolist()[:max_tokens]
+    path = Path(data)
+    if not path.is_file():
+        raise InputError(f"--data={data} is not a file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # the line ends of the file are part of the text
+    except OSError as error:
+        raise InputError(f"cannot read {data}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{data} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
+    if not text:
+        raise InputError(f"{data} is empty; there is nothing to score")
+    return encode(text, tokenizer)[:max_tokens]
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Begin-of-text and the ids of a text of any length, cut nowhere.
+
+    Meta's Llama 3 tokenizer, and so ours, cuts every 400,000 characters, also inside words: WikiText-2 would get four
+    tokens more than the literature counts. Its pattern ends a piece before each line that is not empty, so line by
+    line the ids are those of the whole.
+    """
+    pieces = LINE.split(text) if tokenizer.kind == "tiktoken" else [text]
+    return [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False))]
+
+
+def load(side: Side, device: torch.device) -> Transformer:
+    """The model of one side, its adapter in place."""
+    model = checkpoint.load(side.directory, side.dtype, device, progress=True)
+    if side.adapter is not None:
+        lora.load(model, side.adapter, checkpoint.fingerprint(model))
+    return model
+
+
+def measure(
+    side: Side, ids: list[int], device: torch.device, context: int, stride: int, batch_size: int
+) -> tuple[perplexity.Perplexity, dict[str, float]]:
+    """Load, warm up, measure; the model is gone afterwards.
+
+    Peak memory is counted from before the model was loaded.
+    """
+    devices.return_freed_memory()
+    baseline = bench.memory_baseline(device)
+    model = load(side, device)
+    perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
+    work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, progress=True)
+    result, spent = bench.measure(work, device)
+    values = {
+        "loss_nats": result.loss,
+        "perplexity_x": result.perplexity,
+        "scored_tokens": result.tokens,
+        "windows": result.windows,
+        "tokens_per_s": result.tokens / spent.seconds,
+    }
+    if spent.peak_bytes is not None:
+        values["peak_memory_mb"] = (spent.peak_bytes - baseline) / bench.MB
+    return result, values
+
+
+def difference(ours: perplexity.Perplexity, theirs: perplexity.Perplexity, context: int) -> dict[str, float]:
+    """Loss of the first model less that of the second, with a paired 95 % interval where there is text enough for one.
+
+    What is drawn for the interval are stretches of `context` tokens, whatever the stride.
+    """
+    values = {"difference_nats": ours.loss - theirs.loss}
+    pieces = [result.stretches(context - 1) for result in (ours, theirs)]
+    if len(pieces[0].sums) >= LEAST_STRETCHES:
+        values["difference_low_nats"], values["difference_high_nats"] = confidence(*pieces)
+    return values
+
+
+def make_rows(
+    sides: list[Side],
+    measured: list[tuple[perplexity.Perplexity, dict[str, float]]],
+    cell: dict[str, Any],
+    device: torch.device,
+    results: str | None,
+) -> list[dict[str, Any]]:
+    """A row for each model, appended to `results` where there is one; the first also holds the difference."""
+    rows = []
+    for side, (_, values) in zip(sides, measured, strict=True):
+        place = {**side.cell, **cell}
+        if side is sides[0] and len(sides) == 2:
+            place["against"] = {**sides[1].cell, "dtype": sides[1].dtype_name}
+            values = values | difference(measured[0][0], measured[1][0], cell["context"])
+        metrics = {name: bench.spread([value]) for name, value in values.items()}
+        keep = bench.make_row if results is None else partial(bench.append_row, Path(results))
+        rows.append(keep("perplexity", place, metrics, device, side.dtype_name, seed=0))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One measured model, or two and their difference, in Markdown."""
+    lines = ["| model | loss | perplexity | scored tokens | tokens/s | peak memory |", "|" + "---|" * 6]
+    for row in rows:
+        m, cell = bench.medians(row), row["cell"]
+        name = f"{cell['model']}{' with adapter' if cell['adapter'] else ''}, {row['dtype']}"
+        peak = f"{m['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in m else "-"
+        figures = (
+            f"{m['loss_nats']:.4f} | {m['perplexity_x']:.4f} | {m['scored_tokens']:,.0f} | {m['tokens_per_s']:,.0f}"
+        )
+        lines.append(f"| {name} | {figures} | {peak} |")
+    lines.append("")
+    m, cell = bench.medians(rows[0]), rows[0]["cell"]
+    if "difference_nats" in m:
+        lines.append(verdict(m))
+    scored = "side by side, each without its first token" if cell["stride"] == cell["context"] else "sliding"
+    lines.append(f"Loss in nats a token, over {cell['tokens']:,} tokens of {cell['data']}.")
+    lines.append(f"{m['windows']:,.0f} windows of {cell['context']:,}, stride {cell['stride']:,}: {scored}.")
+    if len(rows) > 1:
+        lines.append("Peak memory of the first includes what the libraries set up once.")
+    return "\n".join([*lines, f"{bench.setting(rows[0])}.", ""])
+
+
+def verdict(m: dict[str, float]) -> str:
+    """How the first model compares with the second, in one line."""
+    change = m["difference_nats"]
+    line = f"Loss of the first less that of the second: {change:+.5f}, so {math.exp(change):.4f} times its perplexity"
+    if "difference_low_nats" not in m:
+        return f"{line}; too little text for an interval."
+    low, high = m["difference_low_nats"], m["difference_high_nats"]
+    words = "the first is worse" if low > 0 else "the first is better" if high < 0 else "no difference that shows"
+    return f"{line} [95 %: {low:+.5f} to {high:+.5f}]: {words}."
+
+
+if __name__ == "__main__":
+    cli.run(main)
