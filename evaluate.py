@@ -76,8 +76,8 @@ def main(
         ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
         tokenizer_path: tokenizer.model; default: the one in ckpt_dir.
         adapter: directory of a LoRA adapter for the model, from finetuning.py or PEFT.
-        data: a text file in UTF-8, scored as it is after one begin-of-text token; default for models with the embedded
-            model's tokenizer: 256 rows of text of its world that it was not trained on, each beginning a document.
+        data: a text file in UTF-8, scored as it is after one begin-of-text token. Models with the embedded model's
+            tokenizer need none; without, 256 rows of text of its world that it was not trained on.
         context: tokens of a window; default 2048, and with the embedded model's tokenizer 257, one such row.
         stride: tokens from one window's start to the next's; default: context, windows side by side, of each of which
             the first token is not scored. With less, windows overlap and every token but the text's first is scored.
