@@ -179,7 +179,7 @@ def load(side: Side, device: torch.device) -> Transformer:
     """The model of one side, its adapter in place."""
     model = checkpoint.load(side.directory, side.dtype, device, progress=True)
     if side.adapter is not None:
-        lora.load(model, side.adapter, checkpoint.fingerprint(model))
+        lora.load(model, side.adapter, checkpoint.fingerprint(side.directory))
     return model
 
 

@@ -432,7 +432,7 @@ class Run:
         self.baseline = bench.memory_baseline(self.device)
         self.model = checkpoint.load(directory_of(options), dtype, self.device, progress=True)
         self._check_vocabulary()
-        self.base = checkpoint.fingerprint(self.model)
+        self.base = checkpoint.fingerprint(directory_of(options))
         if options.lora:
             lora.apply(self.model, options.lora_config, options.seed)
         else:

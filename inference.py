@@ -103,7 +103,7 @@ def main(
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
     llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, decoding=decoding, progress=True)
     if adapter is not None:
-        lora.load(llama.model, adapter, checkpoint.fingerprint(llama.model))
+        lora.load(llama.model, adapter, checkpoint.fingerprint(directory))
         llama.model.eval()
     print(describe(llama, directory))
     prompts = [Prompt(text, encode(llama, text, chat, alpaca)) for text in texts]

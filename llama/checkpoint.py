@@ -108,19 +108,25 @@ def save(
             shutil.copyfile(tokenizer_path, target)
 
 
-def fingerprint(model: Transformer) -> str:
-    """sha256 of the shapes and values (as fp32) of a model's own weights, adapters left out.
+def fingerprint(ckpt_dir: str | Path) -> str:
+    """sha256 of the shapes and values (as fp32) of the weights in a checkpoint directory.
 
-    The same for every layout and every dtype that holds the values exactly.
+    The same for every layout and every stored dtype that holds the values exactly, and in whatever dtype they are then
+    used. Raises InputError as `load` does.
     """
+    source = _open_source(ckpt_dir)
+    _check_depth(source)
     with torch.device("meta"):
-        names = Transformer(model.args).state_dict()
+        model = Transformer(source.args)
+    _check_keys(source, model)
     digest = hashlib.sha256()
-    for name in names:
-        weight = model.get_parameter(name).detach()
-        digest.update(f"{name} {list(weight.shape)}\n".encode())
-        for part in weight.split(4096):  # rows: an fp32 copy of a whole 16-bit table would be a gigabyte
-            digest.update(part.float().cpu().contiguous().numpy().data)
+    for block in _by_block([name for name, _ in model.named_parameters()]):
+        with source.open() as read:
+            for name in block:
+                weight = read(name)
+                digest.update(f"{name} {list(weight.shape)}\n".encode())
+                for part in weight.split(4096):  # rows: an fp32 copy of a whole 16-bit table would be a gigabyte
+                    digest.update(part.float().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from llama.errors import EnvironmentFailure, InputError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,23 +70,27 @@ def keep_freed_memory() -> None:
     By default it returns them to the system at once, and the next operation's buffer is faulted in anew, page by page:
     a seventh of the time of a training step on a CPU. For scripts that own their process.
     """
-    _set_malloc({-3: 1 << 30, -1: (1 << 31) - 1})  # blocks below 1 GiB come from the heap, which is not handed back
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)  # blocks below 1 GiB come from the heap,
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)  # which is not handed back
 
 
 def return_freed_memory() -> None:
-    """Let glibc return every block of a megabyte as soon as it is freed; without glibc this does nothing.
+    """Let glibc return what is free now, and from now on every block of a megabyte; without glibc this does nothing.
 
     By default it learns to keep blocks of up to 32 MB, and the gaps between them: 300 to 500 MB in a training step of
-    Llama 3.2 1B. For scripts that own their process.
+    Llama 3.2 1B, and after it. For scripts that own their process.
     """
-    _set_malloc({-3: 1 << 20})
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
-def _set_malloc(options: dict[int, int]) -> None:
-    """mallopt: -3 is M_MMAP_THRESHOLD, from which size on blocks are mapped; -1 is M_TRIM_THRESHOLD."""
+def _glibc() -> ctypes.CDLL | None:
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if libc.mallopt and libc.malloc_trim else None
     except (OSError, AttributeError):
-        return
-    for name, value in options.items():
-        mallopt(name, value)
+        return None

@@ -167,7 +167,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save(model: Transformer, config: LoRAConfig, directory: str | Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors as a new directory that `peft` and `load` read.
 
-    base: checkpoint.fingerprint of the model under the adapters, kept in the file's metadata.
+    base: checkpoint.fingerprint of the checkpoint under the adapters, kept in the file's metadata.
     """
     tensors = {}
     for name, tensor in state_dict(model).items():
@@ -196,8 +196,8 @@ def save(model: Transformer, config: LoRAConfig, directory: str | Path, base: st
 def load(model: Transformer, directory: str | Path, base: str | None = None) -> LoRAConfig:
     """Apply the adapter in a directory that `save` or `peft` wrote, and return its configuration.
 
-    base: checkpoint.fingerprint of `model`; where the file names another one, it is refused. Raises InputError naming
-    file and field for anything missing, unexpected, of another shape, not finite or not supported.
+    base: checkpoint.fingerprint of what `model` was loaded from; where the file names another one, it is refused.
+    Raises InputError naming file and field for anything missing, unexpected, of another shape, not finite or not supported.
     """
     folder = Path(directory)
     config = _read_config(folder / CONFIG)

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SMALL, TINY, random_model
 
 import inference
-from llama import checkpoint, cli
+from llama import checkpoint, cli, lora
 from llama.bench import Measurement
 from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
@@ -273,3 +273,13 @@ def test_side_by_side_keeps_every_word():
 def test_unmeasurable_memory_says_so():
     assert inference.megabytes(Measurement(1.0, None)) == "not measurable here"
     assert inference.megabytes(Measurement(1.0, 1_234_000_000)) == "1,234 MB"
+
+
+def test_an_adapter_belongs_to_its_base_in_every_dtype(tmp_path, monkeypatch, capsys):
+    """Weights stored in bf16 are rounded when they are used in fp16, as on a P100; the base is still the base."""
+    lora.apply(model := checkpoint.load(TINY), lora.LoRAConfig(r=2))
+    lora.save(model, lora.LoRAConfig(r=2), tmp_path / "a", checkpoint.fingerprint(TINY))
+    for dtype in ("float32", "float16"):
+        flags = (f"--adapter={tmp_path / 'a'}", f"--dtype={dtype}", "--prompt=a", "--max_gen_len=1")
+        code, _, err = call(monkeypatch, capsys, *flags)
+        assert code == 0, err

@@ -25,6 +25,7 @@ ALL = tuple(lora.META_NAMES)
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
+BASE = "f" * 64  # stands for a fingerprint
 SMALL_LORA = LoRAConfig(r=4, dropout=0.0)
 
 
@@ -184,9 +185,9 @@ def hf_model(model: Transformer, folder) -> LlamaForCausalLM:
 def test_adapters_round_trip_and_load_in_peft(tmp_path, targets):
     config = LoRAConfig(r=4, alpha=10.0, dropout=0.1, targets=targets)
     model, base = adapted(config), random_model()
-    lora.save(model, config, tmp_path / "adapter", checkpoint.fingerprint(base))
+    lora.save(model, config, tmp_path / "adapter", BASE)
     again = random_model()
-    assert lora.load(again, tmp_path / "adapter", checkpoint.fingerprint(base)) == config
+    assert lora.load(again, tmp_path / "adapter", BASE) == config
     for name, tensor in lora.state_dict(model).items():
         assert torch.equal(tensor, lora.state_dict(again)[name])
     theirs = peft.PeftModel.from_pretrained(hf_model(base, tmp_path / "hf"), tmp_path / "adapter").eval()
@@ -202,40 +203,44 @@ def test_adapters_round_trip_and_load_in_peft(tmp_path, targets):
 
 def test_an_adapter_file_holds_what_it_should(tmp_path):
     model = adapted()
-    lora.save(model, SMALL_LORA, tmp_path / "a", "f" * 64)
+    lora.save(model, SMALL_LORA, tmp_path / "a", BASE)
     tensors = safetensors.torch.load_file(tmp_path / "a" / lora.WEIGHTS)
     assert len(tensors) == 2 * 2 * SMALL.n_layers
     n_values = sum(t.numel() for t in tensors.values())
     assert n_values == lora.trainable_share(model)[0]
     assert 4 * n_values < (tmp_path / "a" / lora.WEIGHTS).stat().st_size < 4 * n_values + 6000  # and a header
     with safetensors.safe_open(tmp_path / "a" / lora.WEIGHTS, "pt") as file:
-        assert file.metadata()["base_sha256"] == "f" * 64
+        assert file.metadata()["base_sha256"] == BASE
     lora.load(random_model(), tmp_path / "a")
-    lora.save(model, SMALL_LORA, tmp_path / "b", "f" * 64)
+    lora.save(model, SMALL_LORA, tmp_path / "b", BASE)
     with pytest.raises(InputError, match="already exists"):
-        lora.save(model, SMALL_LORA, tmp_path / "b", "f" * 64)
+        lora.save(model, SMALL_LORA, tmp_path / "b", BASE)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
-    base, other = random_model(), random_model(seed=1)
-    assert checkpoint.fingerprint(base) != checkpoint.fingerprint(other)
-    lora.save(adapted(), SMALL_LORA, tmp_path / "a", checkpoint.fingerprint(base))
+    other = random_model(seed=1)
+    lora.save(adapted(), SMALL_LORA, tmp_path / "a", BASE)
     with pytest.raises(InputError, match="another base") as error:
-        lora.load(other, tmp_path / "a", checkpoint.fingerprint(other))
-    assert all(checkpoint.fingerprint(m)[:12] in str(error.value) for m in (base, other))
+        lora.load(other, tmp_path / "a", "e" * 64)
+    assert BASE[:12] in str(error.value) and "e" * 12 in str(error.value)
     assert not lora.layers(other)
 
 
 def test_a_fingerprint_is_that_of_the_values(tmp_path):
+    """One for both layouts and for all stored dtypes that hold the values; another one for any other value."""
     model = random_model().to(torch.bfloat16)
-    same = checkpoint.fingerprint(model)
+    found = []
     for layout in ("meta", "hf"):
-        checkpoint.save(model, tmp_path / layout, layout)
-        assert checkpoint.fingerprint(checkpoint.load(tmp_path / layout, torch.float32)) == same
-    lora.apply(model, LoRAConfig())
-    assert checkpoint.fingerprint(model) == same
+        for dtype in (torch.bfloat16, torch.float32):
+            directory = tmp_path / f"{layout}-{dtype}"
+            checkpoint.save(model.to(dtype), directory, layout)
+            found.append(checkpoint.fingerprint(directory))
+    assert len(set(found)) == 1
     model.norm.weight.data[3] += 1
-    assert checkpoint.fingerprint(model) != same
+    checkpoint.save(model, tmp_path / "other")
+    assert checkpoint.fingerprint(tmp_path / "other") != found[0]
+    with pytest.raises(InputError, match="does not exist"):
+        checkpoint.fingerprint(tmp_path / "none")
 
 
 CONFIG_FAULTS = {

@@ -368,7 +368,7 @@ def save_adapter(model: Transformer, directory, base: str) -> None:
 
 def test_an_adapter_against_its_base(small, tmp_path, monkeypatch, capsys):
     model = random_model()
-    save_adapter(model, tmp_path / "a", checkpoint.fingerprint(model))
+    save_adapter(model, tmp_path / "a", checkpoint.fingerprint(small / "m"))
     save_adapter(model, tmp_path / "foreign", "0" * 64)
     flags = (f"--ckpt_dir={small}/m", f"--data={small}/text.txt", "--context=32", f"--against={small}/m")
     code, out, _ = call(monkeypatch, capsys, *flags, f"--adapter={tmp_path}/a", f"--results={tmp_path}/r")
