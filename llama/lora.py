@@ -197,7 +197,8 @@ def load(model: Transformer, directory: str | Path, base: str | None = None) -> 
     """Apply the adapter in a directory that `save` or `peft` wrote, and return its configuration.
 
     base: checkpoint.fingerprint of what `model` was loaded from; where the file names another one, it is refused.
-    Raises InputError naming file and field for anything missing, unexpected, of another shape, not finite or not supported.
+    Raises InputError naming file and field for anything missing, unexpected, of another shape, not finite or not
+    supported.
     """
     folder = Path(directory)
     config = _read_config(folder / CONFIG)
