@@ -16,7 +16,7 @@ from test_bench import CUDA, FakeGPU
 
 import benchmark_finetuning
 from benchmark_finetuning import COURSE, SETS, Cell, Plan, StepRunner, append_row, by_cell, table2, table3
-from llama import bench, cli, floors
+from llama import Transformer, bench, checkpoint, cli, floors
 from llama.config import PRESETS
 from llama.errors import InputError
 
@@ -35,7 +35,8 @@ def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict
     return append_row(path, "x", PLAN, cell, [run] * 3, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("cells", ["half", pytest.param("course,lean,table2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", ["half", "course,lean,table2"])
 def test_it_measures_every_cell(tmp_path, cells):
     """A whole small benchmark, by its command line."""
     flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --device=cpu".split()
@@ -73,6 +74,23 @@ def test_the_peers_take_the_same_step(tmp_path):
     subprocess.run([sys.executable, "benchmark_finetuning.py", *flags, *paths], cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {"transformers", "peft"} < {row["cell"]["engine"] for row in rows}
+
+
+def test_one_cell_by_itself(tmp_path):
+    """What a cell's process does, in this one: every figure that the tables and the plot take, and the table of them."""
+    checkpoint.save(Transformer.random(PRESETS["tiny-draft"], torch.bfloat16), tmp_path / "weights")
+    rows = []
+    for cell in (Cell(lora=True, half=True, lean=True), Cell(amp=True)):
+        runner = StepRunner(Plan(str(tmp_path / "weights"), 24, "cpu", 1, None, 1), cell)
+        runs = [runner(), runner()]
+        assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)  # ln 4096 = 8.3
+        assert runs[0]["step_s"] > 0 and runs[0]["step_over_floor_x"] > 0
+        rows.append(append_row(tmp_path / "rows.jsonl", "x", runner.plan, cell, runs, torch.device("cpu")))
+    assert [row["dtype"] for row in rows] == ["bfloat16", "float32"]
+    assert [row["metrics"]["copies_most_mb"]["median"] > 0 for row in rows] == [False, True]
+    benchmark_finetuning.plot(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| llama, lean + half + lora |" in benchmark_finetuning.report(rows)
 
 
 def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monkeypatch):

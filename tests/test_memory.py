@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -19,13 +20,14 @@ from llama.memory import Profile, Shape
 from llama.training import Settings, Trainer, checkpoint_layers
 
 ADAPTERS = LoRAConfig()
+TWO = dataclasses.replace(SMALL, n_layers=2)
 WEIGHTS = SMALL.weight_bytes(4)
 ROPE = 4 * SMALL.head_dim // 2
 
 
 def measured(adapters: LoRAConfig | None, settings: Settings, shape: Shape, layers=()) -> memory.Footprint:
     """A real step, with real numbers."""
-    model = random_model().requires_grad_(True)
+    model = random_model(TWO).requires_grad_(True)
     if adapters is not None:
         lora.apply(model, adapters)
     checkpoint_layers(model, layers)
@@ -38,13 +40,13 @@ def measured(adapters: LoRAConfig | None, settings: Settings, shape: Shape, laye
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("adapters", [None, ADAPTERS])
-@pytest.mark.parametrize("layers", [(), (0, 1, 2, 3)])
+@pytest.mark.parametrize("layers", [(), (0, 1)])
 def test_a_step_without_content_needs_what_a_real_one_does(amp, lean, adapters, layers):
     """To the byte, in every category, at the peak and over the step."""
     if lean and adapters is None and amp == "fp16":
         pytest.skip("fp16 needs the whole gradient")
     settings, shape = Settings(amp=amp, lean=lean), Shape(2, 24, 30)
-    foreseen = memory.estimate(SMALL, torch.float32, adapters, settings, shape, layers)
+    foreseen = memory.estimate(TWO, torch.float32, adapters, settings, shape, layers)
     assert foreseen == measured(adapters, settings, shape, layers)
     assert foreseen.peak == sum(foreseen.at_peak.values())
 
@@ -161,12 +163,12 @@ def test_the_plan_is_the_best_there_is():
 
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-@pytest.mark.parametrize("layers", [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)])
-def test_the_predicted_peak_is_the_real_one(lean, amp, layers):
+def test_the_predicted_peak_is_the_real_one(lean, amp):
     settings, shape = Settings(amp=amp, lean=lean), Shape(2, 64, 40)
-    predicted = memory.profile(SMALL, torch.float32, ADAPTERS, settings, shape).peak(layers)
-    simulated = memory.estimate(SMALL, torch.float32, ADAPTERS, settings, shape, layers).peak
-    assert predicted == pytest.approx(simulated, rel=0.03)
+    profile = memory.profile(SMALL, torch.float32, ADAPTERS, settings, shape)
+    for layers in ((), (0, 1), (0, 1, 2, 3)):
+        simulated = memory.estimate(SMALL, torch.float32, ADAPTERS, settings, shape, layers).peak
+        assert profile.peak(layers) == pytest.approx(simulated, rel=0.03)
 
 
 def test_it_says_so_where_recomputation_cannot_help():
