@@ -67,6 +67,7 @@ class Tracker(TorchDispatchMode):
         self._keys: dict[int, int] = {}  # live storages by address: number of the storage
         self._category: list[str] = []
         self._marks: list[tuple[Any, int]] = []
+        self._sums: dict[int, int] = {}  # sums of two gradients: number of the storage, and that of the first addend
         for weight in model.parameters():
             self._see(weight, "weights")
         for buffer in model.buffers():
@@ -99,6 +100,8 @@ class Tracker(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self._see(tensor, "copies" if is_copy else "temporary")
+        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0 and not args[0]._is_view():
+            self._sums[self._number(result)] = self._number(args[0])
         return result
 
     def mark(self, name: Any) -> None:
@@ -124,8 +127,11 @@ class Tracker(TorchDispatchMode):
         if weight.grad is not None:  # it is where lean parts have moved the weight instead
             self._see(weight.grad, "gradients")
 
+    def _number(self, tensor: Tensor) -> int | None:
+        return self._keys.get(tensor.untyped_storage()._cdata)
+
     def _is_weight(self, tensor: Tensor) -> bool:
-        number = self._keys.get(tensor.untyped_storage()._cdata)
+        number = self._number(tensor)
         return number is not None and self._category[number] == "weights"
 
     def _see(self, tensor: Tensor, category: str) -> None:
@@ -147,11 +153,24 @@ class Tracker(TorchDispatchMode):
             del self._keys[key]
         self._events.append((number, -size))
 
+    def _history(self) -> list[tuple[int, int]]:
+        """All events, gradients that meet added up in place.
+
+        So autograd does where it holds the only reference to the first of them, unless it is a view or, as here, a
+        dispatch mode is on; that it was the only one shows where it is freed next.
+        """
+        events = list(self._events)
+        for i in range(len(events) - 1):
+            (made, size), then = events[i], events[i + 1]
+            if size > 0 and then == (self._sums.get(made), -size):
+                events[i], events[i + 1] = events[i + 1], events[i]
+        return events
+
     def footprint(self) -> Footprint:
         """The peak so far. A storage counts from its beginning as what it became."""
         live, largest = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
         at_peak, total, peak = dict(live), 0, -1
-        for number, size in self._events:
+        for number, size in self._history():
             category = self._category[number]
             live[category] += size
             total += size
@@ -163,7 +182,7 @@ class Tracker(TorchDispatchMode):
     def moments(self) -> dict[Any, tuple[int, int]]:
         """For each mark, the last of its name, the bytes that were live at it and the most from it to the next one."""
         totals = [0]
-        for _, size in self._events:
+        for _, size in self._history():
             totals.append(totals[-1] + size)
         ends = [place for _, place in self._marks[1:]] + [len(self._events)]
         return {

@@ -77,13 +77,13 @@ def test_the_peers_take_the_same_step(tmp_path):
 
 
 def test_one_cell_by_itself(tmp_path):
-    """What a cell's process does, in this one: every figure that the tables and the plot take, and the table of them."""
+    """What a cell's process does, in this one: every figure that the tables and the plot take, and their table."""
     checkpoint.save(Transformer.random(PRESETS["tiny-draft"], torch.bfloat16), tmp_path / "weights")
     rows = []
     for cell in (Cell(lora=True, half=True, lean=True), Cell(amp=True)):
         runner = StepRunner(Plan(str(tmp_path / "weights"), 24, "cpu", 1, None, 1), cell)
         runs = [runner(), runner()]
-        assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)  # ln 4096 = 8.3
+        assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)
         assert runs[0]["step_s"] > 0 and runs[0]["step_over_floor_x"] > 0
         rows.append(append_row(tmp_path / "rows.jsonl", "x", runner.plan, cell, runs, torch.device("cpu")))
     assert [row["dtype"] for row in rows] == ["bfloat16", "float32"]
