@@ -1,10 +1,10 @@
 """How whole sequences and decode steps are computed: several ways, one meaning.
 
-A step is called with the newest token of each row and its position, both [B] int64, writes their keys and values to its
-cache and returns logits [B, V]:
+A step is called with the newest tokens of each row and their positions, both [B, T] int64, writes their keys and values
+to its cache and returns logits [B, T, V]. Plain decoding has T = 1, speculative decoding verifies several at once:
 
     EagerStep      Transformer.forward, the slow twin of the others
-    CapturedStep   the same, recorded once as a CUDA graph and replayed: no launch overhead, no Triton, any NVIDIA card
+    CapturedStep   the same, recorded once for each T as a CUDA graph and replayed: no launch overhead, no Triton
     NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
                    go through kernels/prefill.py there
 
@@ -15,6 +15,7 @@ eager step through torch.compile first, which takes a minute and is therefore ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from llama.kernels.decode_step import NativeStep, supports
 from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")
+# Tokens that go through the network at once before the first step (at least one row): the activations of this many,
+# 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
+PREFILL_TOKENS = 1024
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -35,40 +39,52 @@ class EagerStep:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
 
-    def __call__(self, token: Tensor, pos: Tensor) -> Tensor:
-        """Logits [B, V]."""
-        return self.model(token[:, None], pos[:, None], self.cache)[:, 0]
+    def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """Logits [B, T, V]."""
+        return self.model(tokens, pos, self.cache)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A CUDA graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    pos: Tensor
+    logits: Tensor
 
 
 class CapturedStep:
-    """A step recorded as a CUDA graph at its first call. Its logits are overwritten by the next call."""
+    """A step recorded as a CUDA graph at its first call with each T. Such a call overwrites the logits of the last."""
 
     WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
 
     def __init__(self, step: Step) -> None:
-        self._step, self._graph = step, None
+        self._step = step
+        self._recordings: dict[torch.Size, _Recording] = {}
 
-    def __call__(self, token: Tensor, pos: Tensor) -> Tensor:
-        """Logits [B, V], valid until the next call."""
-        if self._graph is None:
-            self._record(token, pos)
-        self._token.copy_(token)
-        self._pos.copy_(pos)
-        self._graph.replay()
-        return self._logits
+    def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """Logits [B, T, V], valid until the next call of this shape."""
+        recording = self._recordings.get(tokens.shape)
+        if recording is None:
+            recording = self._recordings[tokens.shape] = self._record(tokens.clone(), pos.clone())
+        recording.tokens.copy_(tokens)
+        recording.pos.copy_(pos)
+        recording.graph.replay()
+        return recording.logits
 
-    def _record(self, token: Tensor, pos: Tensor) -> None:
+    def _record(self, tokens: Tensor, pos: Tensor) -> _Recording:
         """The calls before recording write the same keys and values to the same slots as the replay after it."""
-        self._token, self._pos = token.clone(), pos.clone()
-        side = torch.cuda.Stream(token.device)
-        side.wait_stream(torch.cuda.current_stream(token.device))
+        side = torch.cuda.Stream(tokens.device)
+        side.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(side):
             for _ in range(self.WARM_UP):
-                self._step(self._token, self._pos)
-        torch.cuda.current_stream(token.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._step(self._token, self._pos)
+                self._step(tokens, pos)
+        torch.cuda.current_stream(tokens.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(tokens, pos)
+        return _Recording(graph, tokens, pos, logits)
 
 
 class Decoder:
@@ -119,7 +135,20 @@ class Decoder:
         return KVCache(self.model.args, batch_size, max_len, weight.dtype, weight.device)
 
     def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
-        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any."""
+        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
+
+        Some rows at a time, PREFILL_TOKENS says how many.
+        """
+        n_rows, n_tokens = tokens.shape
+        size = max(1, PREFILL_TOKENS // n_tokens)
+        states = []
+        for start in range(0, n_rows, size):
+            stop = min(start + size, n_rows)
+            part = cache and cache.part(start, stop)
+            states.append(self._last_hidden(tokens[start:stop], last[start:stop], part))
+        return torch.cat(states)
+
+    def _last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
         if self._is_native:
             return prefill.last_hidden(self.model, tokens, last, cache)
         rows = torch.arange(len(tokens), device=tokens.device)

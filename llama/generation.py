@@ -20,7 +20,6 @@ from torch import Tensor
 
 from llama import checkpoint
 from llama import device as devices
-from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.decoding import DECODING, Decoder
 from llama.errors import InputError, NonFinite
@@ -30,9 +29,6 @@ from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
 STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
-# Tokens that go through the network at once before the first step (at least one row): the activations of this many,
-# 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
-PREFILL_TOKENS = 1024
 # Without the cache every step has another length; rounded up, with pads that no token sees, there are fewer shapes that
 # libraries must prepare kernels for (a CPU's keep 100 MB of them), for 3 % more positions.
 LENGTH_MULTIPLE = 16
@@ -334,7 +330,7 @@ class Llama:
         cache, decode = None, None
         if use_cache and batch.n_steps > 1:  # nobody would read the cache after the only step
             cache, decode = self.decoder.start(len(rows), batch.max_len)
-        logits = model.logits(self._last_hidden(tokens[:, : batch.longest], pos, cache))
+        logits = model.logits(self.decoder.last_hidden(tokens[:, : batch.longest], pos, cache))
         for step in range(1, batch.n_steps + 1):
             token = next_token(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.generator)
             yield token, logits
@@ -342,22 +338,11 @@ class Llama:
                 return
             pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a row past its end stays in its last slot, unread
             if decode is not None:
-                logits = decode(token, pos)
+                logits = decode(token[:, None], pos[:, None])[:, 0]
             else:
                 tokens[rows, pos] = token
                 length = -(-(batch.longest + step) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-                logits = model.logits(self._last_hidden(tokens[:, :length], pos, None))
-
-    def _last_hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache | None) -> Tensor:
-        """Final hidden states [B, dim] at `pos` of whole sequences [B, T], some rows at a time."""
-        n_rows, n_tokens = tokens.shape
-        size = max(1, PREFILL_TOKENS // n_tokens)
-        states = []
-        for start in range(0, n_rows, size):
-            stop = min(start + size, n_rows)
-            part = cache and cache.part(start, stop)
-            states.append(self.decoder.last_hidden(tokens[start:stop], pos[start:stop], part))
-        return torch.cat(states)
+                logits = model.logits(self.decoder.last_hidden(tokens[:, :length], pos, None))
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of each prompt token given those before it, a row at a time, some positions at a time."""

@@ -38,16 +38,16 @@ def full_cache(args: ModelArgs, batch_size: int, max_len: int, dtype: torch.dtyp
 
 
 @needs_kernel
-@pytest.mark.parametrize("batch_size", [1, 3, 16, 19])
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 1), (3, 1), (16, 1), (19, 1), (1, 5), (4, 6)])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_native_step_is_as_exact_as_the_eager_one(shape, batch_size):
+def test_native_step_is_as_exact_as_the_eager_one(shape, batch_size, n_tokens):
     """Against the same weights in fp64 the error is at most twice that of the eager step, in logits and cache."""
     args = SHAPES[shape]
     model = random_model(args, std=0.05).bfloat16()
     assert decode_step.supports(model)
-    tokens = torch.arange(batch_size) * 7 % args.vocab_size
-    pos = torch.arange(batch_size) * 5 % 41
+    tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7 % args.vocab_size
+    pos = torch.arange(batch_size)[:, None] * 5 % (41 - n_tokens) + torch.arange(n_tokens)
     runs = {}
     for name, kind in (("native", decode_step.NativeStep), ("eager", EagerStep), ("exact", EagerStep)):
         dtype = torch.float64 if name == "exact" else torch.bfloat16
@@ -59,7 +59,23 @@ def test_native_step_is_as_exact_as_the_eager_one(shape, batch_size):
         error = (native_part - exact).norm()
         assert error <= 2 * (eager - exact).norm() + 1e-6 * scale
     written = (runs["native"][1] != full_cache(args, batch_size, 41).k.double()).any(-1).any(2).any(0)
-    assert torch.equal(written.nonzero()[:, 1], pos)  # one slot a row, and no other
+    assert torch.equal(written.nonzero()[:, 1], pos.flatten())  # a slot for each token, and no other
+
+
+@needs_kernel
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 2), (2, 5), (3, 9)])
+@torch.no_grad()
+def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(batch_size, n_tokens):
+    """What makes speculative decoding give plain decoding's tokens in 16 bits too."""
+    model = random_model(PRESETS["tiny"], std=0.05).bfloat16()
+    tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7
+    pos = torch.arange(batch_size)[:, None] * 4 + torch.arange(n_tokens)
+    whole, alone = full_cache(model.args, batch_size, 20), full_cache(model.args, batch_size, 20)
+    at_once = decode_step.NativeStep(model, whole)(tokens, pos)
+    step = decode_step.NativeStep(model, alone)
+    one_by_one = [step(token[:, None], p[:, None]) for token, p in zip(tokens.T, pos.T, strict=True)]
+    assert torch.equal(at_once, torch.cat(one_by_one, 1))
+    assert torch.equal(whole.k, alone.k) and torch.equal(whole.v, alone.v)
 
 
 @needs_kernel
@@ -91,10 +107,11 @@ def test_native_step_and_pytorchs_own_products_do_not_disturb_each_other():
     tokens, x = torch.tensor([[5, 6, 7]]), torch.randn(300, 256).bfloat16()
     plain = model(tokens), x @ x.T
     step = decode_step.NativeStep(model, full_cache(model.args, 16, 9))
-    first = step(torch.arange(16), torch.arange(16) % 9)
+    newest, pos = torch.arange(16)[:, None], torch.arange(16)[:, None] % 9
+    first = step(newest, pos)
     for _ in range(3):
         assert torch.equal(model(tokens), plain[0]) and torch.equal(x @ x.T, plain[1])
-        assert torch.equal(step(torch.arange(16), torch.arange(16) % 9), first)
+        assert torch.equal(step(newest, pos), first)
 
 
 @needs_kernel
@@ -105,9 +122,9 @@ def test_native_step_refuses_what_is_out_of_range():
     step = decode_step.NativeStep(model, cache)
     for tokens, pos in (([0, 1], [0, 9]), ([0, 1], [-1, 0]), ([0, 4096], [0, 0]), ([-1, 0], [0, 0])):
         with pytest.raises(IndexError, match="outside"):
-            step(torch.tensor(tokens), torch.tensor(pos))
+            step(torch.tensor(tokens)[:, None], torch.tensor(pos)[:, None])
     with pytest.raises(ValueError, match="made for 2 sequences, not 1"):
-        step(torch.tensor([0]), torch.tensor([0]))
+        step(torch.tensor([[0]]), torch.tensor([[0]]))
     assert torch.equal(cache.k, before)
 
 
@@ -192,7 +209,7 @@ def test_compiled_step_equals_eager():
     for _ in range(2):
         assert llama.generate(prompts, 8, 0, stop_tokens=[]) == eager.generate(prompts, 8, 0, stop_tokens=[])
     steps = [each.decoder.start(3, 10)[1] for each in (llama, eager)]
-    runs = [step(torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0])) for step in steps]
+    runs = [step(torch.tensor([[1], [2], [3]]), torch.tensor([[0], [0], [0]])) for step in steps]
     torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -211,9 +228,11 @@ def test_captured_step_equals_eager():
         assert fast.generate(prompts, 20, 0, stop_tokens=[]) == slow.generate(prompts, 20, 0, stop_tokens=[])
     _, step = fast.decoder.start(2, 22)
     assert isinstance(step, CapturedStep) and fast.decoder.start(2, 22)[1] is step
-    token, pos = torch.tensor([7, 8]).cuda(), torch.tensor([0, 0]).cuda()
     _, eager = slow.decoder.start(2, 22)
-    torch.testing.assert_close(step(token, pos), eager(token, pos), atol=1e-4, rtol=0)
+    for n_tokens in (1, 4, 1):
+        tokens = torch.arange(2 * n_tokens).view(2, n_tokens).cuda()
+        pos = torch.arange(n_tokens).expand(2, -1).cuda()
+        torch.testing.assert_close(step(tokens, pos), eager(tokens, pos), atol=1e-4, rtol=0)
     model.norm.weight = nn.Parameter(model.norm.weight * 2)
     assert fast.decoder.start(2, 22)[1] is not step
 
@@ -228,7 +247,7 @@ def test_prefill_by_parts_equals_prefill_at_once(tiny, monkeypatch, use_cache):
     """However many rows go through the network at once, each gets the same tokens."""
     prompts = [list(range(300 + i, 310 + 3 * i)) for i in range(5)]
     whole = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
-    monkeypatch.setattr("llama.generation.PREFILL_TOKENS", 50)
+    monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", 50)
     parts = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
     assert whole[0] == parts[0]
     torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), atol=1e-5, rtol=0)

@@ -10,7 +10,8 @@
 
    Roundings to bfloat16 are where eager PyTorch has them, but for the softmax weights, which stay fp32.
 
-   B sequences, H query heads, K key/value heads, D head size, S cache slots; M rows of x, at most 16 at once. */
+   B sequences, T tokens of each, H query heads, K key/value heads, D head size, S cache slots; M rows of x, at most 16
+   at once. A row's sums are formed in the same order whatever M is, so T tokens at once give the bits of T steps. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -179,7 +180,7 @@ void silu_mul(bf16 *gate, const bf16 *up, int64_t n) {
     }
 }
 
-/* Attention of one query per row over the cache. */
+/* Attention over the cache. */
 
 enum { MAX_D = 256 };
 
@@ -257,21 +258,29 @@ static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, floa
     }
 }
 
-/* q and out [B, H, D], k and v [B, K, D], cos_sin [B, D], keys and values [B, K, S, D], scores [B, H, S]. Writes k and
-   v into the cache. A key/value head passes through a core once, for all the query heads that share it. */
+/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [B, T, D], keys and values [B, K, S, D], scores [B, T, H, S].
+   Writes k and v into the cache, all T before the first is read. A key/value head passes through a core once, for all
+   the tokens and query heads that share it. */
 static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin,
-                   const int64_t *pos, bf16 *keys, bf16 *values, float *scores, bf16 *out, int64_t B, int64_t S) {
+                   const int64_t *pos, bf16 *keys, bf16 *values, float *scores, bf16 *out, int64_t B, int64_t T,
+                   int64_t S) {
     const int64_t K = model->n_kv_heads, D = model->head_dim, G = model->n_heads / K;
 #pragma omp parallel for schedule(static)
     for (int64_t unit = 0; unit < B * K; unit++) {
-        const int64_t b = unit / K, n = pos[b] + 1;
+        const int64_t first_row = unit / K * T;
         bf16 *k_all = keys + unit * S * D, *v_all = values + unit * S * D, turned[MAX_D];
-        rotate(k + unit * D, cos_sin + b * D, k_all + pos[b] * D, D);
-        memcpy(v_all + pos[b] * D, v + unit * D, (size_t)D * sizeof *v);
-        for (int64_t head = unit * G; head < (unit + 1) * G; head++) { /* heads of one group are neighbours */
-            rotate(q + head * D, cos_sin + b * D, turned, D);
-            if (D == 64) attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, 64); /* loops unroll */
-            else attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, D);
+        for (int64_t row = first_row; row < first_row + T; row++) {
+            const int64_t from = (row * K + unit % K) * D;
+            rotate(k + from, cos_sin + row * D, k_all + pos[row] * D, D);
+            memcpy(v_all + pos[row] * D, v + from, (size_t)D * sizeof *v);
+        }
+        for (int64_t row = first_row; row < first_row + T; row++) {
+            const int64_t n = pos[row] + 1, group = (row * K + unit % K) * G; /* heads of one group are neighbours */
+            for (int64_t head = group; head < group + G; head++) {
+                rotate(q + head * D, cos_sin + row * D, turned, D);
+                if (D == 64) attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, 64); /* unrolls */
+                else attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, D);
+            }
         }
     }
 }
@@ -280,41 +289,41 @@ static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Values of bfloat16 that a step of B rows needs to work in. */
-int64_t decode_workspace(const Model *model, int64_t B, int64_t S) {
+/* Values of bfloat16 that a step of M rows, which are B * T, needs to work in. */
+int64_t decode_workspace(const Model *model, int64_t M, int64_t S) {
     const int64_t dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;
-    return B * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + 16 * larger(dim, ffn);
+    return M * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + 16 * larger(dim, ffn);
 }
 
-/* Logits [B, V] after `tokens` [B] at `pos` [B], whose rotations are `cos_sin` [B, D]; keys and values are written to
-   the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or position is out of
-   range. */
+/* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T], whose rotations are `cos_sin` [B, T, D]; keys and values are
+   written to the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or position is
+   out of range. */
 int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, bf16 *keys,
-                bf16 *values, bf16 *workspace, bf16 *logits, int64_t B, int64_t S) {
-    const int64_t dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;
-    for (int64_t b = 0; b < B; b++)
-        if (pos[b] < 0 || pos[b] >= S || tokens[b] < 0 || tokens[b] >= model->vocab_size) return -1;
+                bf16 *values, bf16 *workspace, bf16 *logits, int64_t B, int64_t T, int64_t S) {
+    const int64_t M = B * T, dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;
+    for (int64_t m = 0; m < M; m++)
+        if (pos[m] < 0 || pos[m] >= S || tokens[m] < 0 || tokens[m] >= model->vocab_size) return -1;
     float *scores = (float *)workspace;
-    bf16 *x = workspace + 2 * B * model->n_heads * S, *h = x + B * dim, *q = h + B * dim, *out = q + B * dim;
-    bf16 *k = out + B * dim, *v = k + B * kv, *gate = v + B * kv, *up = gate + B * ffn, *packed = up + B * ffn;
-    for (int64_t b = 0; b < B; b++)
-        memcpy(x + b * dim, model->tok_embeddings + tokens[b] * dim, (size_t)dim * sizeof *x);
+    bf16 *x = workspace + 2 * M * model->n_heads * S, *h = x + M * dim, *q = h + M * dim, *out = q + M * dim;
+    bf16 *k = out + M * dim, *v = k + M * kv, *gate = v + M * kv, *up = gate + M * ffn, *packed = up + M * ffn;
+    for (int64_t m = 0; m < M; m++)
+        memcpy(x + m * dim, model->tok_embeddings + tokens[m] * dim, (size_t)dim * sizeof *x);
     for (int64_t i = 0; i < model->n_layers; i++) {
         const Layer *layer = &model->layers[i];
         const int64_t offset = i * B * kv * S;
-        rms_norm(x, layer->attention_norm, h, model->norm_eps, B, dim);
-        products(h, packed, (Product[]){{layer->wq, q, dim}, {layer->wk, k, kv}, {layer->wv, v, kv}}, 3, B, dim);
-        attend(model, q, k, v, cos_sin, pos, keys + offset, values + offset, scores, out, B, S);
-        products(out, packed, (Product[]){{layer->wo, h, dim}}, 1, B, dim);
-        add(x, h, B * dim);
-        rms_norm(x, layer->ffn_norm, h, model->norm_eps, B, dim);
-        products(h, packed, (Product[]){{layer->w1, gate, ffn}, {layer->w3, up, ffn}}, 2, B, dim);
-        silu_mul(gate, up, B * ffn);
-        products(gate, packed, (Product[]){{layer->w2, h, dim}}, 1, B, ffn);
-        add(x, h, B * dim);
+        rms_norm(x, layer->attention_norm, h, model->norm_eps, M, dim);
+        products(h, packed, (Product[]){{layer->wq, q, dim}, {layer->wk, k, kv}, {layer->wv, v, kv}}, 3, M, dim);
+        attend(model, q, k, v, cos_sin, pos, keys + offset, values + offset, scores, out, B, T, S);
+        products(out, packed, (Product[]){{layer->wo, h, dim}}, 1, M, dim);
+        add(x, h, M * dim);
+        rms_norm(x, layer->ffn_norm, h, model->norm_eps, M, dim);
+        products(h, packed, (Product[]){{layer->w1, gate, ffn}, {layer->w3, up, ffn}}, 2, M, dim);
+        silu_mul(gate, up, M * ffn);
+        products(gate, packed, (Product[]){{layer->w2, h, dim}}, 1, M, ffn);
+        add(x, h, M * dim);
     }
-    rms_norm(x, model->norm, h, model->norm_eps, B, dim);
-    products(h, packed, (Product[]){{model->output, logits, model->vocab_size}}, 1, B, dim);
+    rms_norm(x, model->norm, h, model->norm_eps, M, dim);
+    products(h, packed, (Product[]){{model->output, logits, model->vocab_size}}, 1, M, dim);
     return 0;
 }
 
