@@ -11,7 +11,6 @@ Left out on purpose: files (checkpoint.py), sampling (sampling.py), how a decode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -24,7 +23,8 @@ from llama.config import ModelArgs
 from llama.decoding import DECODING, Decoder
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
-from llama.sampling import next_token
+from llama.sampling import Sampling, next_token
+from llama.speculative import Speculation
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
@@ -49,14 +49,6 @@ class ChatPrediction(TypedDict, total=False):
     generation: Message
     tokens: list[str]
     logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    temperature: float
-    top_p: float
-    top_k: int | None
-    generator: torch.Generator
 
 
 class _Batch:
@@ -151,20 +143,31 @@ class Llama:
         use_cache: bool = True,
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt by at most `max_gen_len` tokens, or to a stop token (not returned), or to max_seq_len.
 
         logprobs: also return the log-probability of each returned token under the model, before temperature and cuts
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
-        stop_tokens: default the end-of-text token. on_step: called with 1, 2, ... when the work for that many tokens a
-        row has been given to the device. Raises InputError for prompts or settings out of range.
+        stop_tokens: default the end-of-text token. speculation: draft and verify (speculative.py); the same tokens at
+        temperature 0, tokens of the same distribution above. on_step: called with 1, 2, ... when the work for that many
+        tokens a row has been given to the device. Raises InputError for prompts or settings out of range.
         """
         batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
         stops = self._stop_tokens(stop_tokens)
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
-        drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
+        if speculation is None:
+            drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
+        else:
+            if on_step is not None:
+                raise InputError("on_step counts tokens a row, which speculative decoding has no common number of")
+            drawn, drawn_logprobs = [[] for _ in prompt_tokens], [[] for _ in prompt_tokens]
+            rounds = self._rounds(prompt_tokens, batch, sampling, use_cache, stops, logprobs, speculation)
+            for row, tokens, values in rounds:
+                drawn[row] += tokens
+                drawn_logprobs[row] += values
         tokens_out, logprobs_out = [], []
         for row, prompt in enumerate(prompt_tokens):
             ids = drawn[row][: batch.budgets[row]]
@@ -185,11 +188,16 @@ class Llama:
         use_cache: bool = True,
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[int]:
         """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
         batch = self._batch([prompt], max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
         stops = self._stop_tokens(stop_tokens)
+        if speculation is not None:
+            for _, tokens, _ in self._rounds([prompt], batch, sampling, use_cache, stops, False, speculation):
+                yield from tokens
+            return
         for drawn, logits in self._steps(batch, sampling, use_cache):
             self._require_finite(_is_finite(logits))
             token = drawn.item()
@@ -277,15 +285,15 @@ class Llama:
             return list(stop_tokens)
         return [] if self.tokenizer is None else self.tokenizer.stop_tokens
 
-    def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> _Sampling:
+    def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampling:
         _check_sampling(temperature, top_p, top_k, seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
-        return _Sampling(temperature, top_p, top_k, generator)
+        return Sampling(temperature, top_p, top_k, generator)
 
     def _run(
         self,
         batch: _Batch,
-        sampling: _Sampling,
+        sampling: Sampling,
         use_cache: bool,
         stops: list[int],
         logprobs: bool,
@@ -311,13 +319,33 @@ class Llama:
         tokens_out = torch.stack(drawn, 1).tolist() if drawn else [[]] * rows
         return tokens_out, torch.stack(values, 1).tolist() if values else [[]] * rows
 
+    def _rounds(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: _Batch,
+        sampling: Sampling,
+        use_cache: bool,
+        stops: list[int],
+        logprobs: bool,
+        speculation: Speculation,
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Yield a row's number, its next tokens and their log-probabilities, if asked for, up to where it ends."""
+        if not use_cache:
+            raise InputError("speculative decoding needs the KV cache; leave out --draft or --use_cache=False")
+        speculation.check(self.decoder, self.max_seq_len)
+        for tokens, values, logits in speculation.rounds(
+            self.decoder, prompts, batch.budgets, sampling, stops, logprobs
+        ):
+            self._require_finite(_is_finite(logits))
+            yield from zip(range(len(prompts)), tokens, values, strict=True)
+
     def _require_finite(self, finite: Tensor) -> None:
         if not finite:
             dtype = str(self.model.tok_embeddings.weight.dtype).removeprefix("torch.")
             remedy = "the weights are damaged" if dtype == "float32" else "try --dtype=float32"
             raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 
-    def _steps(self, batch: _Batch, sampling: _Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def _steps(self, batch: _Batch, sampling: Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the next token of every row [B] and the logits [B, V] it was drawn from, `n_steps` times.
 
         With the cache a step computes one position per row; without, the whole text so far. Either way only the newest
@@ -332,7 +360,7 @@ class Llama:
             cache, decode = self.decoder.start(len(rows), batch.max_len)
         logits = model.logits(self.decoder.last_hidden(tokens[:, : batch.longest], pos, cache))
         for step in range(1, batch.n_steps + 1):
-            token = next_token(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.generator)
+            token = next_token(logits, *sampling)
             yield token, logits
             if step == batch.n_steps:
                 return

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, in the order of `next_token`'s arguments: `next_token(logits, *sampling)`."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    generator: torch.Generator
 
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -57,8 +57,15 @@ MAY_IMPORT = {
         "llama.kernels.prefill",
         "llama.model",
     },
-    "llama.generation": {
+    "llama.speculative": {
         "llama.cache",
+        "llama.config",
+        "llama.decoding",
+        "llama.errors",
+        "llama.model",
+        "llama.sampling",
+    },
+    "llama.generation": {
         "llama.checkpoint",
         "llama.config",
         "llama.decoding",
@@ -66,6 +73,7 @@ MAY_IMPORT = {
         "llama.errors",
         "llama.model",
         "llama.sampling",
+        "llama.speculative",
         "llama.tokenizer",
     },
 }
