@@ -3,6 +3,7 @@
 python inference.py                                        # the embedded model on sample prompts
 python inference.py --compare                              # cache on and off, side by side
 python inference.py --prompt="The fox saw" --stream
+python inference.py --draft=lookup --compare               # with a draft and without, side by side
 python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
 python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a colour."
 """
@@ -21,7 +22,8 @@ from data.alpaca import encode_prompt as encode_instruction
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, bench, checkpoint, cli, lora
 from llama.errors import InputError
-from llama.tokenizer import StreamDecoder, find_tokenizer
+from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary
+from llama.tokenizer import TOKENIZER_PLACES, StreamDecoder, Tokenizer, find_tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 SAMPLE_CHATS = (
@@ -54,6 +56,8 @@ def main(
     compare: bool = False,
     stream: bool = False,
     use_cache: bool = True,
+    draft: str | None = None,
+    draft_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float = 0.9,
     top_k: int | None = None,
@@ -65,7 +69,7 @@ def main(
     dtype: str = "auto",
     decoding: str = "auto",
 ) -> None:
-    """Generate text with a Llama model, with the KV cache on or off.
+    """Generate text with a Llama model, with the KV cache on or off, with a draft or without.
 
     Args:
         ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
@@ -75,9 +79,12 @@ def main(
         chat: send each prompt as a user's message to an instruction-tuned model.
         alpaca: put each prompt as an instruction into the template that finetuning.py trains on.
         adapter: directory of a LoRA adapter for the model, from finetuning.py or PEFT.
-        compare: generate with and without the cache and show texts, times and memory side by side.
+        compare: generate with and without the cache, or the draft if any; show texts, times and memory side by side.
         stream: print each prompt's text while it is produced.
         use_cache: False recomputes the whole text for every token.
+        draft: speculative decoding: checkpoint directory of a smaller model with the same tokenizer, or lookup, which
+            proposes what followed the same tokens before.
+        draft_tokens: tokens that the draft proposes in a round; default: as many as pay, at most 8.
         temperature: 0 always takes the most probable token; default 0.6, and 0 with --compare.
         top_p: sample only from the most probable tokens that together reach this share.
         top_k: sample only from this many most probable tokens; default: no cut.
@@ -93,6 +100,8 @@ def main(
         raise InputError("--compare runs with and without the cache itself; leave out --stream and --use_cache")
     if compare and temperature not in (None, 0.0):
         raise InputError("--compare needs --temperature=0: sampling would hide whether the cache changed anything")
+    if draft is None and draft_tokens is not None:
+        raise InputError("--draft_tokens needs --draft, a checkpoint directory or lookup")
     if temperature is None:
         temperature = 0.0 if compare else 0.6
     if chat and alpaca:
@@ -105,16 +114,32 @@ def main(
     if adapter is not None:
         lora.load(llama.model, adapter, checkpoint.fingerprint(directory))
         llama.model.eval()
+    speculation = None if draft is None else Speculation(load_draft(draft, llama, decoding), draft_tokens)
     print(describe(llama, directory))
     prompts = [Prompt(text, encode(llama, text, chat, alpaca)) for text in texts]
     stops = llama.tokenizer.chat_stop_tokens if chat else llama.tokenizer.stop_tokens
     options = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options |= {"stop_tokens": stops, "speculation": speculation}
     if compare:
-        show_comparison(llama, prompts, {**options, "stop_tokens": stops})
+        show_comparison(llama, prompts, options)
     elif stream:
-        show_stream(llama, prompts, {**options, "stop_tokens": stops, "use_cache": use_cache})
+        show_stream(llama, prompts, {**options, "use_cache": use_cache})
     else:
-        show_batch(llama, prompts, {**options, "stop_tokens": stops, "use_cache": use_cache})
+        show_batch(llama, prompts, {**options, "use_cache": use_cache})
+    if speculation is not None:
+        print(describe_draft(speculation.counts))
+
+
+def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
+    """The draft of that name. Raises InputError, before its weights are read, for one that does not fit the model."""
+    if name == "lookup":
+        return PromptLookup()
+    check_vocabulary(checkpoint.read_args(name), llama.model.args)
+    own = [path for place in TOKENIZER_PLACES if (path := Path(name) / place).is_file()]
+    if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
+        raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
+    weights = llama.model.tok_embeddings.weight
+    return ModelDraft(checkpoint.load(name, weights.dtype, llama.device, progress=True), decoding)
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> list[str]:
@@ -195,29 +220,48 @@ def speed(n_tokens: int, spent: bench.Measurement, use_cache: bool) -> str:
 
 
 def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
-    """Each prompt alone, with the cache and without: both texts, whether the tokens agree, time and memory."""
-    llama.generate([prompts[0].ids], **{**options, "max_gen_len": 2})  # the first call pays for set-up in the libraries
+    """Each prompt alone, with the draft and without, or the cache: texts, whether the tokens agree, time and memory."""
+    speculation = options["speculation"]
+    if speculation is None:
+        what, ways = "KV cache", {True: {"use_cache": True}, False: {"use_cache": False}}
+        warm_up = {}
+    else:
+        what, ways = "draft", {True: {}, False: {"speculation": None}}
+        warm_up = {"speculation": Speculation(speculation.draft, speculation.draft_tokens)}  # counted apart
+    # The first call pays for set-up in the libraries.
+    llama.generate([prompts[0].ids], **{**options, **warm_up, "max_gen_len": 4})
     totals = {True: 0.0, False: 0.0}
     n_equal = 0
     for number, prompt in enumerate(prompts, 1):
         ids, spent = {}, {}
-        for use_cache in (True, False):
-            work = partial(llama.generate, [prompt.ids], **options, use_cache=use_cache)
-            (output, _), spent[use_cache] = bench.measure(work, llama.device)
-            ids[use_cache] = output[0]
-            totals[use_cache] += spent[use_cache].seconds
+        for is_on, way in ways.items():
+            work = partial(llama.generate, [prompt.ids], **{**options, **way})
+            (output, _), spent[is_on] = bench.measure(work, llama.device)
+            ids[is_on] = output[0]
+            totals[is_on] += spent[is_on].seconds
         n_equal += ids[True] == ids[False]
         print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
-        print(cli.side_by_side("KV cache on", "KV cache off"))
+        print(cli.side_by_side(f"{what} on", f"{what} off"))
         print("-" * (2 * cli.COLUMN + 3))
-        print(cli.side_by_side(*(llama.tokenizer.decode(ids[use_cache]).strip() for use_cache in (True, False))))
+        print(cli.side_by_side(*(llama.tokenizer.decode(ids[is_on]).strip() for is_on in (True, False))))
         print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False], options['stop_tokens'])}")
         on, off = spent[True].seconds, spent[False].seconds
-        print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the cache")
+        print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the {what}")
         print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {memory_kind(llama)})\n")
     speedup = totals[False] / totals[True]
-    print(f"{n_equal} of {len(prompts)} prompts give equal tokens with the KV cache on and off;", end=" ")
+    print(f"{n_equal} of {len(prompts)} prompts give equal tokens with the {what} on and off;", end=" ")
     print(f"{totals[True]:.2f} s on, {totals[False]:.2f} s off, {speedup:.2f} times as fast")
+
+
+def describe_draft(counts: Counts) -> str:
+    """What came of the draft, and a warning where it was not worth it."""
+    line = (
+        f"[draft: {counts.accepted} of {counts.proposed} proposed tokens accepted, "
+        f"acceptance {counts.acceptance:.2f}, {counts.tokens_per_round:.2f} tokens a round]"
+    )
+    if counts.pays:
+        return line
+    return f"{line}\nwarning: the draft hardly pays here, expected speed-up {counts.expected_speedup:.2f}; leave it out"
 
 
 def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int], stops: list[int]) -> str:

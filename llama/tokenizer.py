@@ -46,6 +46,7 @@ MAX_CHARS = 400_000
 MAX_RUN = 25_000
 RUN = re.compile(r"\s+|\S+")
 MAX_FILE_BYTES = 64 << 20
+TOKENIZER_PLACES = ("tokenizer.model", "original/tokenizer.model")  # Meta's directories, Hugging Face's
 
 
 def llama3_special_tokens() -> list[str]:
@@ -90,6 +91,11 @@ class Tokenizer:
         data = b"".join(map(self.token_bytes, t))
         return (data.removeprefix(b" ") if self.backend.leading_space else data).decode(errors="replace")
 
+    def is_same(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same bytes in both, so that models trained with either can work together."""
+        sizes = (self.kind, self.n_words, self.bos_id), (other.kind, other.n_words, other.bos_id)
+        return sizes[0] == sizes[1] and all(self.token_bytes(i) == other.token_bytes(i) for i in range(self.n_words))
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for. Raises InputError for an id outside the vocabulary."""
         if not 0 <= token < self.n_words:
@@ -118,10 +124,10 @@ class StreamDecoder:
 
 
 def find_tokenizer(ckpt_dir: str | Path) -> Path:
-    """The tokenizer.model of a checkpoint directory; Hugging Face's repositories keep it in `original/`."""
+    """The tokenizer.model of a checkpoint directory. Raises InputError where there is none."""
     if not Path(ckpt_dir).is_dir():
         raise InputError(f"checkpoint directory {ckpt_dir} does not exist; pass --ckpt_dir")
-    for path in (Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir) / "original" / "tokenizer.model"):
+    for path in (Path(ckpt_dir) / place for place in TOKENIZER_PLACES):
         if path.is_file():
             return path
     raise InputError(f"{ckpt_dir} holds no tokenizer.model; pass --tokenizer_path")

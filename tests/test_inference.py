@@ -18,6 +18,7 @@ from llama import checkpoint, cli, lora
 from llama.bench import Measurement
 from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
+from llama.speculative import Counts
 
 PROMPT = "--prompt=The little fox"
 
@@ -161,6 +162,12 @@ BAD = {
     "--promt=x": "unknown flag --promt; did you mean --prompt?",
     "The fox": "unexpected argument 'The'",
     "--compare --stream": "--compare",
+    "--draft=/nowhere": "checkpoint directory /nowhere does not exist",
+    "--draft=lookup --draft_tokens=0": "draft_tokens 0 is out of range",
+    "--draft=lookup --draft_tokens=2048": "draft_tokens 2048 leaves no room in max_seq_len 2048",
+    "--draft=lookup --use_cache=False": "needs the KV cache",
+    "--draft=lookup --decoding=compiled": "compile anew",
+    "--draft_tokens=3": "--draft_tokens needs --draft",
     "--compare --temperature=0.5": "--temperature=0",
 }
 
@@ -188,6 +195,47 @@ def test_tokenizer_of_another_vocabulary(tmp_path, monkeypatch, capsys):
     tokenizer = f"--tokenizer_path={TINY}/tokenizer.model"
     code, _, err = call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}/m", tokenizer, "--device=cpu")
     assert code == 2 and "4096 words, the model 512" in err
+
+
+def test_draft_of_another_vocabulary_or_tokenizer(tmp_path, monkeypatch, capsys):
+    checkpoint.save(random_model(SMALL), tmp_path / "m")
+    code, _, err = call(monkeypatch, capsys, f"--draft={tmp_path}/m", "--device=cpu")
+    assert code == 2 and "the draft has a vocabulary of 512, the model of 4096" in err and err.count("\n") == 1
+    lines = (TINY / "tokenizer.model").read_text().splitlines()
+    first, last = lines[-1].split()[0], lines[-2].split()[0]  # the last two words change places
+    (tmp_path / "other").write_text("\n".join([*lines[:-2], f"{first} 3838", f"{last} 3839"]) + "\n")
+    checkpoint.save(checkpoint.load(TINY / "draft"), tmp_path / "d", tokenizer_path=tmp_path / "other")
+    code, _, err = call(monkeypatch, capsys, f"--draft={tmp_path}/d", "--device=cpu")
+    assert code == 2 and f"{tmp_path}/d/tokenizer.model is not the model's tokenizer" in err
+    checkpoint.save(checkpoint.load(TINY / "draft"), tmp_path / "e", tokenizer_path=TINY / "tokenizer.model")
+    code, out, _ = call(monkeypatch, capsys, f"--draft={tmp_path}/e", "--device=cpu", "--max_gen_len=8", PROMPT)
+    assert code == 0 and "[draft: " in out
+
+
+@pytest.mark.parametrize("draft", ["data/tiny/draft", "lookup"])
+def test_a_draft_changes_no_text_and_its_figures_are_printed(monkeypatch, capsys, draft):
+    monkeypatch.chdir(ROOT)
+    flags = ("--temperature=0", "--max_gen_len=24", "--device=cpu")
+    body = call(monkeypatch, capsys, *flags)[1].split("\n[")[0]
+    code, out, err = call(monkeypatch, capsys, *flags, f"--draft={draft}", "--draft_tokens=3")
+    assert (code, err) == (0, "") and out.split("\n[")[0] == body
+    figures = re.search(r"\n\[draft: (\d+) of (\d+) .*, acceptance (0\.\d\d), ([1-4]\.\d\d) tokens a round\]\n", out)
+    accepted, proposed, acceptance, tokens = map(float, figures.groups())
+    assert accepted < proposed and acceptance > 0 and tokens > 1
+
+
+def test_compare_with_a_draft_compares_with_plain_decoding(monkeypatch, capsys):
+    flags = ("--compare", f"--draft={TINY}/draft", "--max_gen_len=16", "--device=cpu")
+    code, out, _ = call(monkeypatch, capsys, *flags)
+    n = len(inference.SAMPLE_PROMPTS)
+    assert code == 0 and out.count("tokens    equal (") == out.count("times as fast with the draft\n") == n
+    assert f"{n} of {n} prompts give equal tokens with the draft on and off" in out
+    assert re.search(r"\n\[draft: .* tokens a round\]", out)
+
+
+def test_a_draft_that_does_not_pay_is_said_to():
+    assert "warning" not in inference.describe_draft(Counts(10, 20, 10, 5, 12.0))
+    assert "expected speed-up 0.92; leave it out" in inference.describe_draft(Counts(10, 20, 1, 10, 12.0))
 
 
 def test_help_lists_every_flag(monkeypatch, capsys):
