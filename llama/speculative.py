@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -98,31 +99,49 @@ class ModelDraft:
 
     def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
         """Run the prompts through the draft. Its proposer raises NonFinite for logits that are no numbers."""
-        cache, step = self.decoder.start(len(prompts), max_len)
-        prefill(self.decoder, prompts, cache)
-        seen = [len(prompt) for prompt in prompts]  # tokens of each row whose keys and values are right in the cache
+        return _ModelProposer(self.decoder, prompts, max_len, sampling)
 
-        def propose(texts: list[list[int]], limits: list[int]) -> Proposal:
-            # The newest token was the target's own choice. Of a run that was accepted whole the draft has not yet seen
-            # the last token either, which it proposed and never took in; after plain rounds it lags by as many tokens.
-            width = max(len(text) - min(n, len(text) - 1) for n, text in zip(seen, texts, strict=True))
-            # Rows that lag less see some tokens again, which writes what is there. Before its first token a row has
-            # none: that one is repeated in its place.
-            places = [[max(len(text) - width + i, 0) for i in range(width)] for text in texts]
-            newest = [[text[i] for i in row] for text, row in zip(texts, places, strict=True)]
-            device = cache.k.device
-            tokens, pos = torch.tensor(newest, device=device), torch.tensor(places, device=device)
-            drafted, probs = [], []
-            for _ in range(max(limits)):
-                token, q = _draft_token(step(tokens, pos)[:, -1], sampling)
-                drafted.append(token)
-                probs.append(q)
-                tokens, pos = token[:, None], pos[:, -1:] + 1
-            seen[:] = [len(text) + len(drafted) - 1 for text in texts]
-            is_greedy = sampling.temperature == 0
-            return Proposal(torch.stack(drafted, 1), None if is_greedy else torch.stack(probs, 1), limits)
 
-        return propose
+class _ModelProposer:
+    """A draft model with its own cache, kept in step with texts that may go on differently than it proposed."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.cache, self.step = decoder.start(len(prompts), max_len)
+        prefill(decoder, prompts, self.cache)
+        # The cache holds keys and values of the first `known` tokens of each text, and of `ventured` ones after them.
+        self.known = [len(prompt) for prompt in prompts]
+        self.ventured: list[list[int]] = [[] for _ in prompts]
+
+    def __call__(self, texts: list[list[int]], limits: list[int]) -> Proposal:
+        tokens, pos = self._not_yet_seen(texts)
+        drafted, probs = [], []
+        for _ in range(max(limits)):
+            token, q = _draft_token(self.step(tokens, pos)[:, -1], self.sampling)
+            drafted.append(token)
+            probs.append(q)
+            tokens, pos = token[:, None], pos[:, -1:] + 1
+        tokens_Bk = torch.stack(drafted, 1)
+        self.known = [len(text) for text in texts]
+        self.ventured = [row[:-1] for row in tokens_Bk.tolist()]  # the last one was never fed back
+        is_greedy = self.sampling.temperature == 0
+        return Proposal(tokens_Bk, None if is_greedy else torch.stack(probs, 1), limits)
+
+    def _not_yet_seen(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """The last tokens of each text and their positions, [B, n]: one after a rejection, two where all were accepted.
+
+        After rounds of plain decoding they are more. Rows that lag less see some tokens again, which writes what is
+        there already; before its first token a row has none, and that one is repeated instead.
+        """
+        lags = []
+        for text, known, ventured in zip(texts, self.known, self.ventured, strict=True):
+            n_right = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(text[known:], ventured, strict=False))))
+            lags.append(max(len(text) - known - n_right, 1))
+        width = max(lags)
+        places = [[max(len(text) - i, 0) for i in range(width, 0, -1)] for text in texts]
+        newest = [[text[i] for i in row] for text, row in zip(texts, places, strict=True)]
+        device = self.cache.k.device
+        return torch.tensor(newest, device=device), torch.tensor(places, device=device)
 
 
 class PromptLookup:

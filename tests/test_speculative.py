@@ -184,6 +184,36 @@ def test_itself_is_always_accepted_also_after_pauses(llama, monkeypatch):
         assert temperature or drawn == llama.generate(prompts, 60, 0)[0]
 
 
+def test_the_draft_is_in_step_after_any_round(llama, monkeypatch):
+    """What it proposes is what it would write after the text so far: after rejections, and after pauses."""
+    pattern = [3, 0, 0, 5, 4, 0, 1, 8, 2, 0, 0, 0, 0] * 20
+    monkeypatch.setattr(DraftLength, "next", lambda self: pattern.pop(0))
+    similar = small()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in similar.parameters():  # agrees with the target about as often as not
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
+    alone = Llama(similar, None, max_seq_len=200)
+    checked = []
+
+    class Checked(ModelDraft):
+        def start(self, *args):
+            propose = super().start(*args)
+
+            def check(texts, limits):
+                proposal = propose(texts, limits)
+                assert alone.generate(texts, max(limits), 0)[0] == proposal.tokens_Bk.tolist()
+                checked.append(limits)
+                return proposal
+
+            return check
+
+    speculation = Speculation(Checked(similar))
+    prompts = ragged_prompts(4, 30)
+    assert llama.generate(prompts, 60, 0, speculation=speculation) == llama.generate(prompts, 60, 0)
+    assert len(checked) > 8 and 0.2 < speculation.counts.acceptance < 0.9
+
+
 @pytest.mark.parametrize("right", [0, 2, 9])
 def test_after_rollback_the_caches_hold_the_accepted_text_and_nothing_else_counts(llama, monkeypatch, right):
     """What a plain prefill of the final text writes, wherever a token was accepted; no slot beyond the end."""
