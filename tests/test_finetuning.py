@@ -506,7 +506,10 @@ def crash_run(mode: str, tmp_path: Path, *numbers: int) -> dict:
 ENOSPC, EIO = 28, 5
 
 
-@pytest.mark.parametrize(("error", "lasting"), [(0, 0), (ENOSPC, 1)], ids=["killed", "disk full"])
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [pytest.param(0, 0, id="killed"), pytest.param(ENOSPC, 1, id="disk full", marks=pytest.mark.slow)],
+)
 def test_a_run_survives_faults(tmp_path, error, lasting):
     """At every 61st change that the run makes to its directory; test_a_run_survives_every_fault takes all."""
     found = crash_run("faults", tmp_path, error, lasting, 61)

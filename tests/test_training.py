@@ -225,7 +225,7 @@ MUTATIONS = {
     "no token begins the text": (alpaca, "encode_prompt", "bos=True", "bos=False"),
     "micro-batches are averaged": (Trainer, "step", NORMALIZED, "if False"),
     "gradients are cleared in the loop": (Trainer, "step", "loss = self", "self.optimizer.zero_grad(); loss = self"),
-    "a tail takes the full count": (Trainer, "step", "/ share", "/ max(share, 60)"),
+    "a tail takes the full count": (Trainer, "back_propagate", "(batch) / share", "(batch) / max(share, 60)"),
 }
 
 
