@@ -62,7 +62,7 @@ def test_cache_on_equals_off_per_step_logits(device):
     torch.testing.assert_close(logits, other_logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_differs_by_rounding_only(device, dtype):
     """Where cached and uncached tokens part in 16 bits, the exact logits of the two candidates are nearly tied."""
     half, exact = (
@@ -79,7 +79,7 @@ def test_half_precision_differs_by_rounding_only(device, dtype):
         assert abs(logits[cached[same]] - logits[uncached[same]]) <= 0.1
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ragged_batch_equals_one_by_one(device, use_cache):
     llama = Llama(random_model(PRESETS["tiny"], std=0.05).to(device), TOKENIZER)
     prompts = ragged_prompts()
