@@ -29,14 +29,40 @@ from llama.surgery import replace_modules
 ROWS = 1024  # of a gradient in 16 bits that are widened at once
 
 
+class Workspace:
+    """Buffers for the 16-bit copy of one weight and for one gradient, used again for each weight.
+
+    Fresh ones would cost a CPU more than what is computed into them: their pages are faulted in one by one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def narrow(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`: itself, or a copy that is valid until the next one."""
+        return weight if weight.dtype == dtype else self._take("weight", weight, dtype).copy_(weight)
+
+    def gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        """dy^T x, that of a weight in y = x w^T; valid until the next one."""
+        return torch.mm(dy.t(), x, out=self._take("gradient", weight, x.dtype))
+
+    def _take(self, use: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or buffer.numel() < weight.numel():
+            buffer = self._buffers[use, dtype] = weight.new_empty(weight.numel(), dtype=dtype, requires_grad=False)
+        return buffer[: weight.numel()].view(weight.shape)
+
+
 class InBackward:
     """Plain SGD that happens inside the backward pass, at the learning rate that is set before each step.
 
-    `is_finite` tells after a step whether all gradients were; the weights have moved by then.
+    `is_finite` tells after a step whether the gradient was: what is not finite in one layer reaches all below it, and
+    the embedding last. The weights have moved by then.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, workspace: Workspace) -> None:
         self.lr = 0.0
+        self.workspace = workspace
         self._sum = torch.zeros((), device=device)
 
     def start(self, lr: float) -> None:
@@ -47,14 +73,20 @@ class InBackward:
     def move(self, weight: Tensor, gradient: Tensor) -> None:
         """weight -= lr * gradient, unseen by autograd: what it still needs of this weight was read before."""
         for part, step in zip(weight.data.split(ROWS), gradient.split(ROWS), strict=True):
-            step = step.to(part.dtype)
-            self._sum += step.sum()  # NaN and infinity survive any sum
-            part.add_(step, alpha=-self.lr)
+            part.add_(step.to(part.dtype), alpha=-self.lr)
+
+    def move_product(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
+        """weight -= lr * dy^T x, the gradient of a weight [out, in] from dy [.., out] and x [.., in]."""
+        dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        if weight.dtype == x.dtype:
+            weight.data.addmm_(dy.t(), x, alpha=-self.lr)
+        else:
+            self.move(weight, self.workspace.gradient(weight, dy, x))
 
     def move_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """The same for some rows of the weight; a row may occur several times."""
+        """The same for some rows of the embedding; a row may occur several times."""
         step = gradient.to(weight.dtype)
-        self._sum += step.sum()
+        self._sum += step.sum()  # NaN and infinity survive any sum
         weight.data.index_add_(0, rows, step, alpha=-self.lr)
 
     def is_finite(self) -> bool:
@@ -106,43 +138,36 @@ class LeanRMSNorm(RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x), self.sgd)
 
 
-def _linear_backward(
-    x: Tensor | None, weight: Tensor, dy: Tensor, sgd: InBackward | None, needs_dx: bool
-) -> Tensor | None:
-    """dx of y = x w^T, and where the weight is trained, its step; in the dtype of dy."""
-    dx = dy @ weight.to(dy.dtype) if needs_dx else None
-    if weight.requires_grad:  # after dx, which is that of the weight before the step
-        sgd.move(weight, dy.flatten(0, -2).t() @ x.flatten(0, -2))
-    return dx
-
-
 class _Linear(Function):
     """y = x w^T in the dtype of x, without keeping the weight's copy in that dtype."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, sgd: InBackward | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, sgd: InBackward | None, workspace: Workspace) -> Tensor:
         # Not save_for_backward, which refuses a weight that has moved since: here it moves in its own backward.
-        ctx.weight, ctx.sgd = weight, sgd
+        ctx.weight, ctx.sgd, ctx.workspace = weight, sgd, workspace
         ctx.save_for_backward(x if weight.requires_grad else None)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, workspace.narrow(weight, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _linear_backward(x, ctx.weight, dy, ctx.sgd, ctx.needs_input_grad[0]), None, None
+        dx = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
+        if x is not None:  # after dx, which is that of the weight before the step
+            ctx.sgd.move_product(ctx.weight, dy, x)
+        return dx, None, None, None
 
 
 class LeanLinear(nn.Linear):
     """A linear layer whose 16-bit copy of the weight lives as long as one product."""
 
-    def __init__(self, linear: nn.Linear, sgd: InBackward | None) -> None:
+    def __init__(self, linear: nn.Linear, sgd: InBackward | None, workspace: Workspace) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear.weight.shape
-        self.weight, self.bias, self.sgd = linear.weight, None, sgd
+        self.weight, self.bias, self.sgd, self.workspace = linear.weight, None, sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x.to(_compute_dtype(x)), self.weight, self.sgd)
+        return _Linear.apply(x.to(_compute_dtype(x)), self.weight, self.sgd, self.workspace)
 
 
 class _LoRALinear(Function):
@@ -152,14 +177,16 @@ class _LoRALinear(Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float, workspace: Workspace
+    ) -> Tensor:
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
         # On a CPU this is what F.dropout draws from the same state of the generator.
         drop = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).logical_not_() if p else None
         low = F.linear(_without(x.to(dtype), drop), a.to(dtype)).div_(1 - p)
         ctx.save_for_backward(x, drop, low, a, b)
-        ctx.weight, ctx.scale, ctx.p = weight, scale, p
-        return F.linear(x, weight.to(x.dtype)).add_(F.linear(low * scale, b.to(dtype)).to(x.dtype))
+        ctx.weight, ctx.scale, ctx.p, ctx.workspace = weight, scale, p, workspace
+        return F.linear(x, workspace.narrow(weight, x.dtype)).add_(F.linear(low * scale, b.to(dtype)).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -171,9 +198,9 @@ class _LoRALinear(Function):
         da = (d_low.flatten(0, -2).t() @ _without(x.to(dtype), drop).flatten(0, -2)).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _linear_backward(None, ctx.weight, dy, None, True)
+            dx = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype)
             dx.add_(_without(d_low @ a.to(dtype), drop).to(dx.dtype))
-        return dx, None, da, db, None, None
+        return dx, None, da, db, None, None, None
 
 
 def _without(x: Tensor, drop: Tensor | None) -> Tensor:
@@ -183,8 +210,9 @@ def _without(x: Tensor, drop: Tensor | None) -> Tensor:
 class LeanLoRALinear(LoRALinear):
     """An adapted projection that keeps one byte an element of its dropout, and no copy of its input."""
 
-    def __init__(self, adapted: LoRALinear) -> None:
+    def __init__(self, adapted: LoRALinear, workspace: Workspace) -> None:
         nn.Module.__init__(self)
+        self.workspace = workspace
         self.weight, self.lora_A, self.lora_B = adapted.weight, adapted.lora_A, adapted.lora_B
         self.scale, self.dropout, self.base = adapted.scale, adapted.dropout, adapted.base
 
@@ -192,7 +220,8 @@ class LeanLoRALinear(LoRALinear):
         if self.base is not None:
             return super().forward(x)
         p = self.dropout.p if self.training else 0.0
-        return _LoRALinear.apply(x.to(_compute_dtype(x)), self.weight, self.lora_A, self.lora_B, self.scale, p)
+        x = x.to(_compute_dtype(x))
+        return _LoRALinear.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, self.workspace)
 
 
 class _Rotation(Function):
@@ -258,28 +287,31 @@ class _Down(Function):
     """
 
     @staticmethod
-    def forward(ctx, product: Tensor, weight: Tensor, sgd: InBackward) -> Tensor:
-        ctx.swiglu, ctx.weight, ctx.sgd = product.grad_fn, weight, sgd
-        return F.linear(product, weight.to(product.dtype))
+    def forward(ctx, product: Tensor, weight: Tensor, sgd: InBackward, workspace: Workspace) -> Tensor:
+        ctx.swiglu, ctx.weight, ctx.sgd, ctx.workspace = product.grad_fn, weight, sgd, workspace
+        return F.linear(product, workspace.narrow(weight, product.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.swiglu.unpacked = ctx.swiglu.saved_tensors  # recomputation allows to ask for them once
-        return _linear_backward(F.silu(gate).mul_(up), ctx.weight, dy, ctx.sgd, True), None, None
+        d = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype)
+        ctx.sgd.move_product(ctx.weight, dy, F.silu(gate).mul_(up))
+        return d, None, None, None
 
 
 class LeanFeedForward(FeedForward):
     """SwiGLU that keeps two tensors of the hidden size."""
 
-    def __init__(self, feed_forward: FeedForward, sgd: InBackward | None) -> None:
+    def __init__(self, feed_forward: FeedForward, sgd: InBackward | None, workspace: Workspace) -> None:
         nn.Module.__init__(self)
-        self.w1, self.w2, self.w3, self.sgd = feed_forward.w1, feed_forward.w2, feed_forward.w3, sgd
+        self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+        self.sgd, self.workspace = sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
         product = _SwiGLU.apply(self.w1(x), self.w3(x))
         if self.sgd is not None:
-            return _Down.apply(product, self.w2.weight, self.sgd)
+            return _Down.apply(product, self.w2.weight, self.sgd, self.workspace)
         return self.w2(product)  # frozen, or an adapter, which keeps the product itself
 
 
@@ -317,15 +349,16 @@ def make_lean(model: Transformer) -> InBackward | None:
     With adapters there is none: their gradients are small, and any optimizer may use them.
     """
     embedding = model.tok_embeddings.weight
-    sgd = InBackward(embedding.device) if embedding.requires_grad else None
+    workspace = Workspace()
+    sgd = InBackward(embedding.device, workspace) if embedding.requires_grad else None
     parts = [
         (RMSNorm, lambda norm: LeanRMSNorm(norm, sgd)),
-        (nn.Linear, lambda linear: LeanLinear(linear, sgd)),
+        (nn.Linear, lambda linear: LeanLinear(linear, sgd, workspace)),
         (Attention, LeanAttention),
-        (FeedForward, lambda feed_forward: LeanFeedForward(feed_forward, sgd)),
+        (FeedForward, lambda feed_forward: LeanFeedForward(feed_forward, sgd, workspace)),
     ]
     if any(type(module) is LoRALinear for module in model.modules()):
-        parts.append((LoRALinear, LeanLoRALinear))
+        parts.append((LoRALinear, lambda adapted: LeanLoRALinear(adapted, workspace)))
     if sgd is not None:
         parts.append((TokenEmbedding, lambda embedding: LeanEmbedding(embedding, sgd)))
     for plain, make in parts:

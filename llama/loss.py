@@ -20,7 +20,7 @@ LOGIT_BYTES = 1 << 26  # of logits that the lean loss holds at once: 256 positio
 KEPT_BYTES = 1 << 27  # of logits that it keeps for the gradient of the table, if those of all positions fit
 SLICE = 8192  # rows of the output table that are multiplied at once
 P_SCALE = 1024.0  # p of a rare token is below what fp16 can hold
-Move = Callable[[Tensor, Tensor], None]  # weight, gradient
+Move = Callable[[Tensor, Tensor, Tensor], None]  # weight [.., dim], a [N, ..], b [N, dim]: the gradient is a^T b
 
 
 def cross_entropy_sum(project: Callable[[Tensor], Tensor], h: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
@@ -48,8 +48,8 @@ def _sum(project: Callable[[Tensor], Tensor], h: Tensor, labels: Tensor) -> Tens
 def lean_cross_entropy_sum(h: Tensor, weight: Tensor, labels: Tensor, move: Move | None = None) -> Tensor:
     """The same for logits h w^T, without recomputing them: the gradient of h is made in the forward pass.
 
-    h: [N, dim] in the dtype of the product. weight: [V, dim], the output table. move: called with slices of a trained
-    table and their gradients in the backward pass; the table itself gets no gradient.
+    h: [N, dim] in the dtype of the product. weight: [V, dim], the output table. move: called in the backward pass
+    with slices of a trained table and the two factors of their gradients; the table itself gets no gradient.
     """
     return _LeanCrossEntropy.apply(h, weight, labels, move)
 
@@ -76,6 +76,7 @@ class _LeanCrossEntropy(Function):
             for part, w in _slices(weight, h.dtype):
                 z[:, part] = h[rows] @ w.t()
                 sums.append(z[:, part].to(wide).logsumexp(-1))
+            del w  # its buffer; the next pass has its own
             lse[rows] = torch.stack(sums).logsumexp(0)
             total += (lse[rows] - z.gather(1, labels[rows, None])[:, 0]).sum()
             if ctx.needs_input_grad[0]:
@@ -96,15 +97,16 @@ class _LeanCrossEntropy(Function):
             scaled = (h * (grad / P_SCALE)).to(h.dtype)
             for part, w in _slices(ctx.weight.detach(), h.dtype):
                 p_part = _p(h @ w.t(), lse, labels, part) if p is None else p[:, part]
-                ctx.move(ctx.weight[part], p_part.t() @ scaled)
+                ctx.move(ctx.weight[part], p_part, scaled)
         return (dh * grad).to(h.dtype), None, None, None
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a [V, dim] table, `SLICE` at a time, in `dtype`: nothing ever makes a copy of all of it."""
+    """The rows of a [V, dim] table, `SLICE` at a time, in `dtype`, each valid until the next: never a copy of all."""
+    buffer = None if weight.dtype == dtype else weight.new_empty(min(SLICE, len(weight)), weight.shape[1], dtype=dtype)
     for start in range(0, len(weight), SLICE):
         part = slice(start, min(start + SLICE, len(weight)))
-        yield part, weight[part].to(dtype)
+        yield part, weight[part] if buffer is None else buffer[: part.stop - start].copy_(weight[part])
 
 
 def _p(z: Tensor, lse: Tensor, labels: Tensor, part: slice) -> Tensor:

@@ -97,6 +97,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         is_copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
+        if func is torch.ops.aten.copy_.default and self._is_weight(args[1]):
+            self._see(args[0], "copies")
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self._see(tensor, "copies" if is_copy else "temporary")
@@ -283,7 +285,14 @@ def profile(
     stream = torch.promote_types(dtype, torch.float32) if settings.amp != "none" else dtype
     output = shape.batch_size * shape.tokens * args.dim * stream.itemsize
     savings = [moments["after", i][0] - moments["forward", i][0] - output for i in range(n)]
-    peaks = [max(moments["forward", i][1], moments["backward", i][1]) for i in range(n)]
+    if adapters is not None:  # nothing below it is trained, so the first block keeps its input only to recompute it
+        savings[0] -= output
+    peaks = []
+    for i in range(n):
+        start, forward = moments["forward", i]
+        gradient_is_there, backward = moments["backward", i]
+        recomputed = gradient_is_there - savings[i] + forward - start  # the forward pass, on top of the gradient
+        peaks.append(max(forward, backward, recomputed))
     peaks[0] = max(peaks[0], moments["update"][1])
     return Profile(tuple(savings), (*peaks, moments["after", n - 1][1]))
 

@@ -272,7 +272,7 @@ class Trainer:
         if not self.settings.lean:
             return cross_entropy_sum(self.model.logits, h, labels)
         head = self.model.tok_embeddings if self.model.output is None else self.model.output
-        return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move)
+        return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move_product)
 
     def _update(self, window: Sequence[Batch], total: Tensor, count: int) -> Report:
         progress, loss = self.progress, total.item()
