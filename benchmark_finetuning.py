@@ -214,12 +214,28 @@ def settings_of(cell: Cell, narrow: torch.dtype) -> Settings:
     return Settings(optimizer="sgd", lr=1e-5, amp=amp, lean=cell.lean)
 
 
-def foresee(args: ModelArgs, cell: Cell, seq_len: int, narrow: torch.dtype = torch.bfloat16) -> memory.Footprint:
-    """What a cell will need."""
+def described(args: ModelArgs, cell: Cell, seq_len: int, narrow: torch.dtype) -> tuple:
+    """A cell as memory.py asks for it."""
     shape = memory.Shape(cell.batch_size, seq_len, cell.batch_size * (seq_len - 1), min(2, cell.accumulation))
     layers = tuple(range(args.n_layers)) if cell.checkpointing else ()
     dtype, adapters = narrow if cell.half else torch.float32, ADAPTERS if cell.lora else None
-    return memory.estimate(args, dtype, adapters, settings_of(cell, narrow), shape, layers)
+    return args, dtype, adapters, settings_of(cell, narrow), shape, layers
+
+
+def foresee(args: ModelArgs, cell: Cell, seq_len: int, narrow: torch.dtype = torch.bfloat16) -> memory.Footprint:
+    """What a cell will need."""
+    return memory.estimate(*described(args, cell, seq_len, narrow))
+
+
+def count_flops(args: ModelArgs, cell: Cell, seq_len: int, narrow: torch.dtype) -> int:
+    """FLOPs of a step's products and attention, recomputed ones included; counted on tensors without content.
+
+    Apart from where memory is looked into: the counter keeps tensors alive that a step would free.
+    """
+    *kind, shape, layers = described(args, cell, seq_len, narrow)
+    with memory.fake_trainer(*kind, layers) as trainer, FlopCounterMode(display=False) as counter:
+        trainer.back_propagate(shape.window()[0], 1)
+    return counter.get_total_flops() * cell.accumulation
 
 
 def estimates(args: ModelArgs, wanted: Sequence[Cell], seq_len: int, limit_gb: float) -> str:
@@ -327,9 +343,8 @@ class StepRunner:
         model = checkpoint.load(plan.ckpt_dir, self.dtype, self.device)
         self.trainer = make_trainer(model, cell, self.narrow)
         window = random_window(cell, model.args.vocab_size, plan.seq_len, plan.seed)
-        with FlopCounterMode(display=False) as counter:
-            found = memory.track_step(self.trainer, window).footprint()
-        self.flops = counter.get_total_flops()
+        found = memory.track_step(self.trainer, window).footprint()
+        self.flops = count_flops(model.args, cell, plan.seq_len, self.narrow)
         self.fixed["step_tflop"] = self.flops / 1e12
         self.fixed["expected_peak_memory_mb"] = foresee(model.args, cell, plan.seq_len, self.narrow).peak / bench.MB
         for name in memory.CATEGORIES:

@@ -28,7 +28,7 @@ from conftest import SMALL, TINY, random_model
 from tqdm import tqdm
 
 import finetuning
-from llama import checkpoint, cli, lora, snapshot
+from llama import checkpoint, cli, lora, memory, snapshot
 
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * n} for n, word in enumerate(("ox", "fox", "red", "to", "a"), 1)
@@ -49,9 +49,11 @@ def options_in(work: Path) -> finetuning.Options:
 
 
 def make_quick() -> None:
-    """What is not about files takes no time: short answers, no picture."""
+    """What is not about files takes no time: short answers, no picture, no estimate of memory."""
     finetuning.ANSWER_LEN, finetuning.INSTRUCTIONS = 2, ("Say fox.",)
     finetuning.plot = lambda *_: None
+    footprint = memory.Footprint({"weights": 1}, {"weights": 1})
+    finetuning.memory.estimate = lambda *_: footprint
     tqdm.monitor_interval = 0  # no thread: it would not survive the fork
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one killed while holding it stops the rest
 
