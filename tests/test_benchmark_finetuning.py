@@ -60,7 +60,8 @@ def test_it_measures_every_cell(tmp_path, cells):
         assert (value["gradients_most_mb"] > 0.9 * weights) == (not cell.lora and not cell.lean)
         if cell.checkpointing:
             plain = found[dataclasses.replace(cell, checkpointing=False)]
-            assert 1.1 < value["step_tflop"] / plain["step_tflop"]["median"] < 1.45
+            # A third more at most; much of so small a model is its output table, which nothing recomputes.
+            assert 1.05 < value["step_tflop"] / plain["step_tflop"]["median"] < 1.45
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert benchmark_finetuning.report(rows) in run.stdout
 
