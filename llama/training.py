@@ -179,13 +179,21 @@ def checkpoint_layers(model: Transformer, layers: Sequence[int]) -> None:
 
 def require_plain_sgd(settings: Settings, accumulation: int = 1) -> None:
     """Raise InputError where SGD inside the backward pass would be another step than these settings ask for."""
-    wanted = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
-    found = {name: getattr(settings, name) for name in wanted} | {"accumulation": accumulation, "amp": settings.amp}
-    for name, value in found.items():
-        if value != wanted.get(name, 1 if name == "accumulation" else value) or (name, value) == ("amp", "fp16"):
+    allowed = {
+        "optimizer": ("sgd",),
+        "momentum": (0,),
+        "weight_decay": (0,),
+        "clip_norm": (None,),
+        "amp": ("none", "bf16"),
+        "accumulation": (1,),
+    }
+    found = {**vars(settings), "accumulation": accumulation}
+    for name, choices in allowed.items():
+        if found[name] not in choices:
             raise InputError(
-                f"--lean trains all weights by SGD inside the backward pass, which {name}={value} does not allow: "
-                "use sgd without momentum, weight_decay and clip_norm, accumulation 1, and amp none or bf16; or --lora"
+                f"--lean trains all weights by SGD inside the backward pass, which {name}={found[name]} does not "
+                "allow: use sgd without momentum, weight_decay and clip_norm, accumulation 1, and amp none or bf16; "
+                "or --lora"
             )
 
 
