@@ -9,9 +9,10 @@
     LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
     InBackward       where the weights themselves are trained: SGD as soon as a gradient is known, so that none is kept
 
-The logits are lean in loss.py. With SGD inside the backward pass a weight has one chance to move: no accumulation, no
-clipping, no momentum, no loss scale. The results are those of the plain parts up to the order of additions; under
-autocast, gradients that meet are added in 16 bits instead of 32. Tests compare the two part by part.
+The logits are lean in lean_loss.py, and kernels/train_ops.py holds the arithmetic. With SGD inside the backward pass a
+weight has one chance to move: no accumulation, no clipping, no momentum, no loss scale. The results are those of the
+plain parts up to the order of additions; under autocast, gradients that meet are added in 16 bits instead of 32. Tests
+compare the two part by part.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from llama.kernels import train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
 from llama.surgery import replace_modules
-
-ROWS = 1024  # of a gradient in 16 bits that are widened at once
 
 
 class Workspace:
@@ -72,8 +72,7 @@ class InBackward:
 
     def move(self, weight: Tensor, gradient: Tensor) -> None:
         """weight -= lr * gradient, unseen by autograd: what it still needs of this weight was read before."""
-        for part, step in zip(weight.data.split(ROWS), gradient.split(ROWS), strict=True):
-            part.add_(step.to(part.dtype), alpha=-self.lr)
+        train_ops.sgd_(weight.data, gradient, self.lr)
 
     def move_product(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         """weight -= lr * dy^T x, the gradient of a weight [out, in] from dy [.., out] and x [.., in]."""
@@ -100,31 +99,23 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _RMSNorm(Function):
-    """y = w x / rms(x). With n = x / rms(x) and g = w dy: dx = (g - n mean(g n)) / rms(x), dw = sum of n dy.
-
-    In place wherever possible: on a CPU a fresh buffer costs more than what is computed into it.
-    """
+    """y = w x / rms(x), keeping x and one number for each position."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, sgd: InBackward | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, inverse = train_ops.rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, inverse)
         ctx.weight, ctx.sgd = weight, sgd
-        return wide.mul_(inverse).to(x.dtype).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse = ctx.saved_tensors
-        normed = x.to(inverse.dtype, copy=True).mul_(inverse)
-        g = dy.to(inverse.dtype, copy=True)
-        dw = (g * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        g.mul_(ctx.weight)
+        dx, dw = train_ops.rms_norm_backward(x, ctx.weight, inverse, dy, ctx.needs_input_grad[1])
         if dw is not None:
             ctx.sgd.move(ctx.weight, dw)
-        mean = (g.unsqueeze(-2) @ normed.unsqueeze(-1)).squeeze(-1) / x.shape[-1]
-        return g.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), None, None, None, None
+        return dx, None, None, None, None
 
 
 class LeanRMSNorm(RMSNorm):
@@ -183,28 +174,24 @@ class _LoRALinear(Function):
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
         # On a CPU this is what F.dropout draws from the same state of the generator.
         drop = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).logical_not_() if p else None
-        low = F.linear(_without(x.to(dtype), drop), a.to(dtype)).div_(1 - p)
+        low = train_ops.lora_down(x, drop, a.to(dtype), 1 / (1 - p))
         ctx.save_for_backward(x, drop, low, a, b)
-        ctx.weight, ctx.scale, ctx.p, ctx.workspace = weight, scale, p, workspace
-        return F.linear(x, workspace.narrow(weight, x.dtype)).add_(F.linear(low * scale, b.to(dtype)).to(x.dtype))
+        ctx.weight, ctx.scale, ctx.p, ctx.workspace, ctx.dtype = weight, scale, p, workspace, dtype
+        y = F.linear(x, workspace.narrow(weight, x.dtype))
+        return train_ops.lora_up_(y, low, b.t().to(dtype), None, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, drop, low, a, b = ctx.saved_tensors
-        dtype, wide = low.dtype, dy.to(low.dtype)
-        db = (wide.flatten(0, -2).t() @ (low * ctx.scale).flatten(0, -2)).to(b.dtype)
-        d_low = (wide @ b.to(dtype)).mul_(ctx.scale / (1 - ctx.p))
-        da = (d_low.flatten(0, -2).t() @ _without(x.to(dtype), drop).flatten(0, -2)).to(a.dtype)
+        db = train_ops.lora_outer(low, dy, None, ctx.scale).t().to(b.dtype)
+        d_low = train_ops.lora_down(dy, None, b.t().to(ctx.dtype), ctx.scale / (1 - ctx.p))
+        da = train_ops.lora_outer(d_low, x, drop, 1.0).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype)
-            dx.add_(_without(d_low @ a.to(dtype), drop).to(dx.dtype))
+            train_ops.lora_up_(dx, d_low, a.to(ctx.dtype), drop, 1.0)
         return dx, None, da, db, None, None, None
-
-
-def _without(x: Tensor, drop: Tensor | None) -> Tensor:
-    return x if drop is None else x.masked_fill(drop, 0)
 
 
 class LeanLoRALinear(LoRALinear):
@@ -225,22 +212,17 @@ class LeanLoRALinear(LoRALinear):
 
 
 class _Rotation(Function):
-    """apply_rope as a product of complex numbers; backward is the rotation the other way, and keeps nothing of x."""
+    """apply_rope; backward is the rotation the other way, and keeps nothing of x."""
 
     @staticmethod
     def forward(ctx, x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
-        ctx.cis = torch.view_as_complex(freqs_cis.to(torch.promote_types(x_BTHD.dtype, torch.float32)))
-        return _rotated(x_BTHD, ctx.cis)
+        ctx.freqs_cis = freqs_cis
+        return train_ops.rotate(x_BTHD, freqs_cis, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return _rotated(dy, ctx.cis.conj()), None
-
-
-def _rotated(x_BTHD: Tensor, cis: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x_BTHD.to(cis.real.dtype, copy=True).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs.mul_(cis)).flatten(-2).to(x_BTHD.dtype)
+        return train_ops.rotate(dy, ctx.freqs_cis, -1), None
 
 
 class LeanAttention(Attention):
@@ -263,24 +245,51 @@ class LeanAttention(Attention):
 
 
 class _SwiGLU(Function):
-    """silu(gate) * up, keeping the two; gradients with the roundings of the plain operations."""
+    """silu(gate) * up, keeping the two."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.unpacked = None
-        return F.silu(gate).mul_(up)
+        return train_ops.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.unpacked or ctx.saved_tensors
-        ctx.unpacked = None
-        return torch.ops.aten.silu_backward(d * up, gate), d * F.silu(gate)
+        return train_ops.swiglu_backward(d, *(kept.clone() for kept in ctx.saved_tensors))
+
+
+class _GatedUp(Function):
+    """silu(x w1^T) * (x w3^T), keeping the two products; x only where the weights are trained."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, w3: Tensor, sgd: InBackward | None, workspace: Workspace) -> Tensor:
+        ctx.weights, ctx.sgd, ctx.workspace, ctx.unpacked = (w1, w3), sgd, workspace, None
+        gate, up = (F.linear(x, workspace.narrow(weight, x.dtype)) for weight in ctx.weights)
+        ctx.save_for_backward(gate, up, None if sgd is None else x)
+        return train_ops.swiglu(gate, up)
+
+    def unpack(ctx) -> tuple[Tensor | None, ...]:
+        """What was kept; recomputation allows to ask autograd for it once."""
+        ctx.unpacked = ctx.unpacked or ctx.saved_tensors
+        return ctx.unpacked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, x = _GatedUp.unpack(ctx)
+        ctx.unpacked, dx = None, None
+        gradients = train_ops.swiglu_backward(d, gate, up)
+        torch.autograd.graph.increment_version((gate, up))  # overwritten: autograd refuses a second backward pass
+        for weight, dy in zip(ctx.weights, gradients, strict=True):
+            narrow, rows = ctx.workspace.narrow(weight, dy.dtype), dy.flatten(0, -2)
+            dx = rows @ narrow if dx is None else dx.addmm_(rows, narrow)
+            if x is not None:  # after its share of dx, which is that of the weight before the step
+                ctx.sgd.move_product(weight, dy, x)
+        return dx.view(*d.shape[:-1], -1), None, None, None, None
 
 
 class _Down(Function):
-    """y = product w^T after _SwiGLU, whose product is not kept but made again from what that keeps.
+    """y = product w^T after _GatedUp, whose product is not kept but made again from what that keeps.
 
     Two functions and not one: a checkpointed block is recomputed up to the last tensor that is kept of it, and the
     product with w2, a quarter of a block's FLOPs, comes after that.
@@ -288,15 +297,15 @@ class _Down(Function):
 
     @staticmethod
     def forward(ctx, product: Tensor, weight: Tensor, sgd: InBackward, workspace: Workspace) -> Tensor:
-        ctx.swiglu, ctx.weight, ctx.sgd, ctx.workspace = product.grad_fn, weight, sgd, workspace
+        ctx.gated, ctx.weight, ctx.sgd, ctx.workspace = product.grad_fn, weight, sgd, workspace
         return F.linear(product, workspace.narrow(weight, product.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.swiglu.unpacked = ctx.swiglu.saved_tensors  # recomputation allows to ask for them once
+        gate, up, _ = _GatedUp.unpack(ctx.gated)
         d = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype)
-        ctx.sgd.move_product(ctx.weight, dy, F.silu(gate).mul_(up))
+        ctx.sgd.move_product(ctx.weight, dy, train_ops.swiglu(gate, up))
         return d, None, None, None
 
 
@@ -309,7 +318,10 @@ class LeanFeedForward(FeedForward):
         self.sgd, self.workspace = sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
-        product = _SwiGLU.apply(self.w1(x), self.w3(x))
+        if type(self.w1) is not LeanLinear or type(self.w3) is not LeanLinear:  # adapters
+            return self.w2(_SwiGLU.apply(self.w1(x), self.w3(x)))
+        x = x.to(_compute_dtype(x))
+        product = _GatedUp.apply(x, self.w1.weight, self.w3.weight, self.sgd, self.workspace)
         if self.sgd is not None:
             return _Down.apply(product, self.w2.weight, self.sgd, self.workspace)
         return self.w2(product)  # frozen, or an adapter, which keeps the product itself

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from llama.errors import InputError, NonFinite
 from llama.evaluation import LossSums
 from llama.lean import InBackward, make_lean
-from llama.loss import cross_entropy_sum, lean_cross_entropy_sum
+from llama.lean_loss import lean_cross_entropy_sum
+from llama.loss import cross_entropy_sum
 from llama.model import Cache, Transformer, TransformerBlock
 from llama.snapshot import Snapshot
 from llama.surgery import replace_modules

@@ -33,11 +33,13 @@ MAY_IMPORT = {
     "llama.checkpoint": {"llama.config", "llama.errors", "llama.files", "llama.model"},
     "llama.lora": {"llama.checkpoint", "llama.errors", "llama.files", "llama.model", "llama.surgery"},
     "llama.snapshot": {"llama.errors", "llama.files"},
-    "llama.lean": {"llama.lora", "llama.model", "llama.surgery"},
+    "llama.lean": {"llama.kernels.train_ops", "llama.lora", "llama.model", "llama.surgery"},
+    "llama.lean_loss": {"llama.kernels.train_ops"},
     "llama.training": {
         "llama.errors",
         "llama.evaluation",
         "llama.lean",
+        "llama.lean_loss",
         "llama.loss",
         "llama.model",
         "llama.snapshot",
@@ -49,6 +51,7 @@ MAY_IMPORT = {
     "llama.kernels": set(),
     "llama.kernels.native": set(),
     "llama.kernels.decode_step": {"llama.cache", "llama.kernels.native", "llama.model"},
+    "llama.kernels.train_ops": {"llama.kernels.native"},
     "llama.kernels.prefill": {"llama.cache", "llama.kernels.decode_step", "llama.model"},
     "llama.decoding": {
         "llama.cache",
