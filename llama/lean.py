@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from llama.kernels import train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
-from llama.surgery import replace_modules
+from llama.surgery import compute_dtype, replace_modules
 
 
 class Workspace:
@@ -92,12 +92,6 @@ class InBackward:
         return bool(self._sum.isfinite())
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would make of a product with x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 class _RMSNorm(Function):
     """y = w x / rms(x), keeping x and one number for each position."""
 
@@ -126,7 +120,7 @@ class LeanRMSNorm(RMSNorm):
         self.eps, self.weight, self.sgd = norm.eps, norm.weight, sgd
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x), self.sgd)
+        return _RMSNorm.apply(x, self.weight, self.eps, compute_dtype(x), self.sgd)
 
 
 class _Linear(Function):
@@ -158,7 +152,7 @@ class LeanLinear(nn.Linear):
         self.weight, self.bias, self.sgd, self.workspace = linear.weight, None, sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x.to(_compute_dtype(x)), self.weight, self.sgd, self.workspace)
+        return _Linear.apply(x.to(compute_dtype(x)), self.weight, self.sgd, self.workspace)
 
 
 class _LoRALinear(Function):
@@ -207,7 +201,7 @@ class LeanLoRALinear(LoRALinear):
         if self.base is not None:
             return super().forward(x)
         p = self.dropout.p if self.training else 0.0
-        x = x.to(_compute_dtype(x))
+        x = x.to(compute_dtype(x))
         return _LoRALinear.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, self.workspace)
 
 

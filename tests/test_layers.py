@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "llama.perplexity": {"llama.errors", "llama.evaluation", "llama.loss", "llama.model"},
     "llama.checkpoint": {"llama.config", "llama.errors", "llama.files", "llama.model"},
     "llama.lora": {"llama.checkpoint", "llama.errors", "llama.files", "llama.model", "llama.surgery"},
+    "llama.quantization": {"llama.errors", "llama.model", "llama.surgery"},
     "llama.snapshot": {"llama.errors", "llama.files"},
     "llama.lean": {"llama.kernels.train_ops", "llama.lora", "llama.model", "llama.surgery"},
     "llama.lean_loss": {"llama.kernels.train_ops"},
