@@ -283,7 +283,7 @@ class CellRunner:
         bandwidth = max(floors.read_bandwidth(self.llama.model).values())
         rate = max(floors.product_rate(self.llama.model).values())
         size, batch, n = self.dtype.itemsize, cell.batch_size, plan.output_len
-        step_bytes = args.decode_bytes(batch, plan.input_len + n // 2, size)
+        step_bytes = floors.step_bytes(self.llama.model, batch, plan.input_len + n // 2)
         prefill_s = batch * args.forward_flops(plan.input_len) / rate
         if cell.use_cache:
             step_s = step_bytes / bandwidth
@@ -291,7 +291,8 @@ class CellRunner:
             flops = sum(args.forward_flops(plan.input_len + i) for i in range(1, n))
             step_s = batch * flops / rate / (n - 1)
         cache = args.kv_cache_bytes(batch, plan.input_len + n - 1, size) if cell.use_cache else 0
-        memory = args.weight_bytes(size) + cache + batch * args.vocab_size * size
+        weights = sum(tensor.nbytes for tensor in self.llama.model.state_dict().values())
+        memory = weights + cache + batch * args.vocab_size * size
         return {
             "read_gb_s": bandwidth / 1e9,
             "product_tflop_s": rate / 1e12,

@@ -228,7 +228,7 @@ def main(
         lean: the same step in far less memory; without LoRA it takes sgd and --accumulation=1.
         checkpointing: layers that are recomputed in the backward pass: none, all, every:K, or a list such as 0,4,8.
         checkpoint_budget_gb: recompute the fewest layers with which the peak stays within so many GB (1e9 bytes).
-        dtype: float32, or bfloat16 or float16 for a frozen base under LoRA.
+        dtype: float32, or bfloat16 or float16 for a frozen base under LoRA; what a quantized base computes in.
         held_out: records set aside, on which the loss is measured (20).
         max_seq_len: longer samples lose their end, and are counted (512).
         packing: several samples in a row, which do not see each other.
@@ -237,7 +237,8 @@ def main(
         save_every: steps between snapshots (10).
         keep: snapshots kept (2).
         eval_every: steps between looks at held-out loss and answers; default: a quarter of the run.
-        export: merged model at the end, in the layout meta, hf, both or none.
+        export: merged model at the end, in the layout meta, hf, both or none; default: meta, and none over a quantized
+            base, which no adapter can be merged into.
         results: append what came of it to this file, as a row of the tables; default: no.
         show_data: print so many samples with the trained tokens in brackets, and end.
     """
@@ -296,6 +297,8 @@ def resolve(given: dict[str, Any]) -> Options:
         "export": "meta",
         "results": None,
     }
+    if "ckpt_dir" in given and "export" not in given and checkpoint.read_quantization(given["ckpt_dir"]) is not None:
+        defaults["export"] = "none"
     options = Options(**{**defaults, **PRESETS[name], **given})
     _ = options.settings, options.lora_config  # wrong values end it here, not after loading
     return options
@@ -345,6 +348,19 @@ def tokenizer_file(options: Options) -> Path:
 
 def load_tokenizer(options: Options) -> Tokenizer:
     return Tokenizer(tokenizer_file(options))
+
+
+def require_adapters_alone(options: Options) -> None:
+    """Raise InputError for what the codes of a quantized base do not allow."""
+    if not options.lora:
+        raise InputError(
+            f"--lora=False: {options.ckpt_dir} is quantized, and codes cannot be trained; use LoRA, or the original"
+        )
+    if options.export != "none":
+        raise InputError(
+            f"--export={options.export}: an adapter cannot be merged into the quantized weights of {options.ckpt_dir}; "
+            "use --export=none, the adapter is kept"
+        )
 
 
 class StopSignal:
@@ -425,6 +441,9 @@ class Run:
         ):
             raise InputError("--amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
         self.tokenizer = load_tokenizer(options)
+        self.quantized = checkpoint.read_quantization(directory_of(options))
+        if self.quantized is not None:
+            require_adapters_alone(options)
         self._prepare_data()
         self.layers = self._plan_memory(dtype)
         if options.lean:
@@ -484,8 +503,8 @@ class Run:
         training = args, dtype, options.lora_config if options.lora else None, options.settings, shape
         layers = checkpointed_layers(options.checkpointing, args.n_layers)
         if options.checkpoint_budget_gb is not None:
-            layers = memory.plan(memory.profile(*training), options.checkpoint_budget_gb * 1e9)
-        self.expected = memory.estimate(*training, tuple(layers))
+            layers = memory.plan(memory.profile(*training, self.quantized), options.checkpoint_budget_gb * 1e9)
+        self.expected = memory.estimate(*training, tuple(layers), self.quantized)
         return layers
 
     def _check_vocabulary(self) -> None:
@@ -500,6 +519,7 @@ class Run:
         options, s = self.options, self.options.settings
         n_trained, n_all = lora.trainable_share(self.model)
         name = "embedded model" if options.ckpt_dir is None else options.ckpt_dir
+        name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         rows = f"{len(self.rows)} rows" if options.packing else f"{self.n_trained_on} records"
         held = ", ".join(f"{name} {size / bench.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)

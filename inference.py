@@ -20,7 +20,7 @@ import torch
 
 from data.alpaca import encode_prompt as encode_instruction
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, bench, checkpoint, cli, lora
+from llama import Llama, bench, checkpoint, cli, lora, quantization
 from llama.errors import InputError
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary
 from llama.tokenizer import TOKENIZER_PLACES, StreamDecoder, Tokenizer, find_tokenizer
@@ -138,8 +138,7 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     own = [path for place in TOKENIZER_PLACES if (path := Path(name) / place).is_file()]
     if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
         raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
-    weights = llama.model.tok_embeddings.weight
-    return ModelDraft(checkpoint.load(name, weights.dtype, llama.device, progress=True), decoding)
+    return ModelDraft(checkpoint.load(name, llama.model.dtype, llama.device, progress=True), decoding)
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None, chat: bool) -> list[str]:
@@ -178,9 +177,9 @@ def encode(llama: Llama, text: str, chat: bool, alpaca: bool) -> list[int]:
 
 def describe(llama: Llama, directory: Path) -> str:
     """One line: what was loaded, how large, where and in which precision."""
-    weight = llama.model.tok_embeddings.weight
-    dtype = str(weight.dtype).removeprefix("torch.")
-    place = f"{weight.device.type} ({bench.device_name(weight.device)})"
+    dtype, config = str(llama.model.dtype).removeprefix("torch."), quantization.quantization_of(llama.model)
+    dtype += f" over int{config.bits} weights" if config is not None else ""
+    place = f"{llama.device.type} ({bench.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     if directory == EMBEDDED:
         return f"embedded model, {size}; --ckpt_dir loads real weights\n"

@@ -1,5 +1,6 @@
 """Checkpoints on disk: Meta's directories (params.json + consolidated.NN.pth) and Hugging Face's (config.json +
-*.safetensors), read and written.
+*.safetensors), read and written; and our own of quantized models (params.json with a field `quantization` +
+model.safetensors, with Meta's names and a `.scales` beside each quantized `.weight`).
 
 Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
 device, so nothing is allocated before the files are known to fit. The weights are memory-mapped and assigned block by
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -26,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama import files
+from llama import files, quantization
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
+from llama.quantization import Quantization
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 
@@ -51,6 +54,7 @@ HF_BLOCK = {
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # rows in another order in the two layouts
 # Tables that follow from the configuration; old checkpoints carry them, no model needs them.
 DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+STORED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}  # of codes, scales
 # How Meta's model-parallel shards were cut: these along their input dimension, norms not at all, the rest along dim 0.
 SHARDED_ON_INPUT = ("attention.wo.weight", "feed_forward.w2.weight")
 
@@ -63,29 +67,31 @@ def load(
     Raises InputError naming file and field for anything missing, malformed, unexpected or not representable in `dtype`.
     """
     source = _open_source(ckpt_dir)
-    _check_depth(source)
-    with torch.device("meta"):
-        model = Transformer(source.args)
-    _check_keys(source, model)
-    names = [name for name, _ in model.named_parameters()]
+    model = _lay_out(source)
+    names = list(model.state_dict())
     label = f"loading {Path(ckpt_dir).name}"
     with tqdm(total=len(names), desc=label, unit="tensor", disable=None if progress else True, leave=False) as bar:
         for block in _by_block(names):
             with source.open() as read:
                 for name in block:
-                    weight = _convert(read(name), source, name, dtype, device)
-                    _assign(model, name, weight)
+                    _assign(model, name, _convert(read(name), source, name, dtype, device))
                     bar.update()
-    stored = {weight.dtype for weight in model.parameters()}
+    stored = {weight.dtype for name, weight in model.named_parameters() if name not in source.codes}
     if len(stored) > 1:
         raise InputError(f"{source.where}: weights of several dtypes ({', '.join(map(str, stored))}); pass --dtype")
-    model.to(device)  # moves the RoPE frequencies, the only thing not on it yet
+    # Moves the RoPE frequencies, the only thing not on it yet, and tells a quantized table what the norms compute in.
+    model.to(device, model.dtype)
     return model.eval()
 
 
 def read_args(ckpt_dir: str | Path) -> ModelArgs:
     """The shape of a checkpoint, without reading its weights. Raises InputError as `load` does."""
     return _open_source(ckpt_dir).args
+
+
+def read_quantization(ckpt_dir: str | Path) -> Quantization | None:
+    """How a checkpoint is quantized, None where it is not, without reading its weights. Raises InputError as `load`."""
+    return _open_source(ckpt_dir).quantization
 
 
 def save(
@@ -96,10 +102,15 @@ def save(
 ) -> None:
     """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout, with its tokenizer if any.
 
-    The directory appears under its name only when complete. Raises InputError where it already holds something,
+    A quantized model has a layout of its own, with Meta's names. The directory appears under its name only when
+    complete. Raises InputError where it already holds something or a quantized model should get Hugging Face's layout,
     EnvironmentFailure where it cannot be written.
     """
     write = {"meta": _write_meta, "hf": _write_hf}[layout]
+    if quantization.quantization_of(model) is not None:
+        if layout == "hf":
+            raise InputError("a quantized model has no form in Hugging Face's layout; write that of the original")
+        write = _write_quantized
     with files.new_directory(directory) as scratch:
         write(model, scratch)
         if tokenizer_path is not None:
@@ -115,12 +126,8 @@ def fingerprint(ckpt_dir: str | Path) -> str:
     used. Raises InputError as `load` does.
     """
     source = _open_source(ckpt_dir)
-    _check_depth(source)
-    with torch.device("meta"):
-        model = Transformer(source.args)
-    _check_keys(source, model)
     digest = hashlib.sha256()
-    for block in _by_block([name for name, _ in model.named_parameters()]):
+    for block in _by_block(list(_lay_out(source).state_dict())):
         with source.open() as read:
             for name in block:
                 weight = read(name)
@@ -133,7 +140,7 @@ def fingerprint(ckpt_dir: str | Path) -> str:
 # Reading
 
 
-def _open_source(ckpt_dir: str | Path) -> _MetaSource | _HfSource:
+def _open_source(ckpt_dir: str | Path) -> Source:
     directory = Path(ckpt_dir)
     if not directory.is_dir():
         raise InputError(f"checkpoint directory {directory} does not exist; pass --ckpt_dir")
@@ -143,11 +150,75 @@ def _open_source(ckpt_dir: str | Path) -> _MetaSource | _HfSource:
             "both a params.json and a config.json" if has_meta else "neither params.json (Meta) nor config.json (HF)"
         )
         raise InputError(f"{directory} holds {found}; exactly one says which layout it is")
-    return _MetaSource(directory) if has_meta else _HfSource(directory)
+    if has_hf:
+        return _HfSource(directory)
+    is_quantized = "quantization" in files.read_json(directory / "params.json")
+    return _QuantizedSource(directory) if is_quantized else _MetaSource(directory)
+
+
+class Source(Protocol):
+    """What a directory holds: a shape, tensors under Meta's names, and what they are called there."""
+
+    args: ModelArgs
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+    quantization: Quantization | None
+    codes: dict[str, torch.dtype]  # tensors that keep their dtype: codes and scales
+
+    def label(self, name: str) -> str:
+        """How the files call a weight."""
+        ...
+
+    def open(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """Map the files for a while; gives a function that reads a tensor."""
+        ...
+
+
+class _QuantizedSource:
+    """params.json with a field `quantization`, and model.safetensors with Meta's names."""
+
+    def __init__(self, directory: Path) -> None:
+        params_path = directory / "params.json"
+        params = files.read_json(params_path)
+        with _naming(params_path):
+            self.quantization = Quantization.from_params(params.pop("quantization"))
+            self.args = ModelArgs.from_params(params)
+            if self.args.vocab_size == -1:
+                raise ValueError("vocab_size: is -1; a quantized checkpoint says it")
+        self.where = directory / "model.safetensors"
+        with _open_safetensors(self.where) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dictionary)
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: STORED_DTYPES.get(part.get_dtype()) for name, part in slices.items()}
+        _check_depth(self)
+        self.codes = {}
+        with torch.device("meta"):
+            model = Transformer(self.args)
+        with _naming(params_path):
+            quantization.lay_out(model, self.quantization)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("norm.weight"):
+                continue
+            self.codes[name] = tensor.dtype
+            if name in kinds and kinds[name] is not tensor.dtype:
+                found = str(kinds[name] or "another type").removeprefix("torch.")
+                wanted = f"{self.quantization.bits} bits have {str(tensor.dtype).removeprefix('torch.')}"
+                raise InputError(f"{self.where}:{name}: holds {found}, {wanted}; quantize the original again")
+
+    def label(self, name: str) -> str:
+        """How the file calls a weight."""
+        return name
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], Tensor]]:
+        """Map the file for a while."""
+        yield _open_safetensors(self.where).get_tensor
 
 
 class _MetaSource:
     """params.json and consolidated.00.pth, .01.pth, ...; one file per model-parallel rank."""
+
+    quantization, codes = None, {}
 
     def __init__(self, directory: Path) -> None:
         self.paths = sorted(directory.glob("consolidated.*.pth"))
@@ -234,6 +305,8 @@ class _MetaSource:
 class _HfSource:
     """config.json and model.safetensors, or files with an index; what it reads has Meta's names and row order."""
 
+    quantization, codes = None, {}
+
     def __init__(self, directory: Path) -> None:
         config_path = directory / "config.json"
         with _naming(config_path):
@@ -300,7 +373,18 @@ class _HfSource:
         yield read
 
 
-def _check_depth(source: _MetaSource | _HfSource) -> None:
+def _lay_out(source: Source) -> Transformer:
+    """The model on the meta device, once the files are known to fit it."""
+    _check_depth(source)
+    with torch.device("meta"):
+        model = Transformer(source.args)
+    if source.quantization is not None:
+        quantization.lay_out(model, source.quantization)
+    _check_keys(source, model)
+    return model
+
+
+def _check_depth(source: Source) -> None:
     """Refuse a config with far more layers than the files before all of them are laid out."""
     last = f"layers.{source.args.n_layers - 1}.attention_norm.weight"
     if last not in source.shapes:
@@ -308,10 +392,11 @@ def _check_depth(source: _MetaSource | _HfSource) -> None:
         raise InputError(f"{place}: weight is missing; the config says {source.args.n_layers} layers")
 
 
-def _check_keys(source: _MetaSource | _HfSource, model: Transformer) -> None:
+def _check_keys(source: Source, model: Transformer) -> None:
     """Every weight of the model is there with its shape, and nothing else is."""
-    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    spare = {HEAD} if model.args.tie_word_embeddings else set()  # checked equal to the table already
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    is_spare = model.args.tie_word_embeddings and source.quantization is None
+    spare = {HEAD} if is_spare else set()  # checked equal to the table already
     for name, shape in wanted.items():
         place = f"{source.where}:{source.label(name)}"
         if name not in source.shapes:
@@ -339,10 +424,13 @@ def _by_block(names: list[str]) -> Iterator[list[str]]:
 
 
 def _convert(
-    stored: Tensor, source: _MetaSource | _HfSource, name: str, dtype: torch.dtype | None, device: torch.device | str
+    stored: Tensor, source: Source, name: str, dtype: torch.dtype | None, device: torch.device | str
 ) -> Tensor:
     place = f"{source.where}:{source.label(name)}"
-    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if name in source.codes:
+        _check_codes(stored, place, dtype)
+        dtype = stored.dtype
+    elif stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{place}: holds {stored.dtype}; expected float32, bfloat16 or float16 weights")
     try:
         weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
@@ -353,9 +441,23 @@ def _convert(
     return weight
 
 
+def _check_codes(stored: Tensor, place: str, dtype: torch.dtype | None) -> None:
+    """Scales are finite numbers that the largest code does not carry beyond `dtype`; any code is one."""
+    if not stored.is_floating_point():
+        return
+    largest = stored.abs().amax().item() * {torch.float32: 127, torch.bfloat16: 8}[stored.dtype]
+    if not math.isfinite(largest):
+        raise InputError(f"{place}: holds scales that are no finite numbers; quantize the original again")
+    if dtype == torch.float16 and largest > torch.finfo(dtype).max:
+        raise InputError(f"{place}: values exceed float16; use --dtype=bfloat16 or float32")
+
+
 def _assign(model: Transformer, name: str, weight: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    setattr(module, leaf, weight)
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
@@ -523,6 +625,13 @@ def _write_meta(model: Transformer, directory: Path) -> None:
         state[HEAD] = state[EMBEDDING]  # Meta's code needs the key; torch.save stores shared memory once
     files.write_json(directory / "params.json", model.args.to_params())
     torch.save(state, directory / "consolidated.00.pth")
+
+
+def _write_quantized(model: Transformer, directory: Path) -> None:
+    described = {**model.args.to_params(), "quantization": quantization.quantization_of(model).to_params()}
+    files.write_json(directory / "params.json", described)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_hf(model: Transformer, directory: Path) -> None:

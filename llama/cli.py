@@ -1,7 +1,7 @@
 """From the command line to a typed `main(*, ...)` and back to one line and an exit code.
 
     if __name__ == "__main__":
-        cli.run(main)
+        cli.run(main)      # or a dictionary of such functions: commands, as in `compress.py quantize --bits=8`
 
 python-fire calls the function and writes `--help` from its docstring. Flags are checked against the signature first:
 fire itself would guess types from values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after
@@ -32,15 +32,19 @@ COLUMN = 38  # two of them and a rule fit a terminal of 80
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def run(main: Callable[..., None]) -> None:
-    """Call `main` with the flags of this process, and end the process with its exit code."""
+def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
+    """Call `main` with the flags of this process, and end the process with its exit code.
+
+    A script with several commands gives a function for each by name; the first argument says which.
+    """
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to die
     debug = "--debug" in argv
     try:
-        call(main, [arg for arg in argv if arg != "--debug"])
+        flags = [arg for arg in argv if arg != "--debug"]
+        call_command(main, flags) if isinstance(main, dict) else call(main, flags)
         sys.stdout.flush()
         code = 0
     except KeyboardInterrupt:
@@ -55,11 +59,22 @@ def run(main: Callable[..., None]) -> None:
     sys.exit(code)
 
 
-def call(main: Callable[..., None], argv: list[str]) -> None:
+def call_command(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:
+    """Call the command that the first argument names. Raises InputError where it names none."""
+    script = os.path.basename(sys.argv[0])
+    if argv and argv[0] in commands:
+        call(commands[argv[0]], argv[1:], f"{script} {argv[0]}")
+    elif argv and argv[0] in ("-h", "--help"):
+        fire.Fire(commands, command=["--help"], name=script)
+    else:
+        raise InputError(f"expected a command: {', '.join(f'{script} {name}' for name in commands)}; see --help")
+
+
+def call(main: Callable[..., None], argv: list[str], script: str | None = None) -> None:
     """Check and convert flags, then call. Raises InputError for an unknown flag, a missing or an impossible value."""
     hints = typing.get_type_hints(main)
     kinds = {name: _kind(hints[name]) for name in inspect.signature(main).parameters}
-    script = os.path.basename(sys.argv[0])
+    script = script or os.path.basename(sys.argv[0])
     if any(arg in ("-h", "--help") for arg in argv):
         main.__annotations__ = kinds  # plain types read better than 'str | None'
         fire.Fire(main, command=["--help"], name=script)

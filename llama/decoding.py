@@ -131,8 +131,8 @@ class Decoder:
         return cache, step
 
     def _new_cache(self, batch_size: int, max_len: int) -> KVCache:
-        weight = self.model.tok_embeddings.weight
-        return KVCache(self.model.args, batch_size, max_len, weight.dtype, weight.device)
+        device = self.model.tok_embeddings.weight.device
+        return KVCache(self.model.args, batch_size, max_len, self.model.dtype, device)
 
     def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
         """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.

@@ -23,15 +23,21 @@ from llama.errors import EnvironmentFailure, InputError
 MAX_JSON_BYTES = 64 << 20
 
 
+def require_new(directory: str | Path) -> Path:
+    """The whole path of a directory to be. Raises InputError where it already holds something."""
+    target = Path(directory).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+    return target
+
+
 @contextmanager
 def new_directory(directory: str | Path) -> Iterator[Path]:
     """Give a scratch directory to fill, which becomes `directory` when the block ends without an error.
 
     Raises InputError where `directory` already holds something, EnvironmentFailure where it cannot be written.
     """
-    target = Path(directory).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+    target = require_new(directory)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         scratch.mkdir(parents=True)

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from llama import bench
 from llama.kernels import decode_step
 from llama.model import Transformer
+from llama.surgery import FrozenLinear
 
 PRODUCT_ROWS = (256, 1024, 2048)
 
@@ -26,7 +28,7 @@ def read_bandwidth(model: Transformer) -> dict[str, float]:
 
     A whole model is far larger than any cache, so nothing is read from one.
     """
-    matrices = [weight.detach() for weight in model.parameters() if weight.dim() == 2]
+    matrices = [weight.detach() for weight in model.parameters() if weight.dim() == 2]  # of codes, where quantized
     readers: dict[str, Callable[[torch.Tensor], Any]] = {
         "sum": lambda w: w.view(torch.float32).sum(),  # as fp32 whatever they are: the values do not matter
         "max": lambda w: w.view(torch.int32).amax(),
@@ -49,10 +51,9 @@ def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[s
     Each product takes the weights of another layer, so that none is in a cache. dtype: to multiply in; default: that of
     the weights.
     """
-    args, first = model.args, model.layers[0].feed_forward.w1.weight
-    device, dtype = first.device, dtype or first.dtype
+    args, device, dtype = model.args, model.tok_embeddings.weight.device, dtype or model.dtype
     blocks = [block.feed_forward for block in model.layers[:4]]
-    weights = [(part.w1.weight.to(dtype), part.w2.weight.to(dtype)) for part in blocks]
+    weights = [(_plain(part.w1, dtype), _plain(part.w2, dtype)) for part in blocks]
     rates = {}
     for rows in PRODUCT_ROWS:
         x = torch.full((rows, args.dim), 0.5, dtype=dtype, device=device)
@@ -62,6 +63,22 @@ def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[s
         seconds = bench.measure(functools.partial(_products, x, h, used), device)[1].seconds
         rates[f"{rows} rows"] = len(used) * 4 * rows * args.dim * args.ffn_dim / seconds
     return rates
+
+
+def _plain(layer: nn.Linear | FrozenLinear, dtype: torch.dtype) -> torch.Tensor:
+    """Its weight; of a quantized layer one of that shape, because the values do not matter."""
+    if isinstance(layer, FrozenLinear):
+        return torch.full((layer.out_features, layer.in_features), 0.5, dtype=dtype, device=layer.weight.device)
+    return layer.weight.to(dtype)
+
+
+def step_bytes(model: Transformer, batch_size: int, context: int) -> int:
+    """Bytes that one cached decode step cannot avoid reading: ModelArgs.decode_bytes, at the size of codes."""
+    args, looked_up = model.args, 0
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if model.output is not None:
+        looked_up = sum(tensor.nbytes for tensor in model.tok_embeddings.state_dict().values())
+    return stored - looked_up + args.kv_cache_bytes(batch_size, context, model.dtype.itemsize)
 
 
 def _products(x: torch.Tensor, h: torch.Tensor, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

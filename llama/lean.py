@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from llama.kernels import train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
-from llama.surgery import compute_dtype, replace_modules
+from llama.surgery import FrozenLinear, compute_dtype, replace_modules
 
 
 class Workspace:
@@ -163,7 +163,14 @@ class _LoRALinear(Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float, workspace: Workspace
+        ctx,
+        x: Tensor,
+        weight: Tensor | FrozenLinear,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
+        workspace: Workspace,
     ) -> Tensor:
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype  # of the adapter's two products
         # On a CPU this is what F.dropout draws from the same state of the generator.
@@ -171,8 +178,7 @@ class _LoRALinear(Function):
         low = train_ops.lora_down(x, drop, a.to(dtype), 1 / (1 - p))
         ctx.save_for_backward(x, drop, low, a, b)
         ctx.weight, ctx.scale, ctx.p, ctx.workspace, ctx.dtype = weight, scale, p, workspace, dtype
-        y = F.linear(x, workspace.narrow(weight, x.dtype))
-        return train_ops.lora_up_(y, low, b.t().to(dtype), None, scale)
+        return train_ops.lora_up_(_product(x, weight, workspace), low, b.t().to(dtype), None, scale)
 
     @staticmethod
     @once_differentiable
@@ -183,9 +189,22 @@ class _LoRALinear(Function):
         da = train_ops.lora_outer(d_low, x, drop, 1.0).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.workspace.narrow(ctx.weight, dy.dtype)
+            dx = _product_transposed(dy, ctx.weight, ctx.workspace)
             train_ops.lora_up_(dx, d_low, a.to(ctx.dtype), drop, 1.0)
         return dx, None, da, db, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor | FrozenLinear, workspace: Workspace) -> Tensor:
+    """x w^T, whatever form the frozen weight has."""
+    if isinstance(weight, FrozenLinear):
+        return weight.multiply(x.flatten(0, -2)).view(*x.shape[:-1], weight.out_features)
+    return F.linear(x, workspace.narrow(weight, x.dtype))
+
+
+def _product_transposed(dy: Tensor, weight: Tensor | FrozenLinear, workspace: Workspace) -> Tensor:
+    if isinstance(weight, FrozenLinear):
+        return weight.multiply_transposed(dy.flatten(0, -2)).view(*dy.shape[:-1], weight.in_features)
+    return dy @ workspace.narrow(weight, dy.dtype)
 
 
 class LeanLoRALinear(LoRALinear):
@@ -194,7 +213,9 @@ class LeanLoRALinear(LoRALinear):
     def __init__(self, adapted: LoRALinear, workspace: Workspace) -> None:
         nn.Module.__init__(self)
         self.workspace = workspace
-        self.weight, self.lora_A, self.lora_B = adapted.weight, adapted.lora_A, adapted.lora_B
+        self.layer, self.lora_A, self.lora_B = adapted.layer, adapted.lora_A, adapted.lora_B
+        if self.layer is None:
+            self.weight = adapted.weight
         self.scale, self.dropout, self.base = adapted.scale, adapted.dropout, adapted.base
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +223,8 @@ class LeanLoRALinear(LoRALinear):
             return super().forward(x)
         p = self.dropout.p if self.training else 0.0
         x = x.to(compute_dtype(x))
-        return _LoRALinear.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, self.workspace)
+        weight = self.weight if self.layer is None else self.layer
+        return _LoRALinear.apply(x, weight, self.lora_A, self.lora_B, self.scale, p, self.workspace)
 
 
 class _Rotation(Function):
@@ -314,7 +336,7 @@ class LeanFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         if type(self.w1) is not LeanLinear or type(self.w3) is not LeanLinear:  # adapters
             return self.w2(_SwiGLU.apply(self.w1(x), self.w3(x)))
-        x = x.to(_compute_dtype(x))
+        x = x.to(compute_dtype(x))
         product = _GatedUp.apply(x, self.w1.weight, self.w3.weight, self.sgd, self.workspace)
         if self.sgd is not None:
             return _Down.apply(product, self.w2.weight, self.sgd, self.workspace)

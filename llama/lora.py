@@ -27,7 +27,7 @@ from llama import files
 from llama.checkpoint import HF_BLOCK, swap_rotary_order
 from llama.errors import InputError
 from llama.model import Transformer
-from llama.surgery import replace_modules
+from llama.surgery import FrozenLinear, replace_modules
 
 # Each projection that can be adapted, and what it is called inside a block: by Meta and by Hugging Face.
 META_NAMES = {name.split(".")[1]: name for name in HF_BLOCK if not name.endswith("norm.weight")}
@@ -58,21 +58,29 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained update; `weight` keeps its name and its dtype."""
+    """A frozen linear layer with a trained update; `weight` keeps its name and its dtype.
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
+    A layer whose weight is no matrix of numbers, a quantized one, goes on existing as `layer` and makes the product.
+    """
+
+    def __init__(
+        self, linear: nn.Linear | FrozenLinear, config: LoRAConfig, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self.weight = linear.weight.requires_grad_(False)
-        factory = {"dtype": torch.promote_types(self.weight.dtype, torch.float32), "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(config.r, self.weight.shape[1], **factory))
-        self.lora_B = nn.Parameter(torch.zeros(self.weight.shape[0], config.r, **factory))
+        self.layer = linear if isinstance(linear, FrozenLinear) else None
+        weight = linear.weight.requires_grad_(False)
+        if self.layer is None:
+            self.weight = weight
+        factory = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        self.lora_A = nn.Parameter(torch.empty(config.r, linear.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.r, **factory))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # as the authors' code does
         self.scale = config.alpha / config.r
         self.dropout = nn.Dropout(config.dropout)
         self.base: Tensor | None = None  # the weight as it was, while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight) if self.layer is None else self.layer(x)
         if self.base is not None:
             return y
         update = F.linear(F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A), self.lora_B)
@@ -93,7 +101,7 @@ def apply(model: Transformer, config: LoRAConfig, seed: int = 0) -> list[str]:
         generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
     return replace_modules(
         model,
-        lambda name, module: name.split(".")[-1] in config.targets and isinstance(module, nn.Linear),
+        lambda name, module: name.split(".")[-1] in config.targets and isinstance(module, (nn.Linear, FrozenLinear)),
         lambda linear: LoRALinear(linear, config, generator),
     )
 
@@ -110,9 +118,10 @@ def merge(model: Transformer) -> float:
     The sum is made in fp32 and rounded once to the dtype of the weight. Returns the share of the update that this
     rounding loses, |rounded - exact| / |update| over all weights (Frobenius norms): small in fp32; near or above 1
     where a 16-bit base swallows a small update. Raises ValueError where there is nothing to merge or a sum is not
-    finite; then no weight has changed.
+    finite, InputError for a quantized base; then no weight has changed.
     """
     adapted = layers(model)
+    require_mergeable(model)
     if not adapted or any(module.base is not None for module in adapted.values()):
         raise ValueError("there is nothing to merge" if not adapted else "the adapters are merged already")
     lost, whole, merged = 0.0, 0.0, {}
@@ -131,6 +140,13 @@ def merge(model: Transformer) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
+def require_mergeable(model: nn.Module) -> None:
+    """Raise InputError where the base is quantized: its codes have no room for an update."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            raise InputError(f"{name}: an adapter cannot be merged into quantized weights; keep it beside them")
+
+
 def unmerge(model: Transformer) -> None:
     """Put the weights back as they were before `merge`, to the bit."""
     merged = [module for module in layers(model).values() if module.base is not None]
@@ -141,9 +157,11 @@ def unmerge(model: Transformer) -> None:
 
 
 def remove(model: Transformer) -> None:
-    """Plain linear layers again, with the weights that are in them now: merge first to keep the update."""
+    """The layers without adapters again, with the weights that are in them now: merge first to keep the update."""
 
-    def plain(adapted: nn.Module) -> nn.Linear:
+    def plain(adapted: nn.Module) -> nn.Module:
+        if adapted.layer is not None:
+            return adapted.layer
         out_features, in_features = adapted.weight.shape
         linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         linear.weight = adapted.weight
@@ -262,8 +280,9 @@ def _expected(model: Transformer, config: LoRAConfig) -> dict[str, tuple[str, st
     for layer in range(model.args.n_layers):
         for target in config.targets:
             module = f"layers.{layer}.{META_NAMES[target].removesuffix('.weight')}"
-            out_features, in_features = model.get_submodule(module).weight.shape
-            for matrix, shape in (("lora_A", (config.r, in_features)), ("lora_B", (out_features, config.r))):
+            linear = model.get_submodule(module)
+            shapes = {"lora_A": (config.r, linear.in_features), "lora_B": (linear.out_features, config.r)}
+            for matrix, shape in shapes.items():
                 name = f"{PREFIX}.layers.{layer}.{HF_NAMES[target]}.{matrix}.weight"
                 found[name] = (module, matrix, shape)
     return found
@@ -271,7 +290,8 @@ def _expected(model: Transformer, config: LoRAConfig) -> dict[str, tuple[str, st
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters and all parameters, adapters included; a tied table counts once."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # int4 holds two parameters in a byte
+    counts = [(p.numel() * (2 if p.dtype == torch.uint8 else 1), p.requires_grad) for p in model.parameters()]
     return sum(n for n, is_trained in counts if is_trained), sum(n for n, _ in counts)
 
 

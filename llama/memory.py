@@ -26,11 +26,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama import lora
+from llama import lora, quantization
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
+from llama.quantization import Quantization
 from llama.training import Batch, Settings, Trainer, checkpoint_layers
 
 # In the order in which one storage that is several things is counted.
@@ -212,11 +213,19 @@ class Shape:
 
 @contextmanager
 def fake_trainer(
-    args: ModelArgs, dtype: torch.dtype, adapters: LoRAConfig | None, settings: Settings, layers: Sequence[int] = ()
+    args: ModelArgs,
+    dtype: torch.dtype,
+    adapters: LoRAConfig | None,
+    settings: Settings,
+    layers: Sequence[int] = (),
+    quantized: Quantization | None = None,
 ) -> Iterator[Trainer]:
     """A trainer whose tensors have shapes and no content, and a world in which all tensors are like that."""
     with torch.device("meta"):
-        model = Transformer(args).to(dtype)
+        model = Transformer(args)
+    if quantized is not None:
+        quantization.lay_out(model, quantized)
+    model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         if adapters is not None:
@@ -248,13 +257,14 @@ def estimate(
     settings: Settings,
     shape: Shape,
     layers: tuple[int, ...] = (),
+    quantized: Quantization | None = None,
 ) -> Footprint:
     """What a training step will need, found by running it on tensors without content, as a CPU would.
 
     Not in it: what kernels allocate inside themselves (oneDNN's copy of an operand in a layout of its own: 33 MB for
     Llama 3.2 1B in 16 bits), what the allocator wastes, and PyTorch's own libraries.
     """
-    with fake_trainer(args, dtype, adapters, settings, layers) as trainer:
+    with fake_trainer(args, dtype, adapters, settings, layers, quantized) as trainer:
         return track_step(trainer, shape.window()).footprint()
 
 
@@ -276,10 +286,15 @@ class Profile:
 
 
 def profile(
-    args: ModelArgs, dtype: torch.dtype, adapters: LoRAConfig | None, settings: Settings, shape: Shape
+    args: ModelArgs,
+    dtype: torch.dtype,
+    adapters: LoRAConfig | None,
+    settings: Settings,
+    shape: Shape,
+    quantized: Quantization | None = None,
 ) -> Profile:
     """Measure the blocks, on tensors without content; see `estimate`."""
-    with fake_trainer(args, dtype, adapters, settings) as trainer:
+    with fake_trainer(args, dtype, adapters, settings, quantized=quantized) as trainer:
         # With accumulation the second batch is the one to look at: the gradients of the first are there.
         moments = track_step(trainer, shape.window()[:2], marks_blocks=True).moments()
     n = args.n_layers

@@ -208,6 +208,11 @@ class Transformer(nn.Module):
             self.rope_freqs = rope_frequencies(self.args).to(self.rope_freqs.device)
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and the KV cache: that of the norms, which quantization leaves alone."""
+        return self.norm.weight.dtype
+
     @classmethod
     def random(
         cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0

@@ -163,7 +163,7 @@ def _nats(model: Transformer, text: Tensor, batch: Sequence[Window]) -> list[flo
 def _require_finite(model: Transformer, window: Window, nats: float) -> None:
     """A mean loss whose exponential exceeds fp64 is as useless as infinity."""
     if not nats < 700 * (window.stop - window.first):  # also refuses NaN
-        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         raise NonFinite(
             f"tokens {window.start} to {window.stop} of the text: the loss is not finite in {dtype} ({nats:g} nats); "
             "use --dtype=float32, and if it already is, the weights are damaged"

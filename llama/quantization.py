@@ -136,7 +136,8 @@ class Int8Embedding(_Int8):
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return (self.weight[tokens] * self.scales[tokens, None].view(*tokens.shape, 1)).to(self.dtype)
+        scales = self.scales[tokens, None].to(torch.promote_types(self.dtype, torch.float32))
+        return (self.weight[tokens] * scales).to(self.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
@@ -326,9 +327,7 @@ def _matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
     for module, name in found.items():
         width = module.weight.shape[1]
         if _bits(name, config) == 4 and width % config.group_size:
-            raise InputError(
-                f"{name}.weight: groups of {config.group_size} do not divide its {width} columns; use int8"
-            )
+            raise InputError(f"{name}.weight: groups of {config.group_size} do not divide {width} columns; use 8 bits")
     return found
 
 

@@ -57,7 +57,8 @@ class FrozenLinear(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """x w^T for x [..., in_features], as F.linear, under autocast too."""
         rows = x.to(compute_dtype(x)).reshape(-1, self.in_features)
-        return _Product.apply(rows, self).view(*x.shape[:-1], self.out_features)
+        y = _Product.apply(rows, self) if rows.requires_grad else self.multiply(rows)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x)

@@ -215,8 +215,7 @@ class Trainer:
                 raise InputError(f"{name}: trained weights must be float32, not {weight.dtype}; use --dtype=float32")
         self.device = model.tok_embeddings.weight.device
         self.optimizer = self._make_optimizer()
-        frozen = model.tok_embeddings.weight.dtype
-        self.compute_dtype = AMP[settings.amp] or frozen
+        self.compute_dtype = AMP[settings.amp] or model.dtype
         # fp16 gradients below 6e-8 vanish; the scaler multiplies the loss so that they do not. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute_dtype is torch.float16)
         self.sgd: InBackward | None = None
@@ -278,9 +277,11 @@ class Trainer:
             return [self._cross_entropy_sum(h, labels.to(self.device)) for labels in labellings]
 
     def _cross_entropy_sum(self, h: Tensor, labels: Tensor) -> Tensor:
-        if not self.settings.lean:
-            return cross_entropy_sum(self.model.logits, h, labels)
         head = self.model.tok_embeddings if self.model.output is None else self.model.output
+        if (
+            not self.settings.lean or not head.weight.is_floating_point()
+        ):  # codes have no slices that could be multiplied
+            return cross_entropy_sum(self.model.logits, h, labels)
         return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move_product)
 
     def _update(self, window: Sequence[Batch], total: Tensor, count: int) -> Report:

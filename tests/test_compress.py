@@ -1,0 +1,454 @@
+"""compress.py as a user runs it, and what every other part makes of a quantized directory, sound or damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import crash
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, SMALL, TINY, random_model
+from test_checkpoint import mutant, same_weights
+from torch import nn
+
+import benchmark_inference
+import compress
+import evaluate
+import finetuning
+import inference
+from data.tiny import train
+from data.tiny.corpus import SAMPLE_PROMPTS
+from llama import Llama, checkpoint, cli, lora, memory, perplexity, quantization
+from llama.errors import InputError
+from llama.floors import step_bytes
+from llama.lora import LoRAConfig
+from llama.quantization import Quantization, quantize
+from llama.speculative import ModelDraft, Speculation
+from llama.training import Batch, Settings, Trainer
+
+CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
+TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def call(monkeypatch, capsys, script, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(getattr(script, "COMMANDS", None) or script.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory) -> Path:
+    """A small random checkpoint of 16 bits, with a tokenizer file."""
+    path = tmp_path_factory.mktemp("plain") / "model"
+    checkpoint.save(random_model().to(torch.bfloat16), path, tokenizer_path=TINY / "tokenizer.model")
+    return path
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> dict[str, Path]:
+    """The embedded model in 8 and in 4 bits."""
+    work, found = tmp_path_factory.mktemp("embedded"), {}
+    for name in ("int8", "int4"):
+        model = checkpoint.load(TINY)
+        quantize(model, CONFIGS[name])
+        found[name] = work / name
+        checkpoint.save(model, found[name], tokenizer_path=TINY / "tokenizer.model")
+    return found
+
+
+def quantized(plain: Path, target: Path, config: Quantization) -> Path:
+    model = checkpoint.load(plain)
+    quantize(model, config)
+    checkpoint.save(model, target, tokenizer_path=plain / "tokenizer.model")
+    return target
+
+
+# The command
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", ["meta", pytest.param("hf", marks=pytest.mark.slow)])
+def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, capsys, name, layout):
+    """To the bit, in the dtype of the file and in another."""
+    config, source = CONFIGS[name], plain
+    if layout == "hf":
+        source = tmp_path / "hf"
+        checkpoint.save(checkpoint.load(plain), source, "hf", plain / "tokenizer.model")
+    flags = [
+        f"--{field}={value}" for field, value in (("bits", config.bits), ("group_size", config.group_size)) if value
+    ]
+    flags += [f"--ckpt_dir={source}", f"--output_dir={tmp_path / 'out'}"]
+    code, out, err = call(monkeypatch, capsys, compress, "quantize", *flags)
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "params.json",
+        "model.safetensors",
+        "tokenizer.model",
+    }
+    assert json.loads((tmp_path / "out" / "params.json").read_text())["quantization"]["bits"] == config.bits
+    assert checkpoint.read_quantization(tmp_path / "out") == config and checkpoint.read_quantization(plain) is None
+    for dtype in (None, torch.float32, torch.float16):
+        now = checkpoint.load(source, dtype)
+        quantize(now, config)
+        loaded = checkpoint.load(tmp_path / "out", dtype)
+        assert same_weights(now, loaded) and loaded.dtype is now.dtype is (dtype or torch.bfloat16)
+        assert torch.equal(now(TOKENS), loaded(TOKENS)) and loaded(TOKENS).dtype is loaded.dtype
+    assert len(re.findall(r"^\d ", out, re.MULTILINE)) == SMALL.n_layers and "worst: " in out
+
+
+def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monkeypatch, capsys):
+    """compress.py without --ckpt_dir, then each script that takes a checkpoint, with no more flags."""
+    target = tmp_path / "int8"
+    code, out, err = call(monkeypatch, capsys, compress, "quantize", f"--output_dir={target}")
+    assert code == 0, err
+    share = (target / "model.safetensors").stat().st_size / checkpoint.read_args(TINY).weight_bytes(2)
+    assert share <= 0.51 and f"({share:.3f} of it)" in out
+    assert (target / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
+    flags = [f"--ckpt_dir={target}", "--prompt=The little fox", "--max_gen_len=4", "--device=cpu", "--compare"]
+    code, out, err = call(monkeypatch, capsys, inference, *flags)
+    assert code == 0 and "over int8 weights" in out and "1 of 1 prompts give equal tokens" in out, err
+    flags = [f"--ckpt_dir={target}", "--max_tokens=300", "--device=cpu"]
+    code, out, err = call(monkeypatch, capsys, evaluate, *flags)
+    assert code == 0 and "| int8, float32 |" in out, err
+    llama = Llama.build(
+        target, target / "tokenizer.model", max_seq_len=64, max_batch_size=2, dtype="bfloat16", device="cpu"
+    )
+    assert llama.text_completion(["Once"], max_gen_len=3)[0]["generation"]
+
+
+def test_the_benchmark_takes_it(plain, tmp_path):
+    """The tokens with the cache on and off, and floors from the bytes that are really read."""
+    target = quantized(plain, tmp_path / "q", CONFIGS["int4"])
+    shape = (8, 3, "cpu", "float32", "auto", 0, None, 0)
+    plan = benchmark_inference.Plan(str(target), *shape)
+    assert benchmark_inference.check_tokens(plan, torch.device("cpu"))["tokens_equal"] == 16
+    figures = benchmark_inference.CellRunner(plan, benchmark_inference.Cell("llama", 1, True))()
+    model, whole = checkpoint.load(target, torch.float32), checkpoint.load(plain, torch.float32)
+    assert step_bytes(whole, 2, 30) == whole.args.decode_bytes(2, 30, 4)
+    assert figures["step_bytes_gb"] * 1e9 == pytest.approx(step_bytes(model, 1, 9))
+    assert step_bytes(model, 1, 0) < 0.27 * step_bytes(whole, 1, 0)
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_readme(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().split("### Smaller")[1].split("```sh")[1].split("```")[0]
+    commands = [shlex.split(line, comments=True) for line in section.strip().splitlines()]
+    assert [words[1] for words in commands] == ["compress.py", "inference.py"]
+    monkeypatch.chdir(tmp_path)
+    for script, words in zip((compress, inference), commands, strict=True):
+        code, out, err = call(monkeypatch, capsys, script, *words[2:])
+        assert code == 0 and out, err
+    assert "3 of 3 prompts give equal tokens" in out or "equal tokens with the draft on and off" in out
+
+
+REFUSED = {
+    "no output": (["quantize"], "--output_dir is missing"),
+    "output in use": (["quantize", "--output_dir={plain}"], "already exists"),
+    "bits": (["quantize", "--output_dir={new}", "--bits=3"], "--bits: 3 is not 8 or 4"),
+    "group of int8": (["quantize", "--output_dir={new}", "--group_size=32"], "has no effect on int8"),
+    "group": (["quantize", "--output_dir={new}", "--bits=4", "--group_size=48"], "--group_size: 48 is not one of"),
+    "width": (
+        ["quantize", "--output_dir={new}", "--ckpt_dir={plain}", "--bits=4", "--group_size=128"],
+        "model:layers.0.attention.wq.weight: groups of 128 do not divide",
+    ),
+    "twice": (["quantize", "--output_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
+    "absent": (["quantize", "--output_dir={new}", "--ckpt_dir={new}"], "does not exist"),
+    "no tokenizer": (["quantize", "--output_dir={new}", "--tokenizer_path={new}"], "is not a file"),
+    "no command": ([], "expected a command: compress.py quantize"),
+    "other command": (["squeeze"], "expected a command: compress.py quantize"),
+    "unknown flag": (["quantize", "--bit=8"], "did you mean --bits?"),
+    "not finite": (["quantize", "--output_dir={new}", "--ckpt_dir={damaged}"], "layers.1.attention.wo.weight: holds"),
+    "merging": (
+        ["--ckpt_dir={quantized}", "--out_dir={new}", "--export=meta"],
+        "an adapter cannot be merged into the quantized weights",
+    ),
+    "all weights": (["--ckpt_dir={quantized}", "--out_dir={new}", "--lora=False"], "codes cannot be trained"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_nothing(plain, tmp_path, monkeypatch, capsys, name):
+    arguments, message = REFUSED[name]
+    damaged = random_model()
+    damaged.layers[1].attention.wo.weight.data[3, 3] = torch.inf
+    checkpoint.save(damaged, tmp_path / "damaged", tokenizer_path=TINY / "tokenizer.model")
+    places = {"plain": plain, "damaged": tmp_path / "damaged", "new": tmp_path / "new"}
+    places["quantized"] = quantized(plain, tmp_path / "quantized", CONFIGS["int8"])
+    before = set(tmp_path.iterdir())
+    script = finetuning if any("out_dir" in argument for argument in arguments) else compress
+    code, _, err = call(monkeypatch, capsys, script, *(argument.format(**places) for argument in arguments))
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert {path for path in tmp_path.iterdir() if path.name != "new"} == before
+    assert not (tmp_path / "new" / "params.json").exists()
+
+
+def test_help_names_the_commands_and_their_flags(monkeypatch, capsys):
+    assert "quantize" in "".join(call(monkeypatch, capsys, compress, "--help")[1:])
+    assert "--group_size" in "".join(call(monkeypatch, capsys, compress, "quantize", "--help")[1:])
+
+
+def test_hugging_faces_layout_is_refused(plain, tmp_path):
+    model = checkpoint.load(quantized(plain, tmp_path / "q", CONFIGS["int8"]))
+    with pytest.raises(InputError, match="no form in Hugging Face's layout"):
+        checkpoint.save(model, tmp_path / "hf", "hf")
+    checkpoint.save(model, tmp_path / "again")
+    assert same_weights(model, checkpoint.load(tmp_path / "again"))
+
+
+# What it costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "limit"), [("int8", 1.005), ("int4", 1.05)])
+def test_perplexity_hardly_grows(tiny, embedded, name, limit):
+    """On the embedded model's held-out text, against the model of 16 bits it was made from."""
+    ids = train.held_out(tiny.tokenizer).flatten().tolist()
+    values = [
+        perplexity.evaluate(checkpoint.load(path, torch.float32), ids, train.SEQ_LEN + 1, batch_size=8).perplexity
+        for path in (embedded[name], TINY)
+    ]
+    print(name, values, values[0] / values[1])
+    assert values[0] / values[1] <= limit
+
+
+# Adapters
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A plain model with the weights that the codes stand for."""
+    twin = random_model().double()
+    for name, module in twin.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            n, k = module.weight.shape
+            module.weight.data = model.get_submodule(name).widen(slice(0, n), torch.empty(n, k, dtype=torch.float64))
+        elif hasattr(module, "weight"):
+            module.weight.data = model.get_submodule(name).weight.detach().double()
+    return twin
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_adapters_over_codes_learn_as_over_the_weights_they_stand_for(name, lean):
+    """Loss and every gradient of the adapters, with the plain parts and with the lean ones, in fp64."""
+    model = random_model()
+    quantize(model, CONFIGS[name])
+    model.double()
+    twin = dequantized(model)
+    ids = TOKENS[:, :-1]
+    batch = Batch(ids, None, torch.arange(ids.numel()), TOKENS[:, 1:].flatten())
+    gradients, losses = [], []
+    for network in (model, twin):
+        lora.apply(network, LoRAConfig(r=4, dropout=0.0, targets=tuple(lora.META_NAMES)))
+        network.double()
+        generator = torch.Generator().manual_seed(1)
+        for weight in (weight for weight in network.parameters() if weight.requires_grad):
+            weight.data.normal_(std=0.1, generator=generator)
+        trainer = Trainer(network, Settings(lean=lean), 1)
+        losses.append(trainer.back_propagate(batch, 1).item())
+        gradients.append({key: weight.grad for key, weight in trainer.weights.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7 * SMALL.n_layers
+    for key, gradient in gradients[0].items():
+        assert (gradient - gradients[1][key]).norm() <= 1e-10 * gradients[1][key].norm(), key
+    assert not any(weight.requires_grad for key, weight in model.named_parameters() if "lora_" not in key)
+
+
+def test_adapters_of_a_quantized_base_are_counted_removed_and_not_merged(plain, tmp_path):
+    model = checkpoint.load(quantized(plain, tmp_path / "q", CONFIGS["int4"]), torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    lora.apply(model, LoRAConfig())
+    trained, whole = lora.trainable_share(model)
+    assert whole - trained == SMALL.n_params()
+    with pytest.raises(InputError, match="cannot be merged into quantized weights"):
+        lora.merge(model)
+    lora.remove(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_finetuning_over_a_quantized_base(tmp_path, monkeypatch, capsys, name):
+    """It trains, keeps the adapter and nothing merged, and inference.py takes base and adapter together."""
+    monkeypatch.setattr(finetuning, "ANSWER_LEN", 2)
+    if name == "int4":  # the fast variant draws no picture and foresees no memory
+        monkeypatch.setattr(finetuning, "plot", lambda *_: None)
+        monkeypatch.setattr(memory, "estimate", lambda *_: memory.Footprint({"weights": 1}, {"weights": 1}))
+    crash.options_in(tmp_path)
+    base, root = quantized(tmp_path / "base", tmp_path / "q", CONFIGS[name]), tmp_path / "run"
+    given = {
+        **crash.FLAGS,
+        "ckpt_dir": base,
+        "data": tmp_path / "data.json",
+        "out_dir": root,
+        "lr": 0.05,
+        "amp": "none",
+        "epochs": 1,
+        "save_every": 9,
+    }
+    given.pop("export", None)
+    flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    code, out, err = call(monkeypatch, capsys, finetuning, *flags)
+    assert code == 0 and f", {name}" in out, err
+    assert (root / "adapter").is_dir() and not (root / "merged").exists()
+    adapted = checkpoint.load(base, torch.float32)
+    base_logits = adapted(TOKENS)
+    lora.load(adapted, root / "adapter", checkpoint.fingerprint(base))
+    assert not torch.equal(adapted.eval()(TOKENS), base_logits)
+    with pytest.raises(InputError, match="another base model"):
+        lora.load(checkpoint.load(tmp_path / "base"), root / "adapter", checkpoint.fingerprint(tmp_path / "base"))
+    flags = [
+        f"--ckpt_dir={base}",
+        f"--adapter={root / 'adapter'}",
+        "--prompt=Say fox.",
+        "--max_gen_len=2",
+        "--device=cpu",
+    ]
+    code, _, err = call(monkeypatch, capsys, inference, *flags)
+    assert code == 0, err
+
+
+# A draft
+
+
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_a_quantized_model_drafts_for_its_original(tiny, embedded, name):
+    """Identical tokens under greedy decoding, nearly all of its proposals accepted."""
+    prompts = [tiny.encode_prompt(text) for text in SAMPLE_PROMPTS[:3]]
+    speculation = Speculation(ModelDraft(checkpoint.load(embedded[name], torch.float32)), 4)
+    drafted = tiny.generate(prompts, 24, 0, speculation=speculation)[0]
+    assert drafted == tiny.generate(prompts, 24, 0)[0]
+    assert speculation.counts.proposed > 20 and speculation.counts.acceptance > 0.8
+    assert ModelDraft(checkpoint.load(embedded[name], torch.float32)).cost(tiny.model) < 0.9
+
+
+def test_inference_takes_it_as_a_draft(embedded, monkeypatch, capsys):
+    flags = [f"--draft={embedded['int8']}", "--compare", "--prompt=The little fox", "--max_gen_len=8", "--device=cpu"]
+    code, out, err = call(monkeypatch, capsys, inference, *flags)
+    assert code == 0 and "1 of 1 prompts give equal tokens" in out and "tokens accepted" in out, err
+
+
+# Damage
+
+
+def edit_params(directory: Path, **changes) -> None:
+    params = json.loads((directory / "params.json").read_text())
+    (directory / "params.json").write_text(json.dumps({**params, **changes}))
+
+
+def edit_tensors(directory: Path, change) -> None:
+    state = safetensors.torch.load_file(directory / "model.safetensors")
+    change(state)
+    safetensors.torch.save_file(state, directory / "model.safetensors")
+
+
+INT8 = {"method": "absmax", "bits": 8}
+WQ = "layers.0.attention.wq"
+DAMAGE = {
+    "another width": (lambda d: edit_params(d, quantization=INT8), r"wq\.weight: holds uint8, 8 bits have int8"),
+    "another group": (
+        lambda d: edit_params(d, quantization={"method": "least-squares", "bits": 4, "group_size": 64}),
+        r"wq\.scales: has shape \[64, 2\], the config says \[64, 1\]",
+    ),
+    "group": (
+        lambda d: edit_params(d, quantization={"method": "least-squares", "bits": 4, "group_size": 7}),
+        r"params\.json:quantization\.group_size: 7",
+    ),
+    "bits": (lambda d: edit_params(d, quantization={**INT8, "bits": 2}), r"params\.json:quantization\.bits: 2"),
+    "list of bits": (lambda d: edit_params(d, quantization={**INT8, "bits": [8]}), r"quantization\.bits: \[8\]"),
+    "method": (lambda d: edit_params(d, quantization={"bits": 8}), r"quantization\.method: None is not known"),
+    "unknown field": (lambda d: edit_params(d, quantization={**INT8, "zero": 1}), r"params\.json:quantization: "),
+    "no object": (lambda d: edit_params(d, quantization=True), r"params\.json:quantization: True is not"),
+    "vocabulary": (lambda d: edit_params(d, vocab_size=-1), r"params\.json:vocab_size"),
+    "shape": (lambda d: edit_params(d, dim=128), r"the config says"),
+    "layers": (lambda d: edit_params(d, n_layers=1000), r"layers\.999\.\S+: weight is missing"),
+    "no field": (
+        lambda d: (d / "params.json").write_text(json.dumps(SMALL.to_params())),
+        r"expected shards consolidated\.00\.pth",
+    ),
+    "no scales": (lambda d: edit_tensors(d, lambda s: s.pop(f"{WQ}.scales")), r"wq\.scales: weight is missing"),
+    "extra": (lambda d: edit_tensors(d, lambda s: s.update({"output.weight": torch.ones(2)})), "unexpected weight"),
+    "plain weight": (
+        lambda d: edit_tensors(d, lambda s: s.update({f"{WQ}.weight": torch.ones(64, 32)})),
+        r"wq\.weight: holds float32, 4 bits have uint8",
+    ),
+    "scales dtype": (
+        lambda d: edit_tensors(d, lambda s: s.update({f"{WQ}.scales": s[f"{WQ}.scales"].float()})),
+        r"wq\.scales: holds float32, 4 bits have bfloat16",
+    ),
+    "infinite scale": (
+        lambda d: edit_tensors(d, lambda s: s[f"{WQ}.scales"].fill_(torch.inf)),
+        r"wq\.scales: holds scales that are no finite numbers",
+    ),
+    "norm": (
+        lambda d: edit_tensors(d, lambda s: s.update({"norm.weight": torch.ones(64, dtype=torch.int8)})),
+        r"norm\.weight: holds torch\.int8",
+    ),
+    "truncated": (lambda d: os.truncate(d / "model.safetensors", 9_000), "truncated or no safetensors"),
+    "no tensors": (lambda d: (d / "model.safetensors").unlink(), "truncated or no safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_directory(plain, tmp_path, name):
+    damage, message = DAMAGE[name]
+    target = quantized(plain, tmp_path / "q", CONFIGS["int4"])
+    damage(target)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.load(target)
+    assert "\n" not in str(caught.value)
+
+
+def test_scales_that_fp16_cannot_hold_are_refused(tmp_path):
+    model = random_model()
+    model.layers[1].feed_forward.w2.weight.data[3, 3] = 1e6
+    quantize(model, CONFIGS["int4"])
+    checkpoint.save(model, tmp_path / "q")
+    with pytest.raises(InputError, match=r"layers\.1\.feed_forward\.w2\.scales: values exceed float16"):
+        checkpoint.load(tmp_path / "q", torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("file", ["params.json", "model.safetensors"])
+def test_mutated_files_load_or_end_in_one_line(plain, tmp_path, name, file):
+    """1,000 in all: read, and where that works run."""
+    target = quantized(plain, tmp_path / "q", CONFIGS[name])
+    good, rng, refused = (target / file).read_bytes(), random.Random(f"{name} {file}"), 0
+    for _ in range(250):
+        (target / file).write_bytes(mutant(good, rng))
+        try:
+            model = checkpoint.load(target, torch.float32)
+            checkpoint.fingerprint(target)
+            model(TOKENS[:, :4] % model.args.vocab_size)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 400
+    assert refused > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_changed_fields_of_params_load_or_end_in_one_line(plain, tmp_path, name):
+    """Every field, and every field of `quantization`, as something else."""
+    target = quantized(plain, tmp_path / "q", CONFIGS[name])
+    good = json.loads((target / "params.json").read_text())
+    values = (None, True, -1, 0, 1, 7, 8, 4, 64, 1 << 40, 0.5, float("nan"), "8", "absmax", [], [8], {}, {"bits": 8})
+    for value in values:
+        changed = [{**good, field: value} for field in good]
+        changed += [{**good, "quantization": {**good["quantization"], field: value}} for field in good["quantization"]]
+        for params in changed:
+            (target / "params.json").write_text(json.dumps(params))
+            try:
+                checkpoint.load(target)
+            except InputError as error:
+                assert "\n" not in str(error)
+    assert quantization.Quantization.from_params(good["quantization"]) == CONFIGS[name]
