@@ -18,9 +18,23 @@ from torch import nn
 from llama import bench
 from llama.kernels import decode_step
 from llama.model import Transformer
-from llama.surgery import FrozenLinear
 
 PRODUCT_ROWS = (256, 1024, 2048)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of all weights as they lie in memory, scales of quantized ones included."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def decode_bytes(model: Transformer, batch_size: int, context: int) -> int:
+    """Bytes that one cached decode step cannot avoid reading: each weight once, and the K and V of the context.
+
+    As ModelArgs.decode_bytes, for weights of any format.
+    """
+    unread = 0 if model.output is None else sum(t.nbytes for t in model.tok_embeddings.state_dict().values())
+    cache = model.args.kv_cache_bytes(batch_size, context, model.dtype.itemsize)
+    return weight_bytes(model) - unread + cache
 
 
 def read_bandwidth(model: Transformer) -> dict[str, float]:
@@ -28,7 +42,7 @@ def read_bandwidth(model: Transformer) -> dict[str, float]:
 
     A whole model is far larger than any cache, so nothing is read from one.
     """
-    matrices = [weight.detach() for weight in model.parameters() if weight.dim() == 2]  # of codes, where quantized
+    matrices = [weight.detach() for weight in model.parameters() if weight.dim() == 2]
     readers: dict[str, Callable[[torch.Tensor], Any]] = {
         "sum": lambda w: w.view(torch.float32).sum(),  # as fp32 whatever they are: the values do not matter
         "max": lambda w: w.view(torch.int32).amax(),
@@ -49,9 +63,9 @@ def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[s
     """FLOPs per second of the network's largest products, x w1^T and x w2^T, by number of rows of x.
 
     Each product takes the weights of another layer, so that none is in a cache. dtype: to multiply in; default: that of
-    the weights.
+    the activations.
     """
-    args, device, dtype = model.args, model.tok_embeddings.weight.device, dtype or model.dtype
+    args, device, dtype = model.args, model.norm.weight.device, dtype or model.dtype
     blocks = [block.feed_forward for block in model.layers[:4]]
     weights = [(_plain(part.w1, dtype), _plain(part.w2, dtype)) for part in blocks]
     rates = {}
@@ -65,20 +79,11 @@ def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[s
     return rates
 
 
-def _plain(layer: nn.Linear | FrozenLinear, dtype: torch.dtype) -> torch.Tensor:
-    """Its weight; of a quantized layer one of that shape, because the values do not matter."""
-    if isinstance(layer, FrozenLinear):
-        return torch.full((layer.out_features, layer.in_features), 0.5, dtype=dtype, device=layer.weight.device)
-    return layer.weight.to(dtype)
-
-
-def step_bytes(model: Transformer, batch_size: int, context: int) -> int:
-    """Bytes that one cached decode step cannot avoid reading: ModelArgs.decode_bytes, at the size of codes."""
-    args, looked_up = model.args, 0
-    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if model.output is not None:
-        looked_up = sum(tensor.nbytes for tensor in model.tok_embeddings.state_dict().values())
-    return stored - looked_up + args.kv_cache_bytes(batch_size, context, model.dtype.itemsize)
+def _plain(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(layer, nn.Linear):
+        return layer.weight.to(dtype)
+    out = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
+    return layer.widen(slice(None), out)
 
 
 def _products(x: torch.Tensor, h: torch.Tensor, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -55,10 +55,10 @@ MAY_IMPORT = {
         "llama.quantization",
         "llama.training",
     },
-    "llama.floors": {"llama.bench", "llama.kernels.decode_step", "llama.model", "llama.surgery"},
+    "llama.floors": {"llama.bench", "llama.kernels.decode_step", "llama.model"},
     "llama.kernels": set(),
     "llama.kernels.native": set(),
-    "llama.kernels.decode_step": {"llama.cache", "llama.kernels.native", "llama.model"},
+    "llama.kernels.decode_step": {"llama.cache", "llama.kernels.native", "llama.model", "llama.quantization"},
     "llama.kernels.train_ops": {"llama.kernels.native"},
     "llama.kernels.prefill": {"llama.cache", "llama.kernels.decode_step", "llama.model"},
     "llama.decoding": {

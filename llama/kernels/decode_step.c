@@ -1,5 +1,5 @@
-/* One decode step of a Llama on a CPU with AMX: bfloat16 weights and cache, sums in fp32. See decode_step.py; parts of
-   it serve prefill.py.
+/* One decode step of a Llama on a CPU with AMX: weights of bfloat16, int8 or int4, a cache of bfloat16, sums in fp32.
+   See decode_step.py; parts of it serve prefill.py.
 
    A step reads every weight once and does next to nothing with it, so all that counts is to keep memory busy. A core
    that walks along one row of a matrix waits for one cache line after the other (two cores: 15 GB/s); here a tile
@@ -15,6 +15,7 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -22,14 +23,26 @@
 
 typedef uint16_t bf16;
 
+/* A matrix [N, K] as llama/quantization.py lays it out. INT8: codes times scales, fp32 [N]. INT4: blocks of 32 columns in
+   16 bytes, column j of a block in the low nibble of byte j, j + 16 in the high one, each less 8 and times a scale of its
+   group, bfloat16 [N, K / group_size]. */
+enum { BF16, INT8, INT4 };
+
 typedef struct {
-    const bf16 *wq, *wk, *wv, *wo, *w1, *w2, *w3, *attention_norm, *ffn_norm;
+    const void *data, *scales;
+    int64_t format, group_size;
+} Matrix;
+
+typedef struct {
+    Matrix wq, wk, wv, wo, w1, w2, w3;
+    const bf16 *attention_norm, *ffn_norm;
 } Layer;
 
 typedef struct {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size;
     float norm_eps;
-    const bf16 *tok_embeddings, *norm, *output;
+    Matrix tok_embeddings, output;
+    const bf16 *norm;
     const Layer *layers;
 } Model;
 
@@ -50,6 +63,8 @@ static inline void store(bf16 *y, __m512 x) {
     _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(x)); /* to nearest, ties to even, NaN stays NaN */
 }
 
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
 
 /* e^x for x <= 0: 2^n times a polynomial for 2^f, |f| <= 1/2; relative error below 3e-7. NaN stays NaN. */
@@ -64,21 +79,44 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Matrix products: y[M, N] = x[M, K] w[N, K]^T. Tile registers: 0 sums, 1 w, 2 x. */
+/* Matrix products: y[M, N] = x[M, K] w[N, K]^T for M <= 16. A core walks along 16 rows of w at once, a cache line of each
+   at a time; those 16 lines are one tile of bfloat16 or int8, and two of int4.
 
-enum { ROWS = 16, DEPTH = 32, AHEAD = 512 };
+   Quantized weights are multiplied as integers, for widening them to bfloat16 would take longer than reading them does:
+   the two threads of a core share two ports, and 512 weights are read in 20 ns. So x is what is taken apart, into
+   digits of 8 bits with one power of two per row of x (int8: 3 digits) or per 32 columns of it (int4: 2 digits). Of a
+   bfloat16 that keeps all that is above 2^-22 of the largest value of its row, or 2^-14 of the largest in its 32
+   columns; products and their sums in int32 are exact, in any order.
+
+   Tile registers: 0 to 2 sums, 3 to 5 x, 6 and 7 w. */
+
+enum { ROWS = 16, LINE = 64, PAGE = 4096, AHEAD = 1024 }; /* AHEAD: bytes of a row that are called for before they are needed */
+enum { PACKED = 80 };                        /* values of bfloat16 that 16 rows of x take at most, packed, per column */
 
 typedef struct {
-    const bf16 *w;
+    const Matrix *w;
     bf16 *y;
-    int64_t N; /* a multiple of 16; K is one of 32 */
+    int64_t N; /* a multiple of 16; K is one of 32, with int8 of 64, with int4 of 128 */
 } Product;
+
+/* 16 rows of w, `spread` rows apart, and where to. Memory delivers most where 16 pages are read side by side, so that
+   rows shorter than a page form a stream with those after them: of 16 streams, this is one row each, `left` bytes before
+   their end, `stride` bytes apart. `next` are the first rows of the streams that this core reads then, or NULL. */
+typedef struct {
+    const char *w, *next, *scales, *next_scales;
+    bf16 *y;
+    int64_t M, N, K, group_size, spread, stride, left;
+} Block;
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } TileConfig;
+
+static int64_t row_bytes_of(const Matrix *w, int64_t K) {
+    return w->format == BF16 ? 2 * K : w->format == INT8 ? K : K / 2;
+}
 
 /* The M 32-bit words that lie `stride` words apart, from `base` on. */
 static inline __m512i column(const void *base, int64_t stride, int64_t M) {
@@ -87,20 +125,276 @@ static inline __m512i column(const void *base, int64_t stride, int64_t M) {
     return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(M), offsets, base, 4);
 }
 
-/* 16 rows of w. AHEAD columns before they are needed, cache lines are called for: of the same rows or, near their end,
-   of the next 16, where there are `more`. */
-static void product_block(const bf16 *packed, const bf16 *w, bf16 *y, int64_t M, int64_t N, int64_t K, int more) {
+/* Cache lines are called for AHEAD bytes before they are needed: of the same streams or, near their end, of the next. */
+static inline void call_for(const Block *block, int64_t at) {
+    const char *w = block->w;
+    int64_t ahead = at + AHEAD;
+    if (ahead >= block->left) {
+        if (!block->next) return;
+        w = block->next;
+        ahead -= block->left;
+    }
+    for (int64_t i = 0; i < ROWS; i++) _mm_prefetch(w + i * block->stride + ahead, _MM_HINT_T1);
+}
+
+static inline void store_rows(const Block *block, int64_t m, __m512 y) {
+    bf16 *out = block->y + m * block->N, values[ROWS];
+    if (block->spread == 1) {
+        store(out, y);
+        return;
+    }
+    store(values, y);
+    for (int64_t i = 0; i < ROWS; i++) out[i * block->spread] = values[i];
+}
+
+/* bfloat16: x is packed as pairs, [K / 2, M]; one row lies so already. */
+
+static void pack_bf16(const bf16 *x, bf16 *packed, int64_t M, int64_t K) {
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < K / 2; pair++)
+        _mm512_mask_storeu_epi32(packed + pair * M * 2, first(M), column(x + pair * 2, K / 2, M));
+}
+
+static void block_bf16(const Block *block, const bf16 *packed) {
+    const int64_t M = block->M, depth = LINE / 2;
     float sums[ROWS * 16];
     _tile_zero(0);
-    for (int64_t k = 0; k < K; k += DEPTH) {
-        const int64_t ahead = k + AHEAD < K ? k + AHEAD : more ? ROWS * K + k + AHEAD - K : k;
-        for (int64_t row = 0; row < ROWS; row++) _mm_prefetch((const char *)(w + row * K + ahead), _MM_HINT_T1);
-        _tile_loadd(1, w + k, 2 * K);
-        _tile_loadd(2, packed + k * M, 4 * M);
-        _tile_dpbf16ps(0, 1, 2);
+    for (int64_t k = 0; k < block->K; k += depth) {
+        call_for(block, 2 * k);
+        _tile_loadd(6, block->w + 2 * k, block->stride);
+        _tile_loadd(3, packed + k * M, 4 * M);
+        _tile_dpbf16ps(0, 6, 3);
     }
     _tile_stored(0, sums, 4 * M);
-    for (int64_t m = 0; m < M; m++) store(y + m * N, _mm512_castsi512_ps(column(sums + m, M, ROWS)));
+    for (int64_t m = 0; m < M; m++) store_rows(block, m, _mm512_castsi512_ps(column(sums + m, M, ROWS)));
+}
+
+/* Digits. |x| < 2^e for all x of a row, or of 32 columns of it; x 2^-e = d0 2^-7 + d1 2^-15 + d2 2^-23, each d in
+   -128..127, and what is left below half a unit of the last digit, or a whole one where it is 127. */
+
+/* e of the `n` values, a multiple of 32: the exponent of the largest, NaN and infinity being larger than any number. */
+static inline int exponent_of(const bf16 *x, int64_t n) {
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 32)
+        top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(0x7fff)));
+    const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(0xffff)), odd = _mm512_srli_epi32(top, 16);
+    return (int)(_mm512_reduce_max_epu32(_mm512_max_epu32(even, odd)) >> 7) - 126;
+}
+
+/* 2^(e - 7), the unit of the first digit; NaN where a value is infinite or NaN, and with it all that it multiplies. */
+static inline float unit_of(int e) { return e < 129 ? ldexpf(1.0f, e - 7) : NAN; }
+
+/* The digits of 16 values, 16 bytes each. */
+static inline void digits_of(const bf16 *x, int e, int count, __m128i *digits) {
+    __m512 rest = _mm512_scalef_ps(load(x), _mm512_set1_ps((float)(7 - e)));
+    for (int i = 0; i < count; i++) {
+        const __m512 up = _mm512_floor_ps(_mm512_add_ps(rest, _mm512_set1_ps(0.5f)));
+        const __m512 digit = _mm512_min_ps(up, _mm512_set1_ps(127.0f));
+        digits[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(digit));
+        rest = _mm512_mul_ps(_mm512_sub_ps(rest, digit), _mm512_set1_ps(256.0f));
+    }
+}
+
+/* int8: digit j of row m is column j M + m of a tile, or column m of the j-th of three tiles where one is too narrow.
+   The units of the rows of x come first. */
+
+enum { DIGITS8 = 3 };
+
+static inline int64_t tiles_int8(int64_t M) { return DIGITS8 * M > 16 ? DIGITS8 : 1; }
+
+static void pack_int8(const bf16 *x, float *packed, int64_t M, int64_t K) {
+    const int64_t tiles = tiles_int8(M), width = DIGITS8 * M / tiles, to_next = tiles > 1 ? 16 * M : M;
+    int32_t *exponents = (int32_t *)packed + 16, *out = exponents + 16;
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < M; m++) {
+        exponents[m] = exponent_of(x + m * K, K);
+        packed[m] = unit_of(exponents[m]);
+    }
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < K; k += 16) {
+        for (int64_t m = 0; m < M; m++) {
+            int32_t words[DIGITS8][4];
+            __m128i digits[DIGITS8];
+            digits_of(x + m * K + k, exponents[m], DIGITS8, digits);
+            memcpy(words, digits, sizeof words);
+            int32_t *at = out + k / LINE * 16 * DIGITS8 * M + k % LINE / 4 * width + m;
+            for (int64_t j = 0; j < DIGITS8; j++)
+                for (int64_t i = 0; i < 4; i++) at[j * to_next + i * width] = words[j][i];
+        }
+    }
+}
+
+static void block_int8(const Block *block, const float *packed) {
+    const int64_t M = block->M, tiles = tiles_int8(M), width = DIGITS8 * M / tiles;
+    const int64_t to_next = tiles > 1 ? 16 * M : M;
+    const int32_t *x = (const int32_t *)packed + 32;
+    int32_t sums[DIGITS8 * ROWS * 16];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int64_t k = 0; k < block->K; k += LINE, x += 16 * DIGITS8 * M) {
+        call_for(block, k);
+        _tile_loadd(6, block->w + k, block->stride);
+        _tile_loadd(3, x, 4 * width);
+        _tile_dpbssd(0, 6, 3);
+        if (tiles == 1) continue;
+        _tile_loadd(4, x + to_next, 4 * width);
+        _tile_dpbssd(1, 6, 4);
+        _tile_loadd(5, x + 2 * to_next, 4 * width);
+        _tile_dpbssd(2, 6, 5);
+    }
+    _tile_stored(0, sums, 4 * width);
+    if (tiles > 1) {
+        _tile_stored(1, sums + to_next, 4 * width);
+        _tile_stored(2, sums + 2 * to_next, 4 * width);
+    }
+    const __m512 scales = _mm512_castsi512_ps(column(block->scales, block->spread, ROWS));
+    const __m512 next_digit = _mm512_set1_ps(0x1p-8f);
+    for (int64_t m = 0; m < M; m++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t j = DIGITS8 - 1; j >= 0; j--)
+            sum = _mm512_fmadd_ps(sum, next_digit, _mm512_cvtepi32_ps(column(sums + m + j * to_next, width, ROWS)));
+        store_rows(block, m, _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(packed[m])), scales));
+    }
+}
+
+/* int4: a line holds 128 columns, the low nibbles are one tile and the high ones another, each 16 times its code. The
+   four groups of 32 columns lie in different quarters of a tile row. A column of x is empty but for one quarter, so that
+   the sums of the groups come apart: column 4 j + g of 8 belongs to digit j and group g of a row of x, and two rows of x
+   share a tile. First come the units, 16 floats for each 128 columns and two rows of x. */
+
+enum { DIGITS4 = 2, DEPTH4 = 128, GROUP = 32, OCTET = 8 };
+
+static void pack_int4(const bf16 *x, float *packed, int64_t M, int64_t K) {
+    const int64_t pairs = (M + 1) / 2, width = M > 1 ? 16 : OCTET;
+    int32_t *tiles = (int32_t *)(packed + K / DEPTH4 * pairs * 16);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < K / DEPTH4 * pairs; i++) {
+        const int64_t m = i % pairs * 2;
+        float *units = packed + i * 16;
+        int32_t *low = tiles + i * 32 * width, *high = low + 16 * width;
+        memset(units, 0, 16 * sizeof *units);
+        memset(low, 0, (size_t)(32 * width) * sizeof *low);
+        for (int64_t g = 0; g < (m + 1 < M ? 2 : 1) * 4; g++) { /* g / 4: which of the two rows */
+            const bf16 *group = x + (m + g / 4) * K + i / pairs * DEPTH4 + g % 4 * GROUP;
+            const int e = exponent_of(group, GROUP);
+            int32_t words[2][DIGITS4][4];
+            __m128i digits[2][DIGITS4];
+            digits_of(group, e, DIGITS4, digits[0]);
+            digits_of(group + 16, e, DIGITS4, digits[1]);
+            memcpy(words, digits, sizeof words);
+            for (int64_t j = 0; j < DIGITS4; j++) {
+                const int64_t column_of = g / 4 * OCTET + j * 4 + g % 4;
+                units[column_of] = unit_of(e) * (j ? 0x1p-12f : 0x1p-4f); /* 2^-4: codes are 16 times too large */
+                for (int64_t p = 0; p < 4; p++) {
+                    low[(g % 4 * 4 + p) * width + column_of] = words[0][j][p];
+                    high[(g % 4 * 4 + p) * width + column_of] = words[1][j][p];
+                }
+            }
+        }
+        if (M == 1) memcpy(units + OCTET, units, OCTET * sizeof *units); /* two rows of w at once instead */
+    }
+}
+
+/* A line of each of 16 rows, 8 taken off: the low nibbles and the high ones, 16 times their value, as int8. */
+static inline void widen_int4(const char *w, int64_t row_bytes, char *low, char *high) {
+    const __m512i sign = _mm512_set1_epi8((char)0x88), keep = _mm512_set1_epi8((char)0xf0);
+    for (int64_t row = 0; row < ROWS; row++) {
+        const __m512i codes = _mm512_loadu_si512(w + row * row_bytes);
+        const __m512i left = _mm512_slli_epi16(codes, 4);
+        _mm512_store_si512(low + row * LINE, _mm512_ternarylogic_epi64(left, sign, keep, 0x28)); /* (a ^ b) & c */
+        _mm512_store_si512(high + row * LINE, _mm512_ternarylogic_epi64(codes, sign, keep, 0x28));
+    }
+}
+
+/* Bytes of the scales of 128 columns of one row. */
+static inline uint64_t scales_of(const char *scales, int64_t group_size) {
+    uint64_t word = 0;
+    memcpy(&word, scales, (size_t)(2 * DEPTH4 / group_size));
+    return word;
+}
+
+/* The scales of 128 columns of 16 rows in fp32, as they meet the sums: per vector four of one row, four times; with M = 1
+   four of one row, twice, and those of the next. */
+static inline void load_scales(const char *scales, int64_t row_bytes, int64_t group_size, int64_t M, __m512 *out) {
+    const int64_t step = group_size / GROUP; /* groups of 32 that share a scale */
+    short index[32];
+    for (int i = 0; i < 32; i++) index[i] = (short)((M == 1 ? i / 16 * 4 : 0) + i / 2 % 4 / step);
+    const __m512i from = _mm512_loadu_si512(index);
+    for (int64_t i = 0; i < (M == 1 ? ROWS / 2 : ROWS); i++) {
+        const char *at = scales + (M == 1 ? 2 * i : i) * row_bytes;
+        __m512i words = _mm512_set1_epi64((long long)scales_of(at, group_size));
+        if (M == 1) words = _mm512_mask_set1_epi64(words, 2, (long long)scales_of(at + row_bytes, group_size));
+        out[i] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, words)); /* the upper halves */
+    }
+}
+
+static inline void accumulate(float *acc, const int32_t *sums, const float *units, const __m512 *scales, int64_t count) {
+    const __m512 unit = _mm512_loadu_ps(units);
+    for (int64_t i = 0; i < count; i++) {
+        const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * i)), unit);
+        _mm512_store_ps(acc + 16 * i, _mm512_fmadd_ps(exact, scales[i], _mm512_load_ps(acc + 16 * i)));
+    }
+}
+
+/* Eight neighbours become one sum, the first of them. */
+static inline __m512 sum_octets(__m512 x) {
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+    return _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+}
+
+/* While tiles are multiplied, the next line is widened and the sums before are scaled. */
+static inline __attribute__((always_inline)) void block_int4_of(const Block *block, const float *packed, int64_t M,
+                                                                int64_t group_size) {
+    _Alignas(64) char wide[2][2][ROWS * LINE];
+    _Alignas(64) int32_t sums[2][ROWS * 16];
+    _Alignas(64) float acc[8 * ROWS * 16], result[16][ROWS];
+    __m512 scales[ROWS];
+    const int64_t pairs = (M + 1) / 2, width = M > 1 ? 16 : OCTET, count = width, steps = block->K / DEPTH4;
+    const int64_t scale_bytes = 2 * block->K / group_size, to_next = scale_bytes / steps;
+    const int32_t *tiles = (const int32_t *)(packed + steps * pairs * 16);
+    memset(acc, 0, (size_t)(pairs * 16 * count) * sizeof *acc);
+    widen_int4(block->w, block->stride, wide[0][0], wide[0][1]);
+    int64_t unit = 0;
+    for (int64_t step = 0; step < steps; step++) {
+        const char *low = wide[step & 1][0], *high = wide[step & 1][1];
+        call_for(block, step * LINE);
+        for (int64_t i = 0; i < ROWS * to_next; i += LINE)
+            _mm_prefetch(block->next_scales + step * ROWS * to_next + i, _MM_HINT_T1);
+        if (step + 1 < steps)
+            widen_int4(block->w + (step + 1) * LINE, block->stride, wide[~step & 1][0], wide[~step & 1][1]);
+        _tile_loadd(6, low, LINE);
+        _tile_loadd(7, high, LINE);
+        for (int64_t pair = 0; pair < pairs; pair++, unit++) {
+            const int32_t *x = tiles + unit * 32 * width;
+            _tile_zero(0);
+            _tile_loadd(3, x, 4 * width);
+            _tile_dpbssd(0, 6, 3);
+            _tile_loadd(4, x + 16 * width, 4 * width);
+            _tile_dpbssd(0, 7, 4);
+            _tile_stored(0, sums[unit & 1], 4 * width);
+            if (unit)
+                accumulate(acc + (unit - 1) % pairs * 16 * count, sums[~unit & 1], packed + (unit - 1) * 16, scales, count);
+            if (pair == 0)
+                load_scales(block->scales + step * to_next, block->spread * scale_bytes, group_size, M, scales);
+        }
+    }
+    accumulate(acc + (pairs - 1) * 16 * count, sums[~unit & 1], packed + (unit - 1) * 16, scales, count);
+    for (int64_t i = 0; i < pairs * count; i++) {
+        _Alignas(64) float octets[16];
+        _mm512_store_ps(octets, sum_octets(_mm512_load_ps(acc + 16 * i)));
+        for (int64_t half = 0; half < 2; half++)
+            if (M == 1) result[0][2 * i + half] = octets[OCTET * half];
+            else result[i / ROWS * 2 + half][i % ROWS] = octets[OCTET * half];
+    }
+    for (int64_t m = 0; m < M; m++) store_rows(block, m, _mm512_load_ps(result[m]));
+}
+
+static void block_int4(const Block *block, const float *packed) {
+    const int64_t M = block->M, group_size = block->group_size;
+    if (group_size == 32) M == 1 ? block_int4_of(block, packed, 1, 32) : block_int4_of(block, packed, M, 32);
+    else M == 1 ? block_int4_of(block, packed, 1, group_size) : block_int4_of(block, packed, M, group_size);
 }
 
 static void configure(const TileConfig *config) {
@@ -108,41 +402,121 @@ static void configure(const TileConfig *config) {
     _tile_loadconfig(config);
 }
 
-/* Several products of the same M <= 16 rows, which are packed once into [K / 2, M] pairs; one row lies so already. */
-static void products_of_16(const bf16 *x, bf16 *packed, const Product *list, int count, int64_t M, int64_t K) {
+static TileConfig config_of(int64_t format, int64_t M) {
+    const int64_t width = format == BF16 ? M : format == INT8 ? DIGITS8 * M / tiles_int8(M) : M > 1 ? 16 : OCTET;
     TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 3; tile++) {
+    for (int tile = 0; tile < 8; tile++) {
         config.rows[tile] = 16;
-        config.row_bytes[tile] = tile == 1 ? 64 : (uint16_t)(4 * M);
+        config.row_bytes[tile] = tile < 6 ? (uint16_t)(4 * width) : LINE;
     }
+    return config;
+}
+
+/* Rows of a matrix that form one stream: as many as a page holds. */
+static int64_t spread_of(const Product *product, int64_t K) {
+    int64_t spread = larger(1, PAGE / row_bytes_of(product->w, K));
+    while (product->N % (ROWS * spread)) spread--;
+    return spread;
+}
+
+/* Block j of a matrix in the order in which they are read. */
+static Block block_of(const Product *product, int64_t j, int64_t M, int64_t K) {
+    const Matrix *w = product->w;
+    const int64_t row_bytes = row_bytes_of(w, K), spread = spread_of(product, K);
+    const int64_t scale_bytes = w->format == INT4 ? 2 * K / w->group_size : w->format == INT8 ? 4 : 0;
+    const int64_t streams = j / spread, nth = j % spread, row = streams * ROWS * spread + nth;
+    const char *scales = w->format == BF16 ? NULL : (const char *)w->scales + row * scale_bytes;
+    return (Block){
+        .w = (const char *)w->data + row * row_bytes,
+        .scales = scales,
+        .next_scales = scales + (ROWS * spread + (ROWS - 1) * nth) * scale_bytes,
+        .y = product->y + row,
+        .M = M,
+        .N = product->N,
+        .K = K,
+        .group_size = w->group_size,
+        .spread = spread,
+        .stride = spread * row_bytes,
+        .left = (spread - nth) * row_bytes,
+    };
+}
+
+/* Several products of the same M <= 16 rows with weights of one format; x is packed once. */
+static void products_of_16(const bf16 *x, void *packed, const Product *list, int count, int64_t M, int64_t K) {
+    const int64_t format = list[0].w->format;
+    const TileConfig config = config_of(format, M);
 #pragma omp parallel
     {
         TileConfig before = {0}; /* PyTorch's own kernels leave their configuration and expect to find it again */
         _tile_storeconfig(&before);
         configure(&config);
-        if (M > 1) {
-#pragma omp for schedule(static)
-            for (int64_t pair = 0; pair < K / 2; pair++)
-                _mm512_mask_storeu_epi32(packed + pair * M * 2, first(M), column(x + pair * 2, K / 2, M));
-        }
+        const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
+        if (format == INT8) pack_int8(x, packed, M, K);
+        else if (format == INT4) pack_int4(x, packed, M, K);
+        else if (M > 1) pack_bf16(x, packed, M, K);
         for (int i = 0; i < count; i++) {
-            const int64_t N = list[i].N, blocks = N / ROWS;
-#pragma omp for schedule(static) nowait
-            for (int64_t j = 0; j < blocks; j++)
-                product_block(M > 1 ? packed : x, list[i].w + j * ROWS * K, list[i].y + j * ROWS, M, N, K,
-                              j + 1 < blocks);
+            const int64_t spread = spread_of(&list[i], K), streams = list[i].N / ROWS / spread;
+            const int64_t end = streams * (mine + 1) / threads * spread;
+            for (int64_t j = streams * mine / threads * spread; j < end; j++) {
+                Block block = block_of(&list[i], j, M, K);
+                const int64_t after = (j / spread + 1) * spread;
+                if (after < end) block.next = block_of(&list[i], after, M, K).w;
+                if (format == INT8) block_int8(&block, packed);
+                else if (format == INT4) block_int4(&block, packed);
+                else block_bf16(&block, M > 1 ? packed : x);
+            }
         }
         if (before.palette) configure(&before);
         else _tile_release();
     }
 }
 
-static void products(const bf16 *x, bf16 *packed, const Product *list, int count, int64_t M, int64_t K) {
+static void products(const bf16 *x, void *packed, const Product *list, int count, int64_t M, int64_t K) {
     for (int64_t m = 0; m < M; m += 16) {
         Product part[3];
         for (int i = 0; i < count; i++) part[i] = (Product){list[i].w, list[i].y + m * list[i].N, list[i].N};
         products_of_16(x + m * K, packed, part, count, M - m < 16 ? M - m : 16, K);
     }
+}
+
+/* 32 codes of a row times their scale, which is one for all of them. */
+static inline void widen_32(const Matrix *w, const char *row, int64_t k, float scale, bf16 *y) {
+    __m512i low, high;
+    if (w->format == INT8) {
+        low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + k)));
+        high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + k + 16)));
+    } else {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(row + k / 2)));
+        low = _mm512_sub_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), _mm512_set1_epi32(8));
+        high = _mm512_sub_epi32(_mm512_srli_epi32(bytes, 4), _mm512_set1_epi32(8));
+    }
+    store(y, _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(scale)));
+    store(y + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(scale)));
+}
+
+/* Row `row` of K columns, a multiple of 32, as bfloat16. */
+static void widen_row(const Matrix *w, int64_t row, bf16 *y, int64_t K) {
+    const char *data = (const char *)w->data + row * row_bytes_of(w, K);
+    if (w->format == BF16) {
+        memcpy(y, data, (size_t)K * sizeof *y);
+        return;
+    }
+    for (int64_t k = 0; k < K; k += 32) {
+        float scale;
+        if (w->format == INT8) {
+            scale = ((const float *)w->scales)[row];
+        } else {
+            const uint32_t bits = (uint32_t)((const bf16 *)w->scales)[(row * K + k) / w->group_size] << 16;
+            memcpy(&scale, &bits, sizeof scale);
+        }
+        widen_32(w, data, k, scale, y + k);
+    }
+}
+
+/* `count` rows, from `row` on, as bfloat16 [count, K]: codes times scales, rounded once. */
+void widen_rows(const Matrix *w, int64_t row, int64_t count, int64_t K, bf16 *y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) widen_row(w, row + i, y + i * K, K);
 }
 
 /* y = bf16(x / sqrt(mean(x^2) + eps)) * weight over rows of N, a multiple of 16. */
@@ -287,12 +661,10 @@ static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 
 
 /* The step. */
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /* Values of bfloat16 that a step of M rows, which are B * T, needs to work in. */
 int64_t decode_workspace(const Model *model, int64_t M, int64_t S) {
     const int64_t dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;
-    return M * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + 16 * larger(dim, ffn);
+    return M * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + PACKED * larger(dim, ffn);
 }
 
 /* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T], whose rotations are `cos_sin` [B, T, D]; keys and values are
@@ -306,31 +678,30 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
     float *scores = (float *)workspace;
     bf16 *x = workspace + 2 * M * model->n_heads * S, *h = x + M * dim, *q = h + M * dim, *out = q + M * dim;
     bf16 *k = out + M * dim, *v = k + M * kv, *gate = v + M * kv, *up = gate + M * ffn, *packed = up + M * ffn;
-    for (int64_t m = 0; m < M; m++)
-        memcpy(x + m * dim, model->tok_embeddings + tokens[m] * dim, (size_t)dim * sizeof *x);
+    for (int64_t m = 0; m < M; m++) widen_row(&model->tok_embeddings, tokens[m], x + m * dim, dim);
     for (int64_t i = 0; i < model->n_layers; i++) {
         const Layer *layer = &model->layers[i];
         const int64_t offset = i * B * kv * S;
         rms_norm(x, layer->attention_norm, h, model->norm_eps, M, dim);
-        products(h, packed, (Product[]){{layer->wq, q, dim}, {layer->wk, k, kv}, {layer->wv, v, kv}}, 3, M, dim);
+        products(h, packed, (Product[]){{&layer->wq, q, dim}, {&layer->wk, k, kv}, {&layer->wv, v, kv}}, 3, M, dim);
         attend(model, q, k, v, cos_sin, pos, keys + offset, values + offset, scores, out, B, T, S);
-        products(out, packed, (Product[]){{layer->wo, h, dim}}, 1, M, dim);
+        products(out, packed, (Product[]){{&layer->wo, h, dim}}, 1, M, dim);
         add(x, h, M * dim);
         rms_norm(x, layer->ffn_norm, h, model->norm_eps, M, dim);
-        products(h, packed, (Product[]){{layer->w1, gate, ffn}, {layer->w3, up, ffn}}, 2, M, dim);
+        products(h, packed, (Product[]){{&layer->w1, gate, ffn}, {&layer->w3, up, ffn}}, 2, M, dim);
         silu_mul(gate, up, M * ffn);
-        products(gate, packed, (Product[]){{layer->w2, h, dim}}, 1, M, ffn);
+        products(gate, packed, (Product[]){{&layer->w2, h, dim}}, 1, M, ffn);
         add(x, h, M * dim);
     }
     rms_norm(x, model->norm, h, model->norm_eps, M, dim);
-    products(h, packed, (Product[]){{model->output, logits, model->vocab_size}}, 1, M, dim);
+    products(h, packed, (Product[]){{&model->output, logits, model->vocab_size}}, 1, M, dim);
     return 0;
 }
 
 /* Reads `n` bytes, but for a rest below 64 KiB, and does nothing else: 16 streams a core, as above, an addition a line.
    The measure of what the machine's memory delivers. */
 int64_t read_all(const char *data, int64_t n) {
-    const int64_t page = 4096;
+    const int64_t page = PAGE;
     int64_t total = 0;
 #pragma omp parallel for schedule(static) reduction(+ : total)
     for (int64_t block = 0; block < n / (ROWS * page); block++) {
@@ -338,7 +709,7 @@ int64_t read_all(const char *data, int64_t n) {
         __m512i sum = _mm512_setzero_si512();
         for (int64_t i = 0; i < page; i += 64)
             for (int64_t row = 0; row < ROWS; row++) {
-                const int64_t ahead = i + 2 * AHEAD < page ? i + 2 * AHEAD : ROWS * page + i + 2 * AHEAD - page;
+                const int64_t ahead = i + AHEAD < page ? i + AHEAD : ROWS * page + i + AHEAD - page;
                 _mm_prefetch(rows + row * page + ahead, _MM_HINT_T1);
                 sum = _mm512_add_epi64(sum, _mm512_loadu_si512(rows + row * page + i));
             }

@@ -1,16 +1,17 @@
-"""A whole decode step in C, at the speed of the CPU's memory: bfloat16, a few tokens a row, KV cache on.
+"""A whole decode step in C, at the speed of the CPU's memory: weights of bfloat16, int8 or int4.
 
 In PyTorch, on two Xeon cores with AMX, a product of one row with a matrix reads 13 GB/s of the 25 that the machine
 delivers, scaled_dot_product_attention reads the cache at 6, and 700 small operations cost another tenth of the step.
 decode_step.c says how it gets around each. Its slow twin is `Transformer.forward` with a cache, to which it is equal up
-to rounding. Several tokens of a row at once give the same bits as one after the other, and up to 16 tokens in all cost
-about as much as one: the weights are read once.
+to rounding. Several tokens of a row at once give the same bits as one after the other. The weights are read once for 16
+tokens, which cost little more than one with bfloat16; with int4 it is the arithmetic that counts from a few on.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,58 @@ from torch import Tensor, nn
 from llama.cache import KVCache
 from llama.kernels import native
 from llama.model import Attention, FeedForward, RMSNorm, TokenEmbedding, Transformer, TransformerBlock, rope_table
+from llama.quantization import Int4Linear, Int8Embedding, Int8Linear
 
-FLAGS = ("-mavx512f", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+FLAGS = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 LAYER_WEIGHTS = (
     "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w2 feed_forward.w3 "
     "attention_norm ffn_norm"
 ).split()
-PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, TokenEmbedding, nn.Linear, nn.ModuleList}
+PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList}
+
+
+class _Format(NamedTuple):
+    """How decode_step.c knows a kind of matrix, and how many columns it takes at a time."""
+
+    code: int
+    dtype: torch.dtype
+    columns: int
+
+
+_BF16, _INT8, _INT4 = _Format(0, torch.bfloat16, 32), _Format(1, torch.int8, 64), _Format(2, torch.uint8, 128)
+FORMATS = {nn.Linear: _BF16, TokenEmbedding: _BF16, Int8Linear: _INT8, Int8Embedding: _INT8, Int4Linear: _INT4}
+
+
+class Matrix(ctypes.Structure):
+    """A matrix as decode_step.c sees it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales")),
+        *((name, ctypes.c_int64) for name in ("format", "group_size")),
+    )
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Matrix:
+        """The matrix of a linear layer or a table. It holds addresses, so the module has to outlive it."""
+        scales = getattr(module, "scales", None)
+        address = None if scales is None else scales.data_ptr()
+        group_size = getattr(module, "group_size", 0)
+        return cls(module.weight.data_ptr(), address, FORMATS[type(module)].code, group_size)
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = tuple((name.split(".")[-1], ctypes.c_void_p) for name in LAYER_WEIGHTS)
+    _fields_ = tuple(
+        (name.split(".")[-1], ctypes.c_void_p if name.endswith("norm") else Matrix) for name in LAYER_WEIGHTS
+    )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_int64) for n in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size".split()),
         ("norm_eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("tok_embeddings", "norm", "output")),
+        ("tok_embeddings", Matrix),
+        ("output", Matrix),
+        ("norm", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_Layer)),
     )
 
@@ -54,22 +89,50 @@ def library() -> ctypes.CDLL | None:
     loaded.rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int64, ctypes.c_int64]
     loaded.silu_mul.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     loaded.rotate_heads.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
-    loaded.rms_norm.restype = loaded.silu_mul.restype = loaded.rotate_heads.restype = None
+    loaded.widen_rows.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    loaded.rms_norm.restype = loaded.widen_rows.restype = loaded.silu_mul.restype = loaded.rotate_heads.restype = None
     loaded.read_all.argtypes, loaded.read_all.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
     return loaded
 
 
 def supports(model: Transformer) -> bool:
-    """Whether the kernel computes what `model` computes: its own modules, plain bfloat16 weights in main memory."""
-    args, weights = model.args, list(model.parameters())
-    if any(w.dtype is not torch.bfloat16 or w.device.type != "cpu" or not w.is_contiguous() for w in weights):
+    """Whether the kernel computes what `model` computes: its own modules, in main memory.
+
+    Norms, activations and cache in bfloat16; the matrices of the blocks in one of bfloat16, int8 and int4.
+    """
+    args, modules = model.args, list(model.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return False  # somebody who looks on, and needs the real forward; so do the other layers there are: adapters
+    matrices = [m for m in modules if type(m) in FORMATS]
+    if len(matrices) + sum(type(m) in PLAIN for m in modules) < len(modules) or not all(map(_is_as_expected, modules)):
         return False
-    if any(type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return False  # an adapter, a quantized layer, somebody who looks on: they all need the real forward
-    is_whole = sum(w.numel() for w in weights) == args.n_params()  # a pruned one has fewer
-    fits = args.dim % 32 == 0 and args.ffn_dim % 32 == 0 and args.vocab_size % 16 == 0
+    body = {type(m) for block in model.layers for m in block.modules() if type(m) in FORMATS}
+    columns = [FORMATS[kind].columns for kind in body] + [FORMATS[type(_head(model))].columns]
+    is_whole = _n_values(model) == args.n_params()  # a pruned one has fewer
+    fits = len(body) == 1 and all(n % max(columns) == 0 for n in (args.dim, args.ffn_dim)) and args.vocab_size % 16 == 0
     fits = fits and args.head_dim % 32 == 0 and args.head_dim <= 256 and args.n_kv_heads * args.head_dim % 16 == 0
     return is_whole and fits and library() is not None
+
+
+def _head(model: Transformer) -> nn.Module:
+    return model.tok_embeddings if model.output is None else model.output
+
+
+def _n_values(model: Transformer) -> int:
+    """Parameters of a model, two in a byte of int4."""
+    packed = sum(m.weight.numel() for m in model.modules() if type(m) is Int4Linear)
+    return sum(p.numel() for p in model.parameters()) + packed
+
+
+def _is_as_expected(module: nn.Module) -> bool:
+    """Tensors in main memory, as they lie in a fresh layer, of the kind's dtypes."""
+    expected = FORMATS[type(module)].dtype if type(module) in FORMATS else torch.bfloat16
+    kinds = [(p, expected) for p in module.parameters(recurse=False)]
+    if type(module) in (Int8Linear, Int8Embedding, Int4Linear):
+        kinds.append((module.scales, torch.bfloat16 if type(module) is Int4Linear else torch.float32))
+    if type(module) is Int8Embedding and module.dtype is not torch.bfloat16:
+        return False
+    return all(t.dtype is dtype and t.device.type == "cpu" and t.is_contiguous() for t, dtype in kinds)
 
 
 class NativeStep:
@@ -81,10 +144,11 @@ class NativeStep:
         layers = (_Layer * args.n_layers)()
         for layer, block in zip(layers, model.layers, strict=True):
             for name in LAYER_WEIGHTS:
-                setattr(layer, name.split(".")[-1], block.get_submodule(name).weight.data_ptr())
-        head = model.tok_embeddings if model.output is None else model.output
+                module = block.get_submodule(name)
+                value = module.weight.data_ptr() if type(module) is RMSNorm else Matrix.of(module)
+                setattr(layer, name.split(".")[-1], value)
         shape = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size)
-        tables = (module.weight.data_ptr() for module in (model.tok_embeddings, model.norm, head))
+        tables = (Matrix.of(model.tok_embeddings), Matrix.of(_head(model)), model.norm.weight.data_ptr())
         self._struct = _Model(*shape, args.norm_eps, *tables, layers)
         self._workspace = cache.k.new_empty(0)
 
