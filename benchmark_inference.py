@@ -3,6 +3,7 @@
     python benchmark_inference.py                            # Llama 3.2 1B's shape, random weights, 256 + 32 tokens
     python benchmark_inference.py --model=tiny               # the same table of the embedded model's shape, in a minute
     python benchmark_inference.py --against=transformers     # and Hugging Face's generate on the same weights and ids
+    python benchmark_inference.py --weights=bf16,int8,int4 --cache=on    # quantized weights beside plain ones
 
 Each cell has a process of its own, which loads, warms up, and then runs when it is told to; the rounds go through the
 cells in shuffled order, so that a slow minute of the machine hits all of them. On a GPU a cell's process ends before
@@ -10,14 +11,16 @@ the next one begins, for the sake of its memory. Before anything is timed, the t
 compared in fp32.
 
 Columns: "x floor" is the median of time over the least time that the hardware allows, both measured in the same round.
-The floor of a decode step is its bytes (each weight once, the keys and values so far) over the best rate at which any
-reading kernel goes through the weights; that of a prefill, and of everything without the cache, is its FLOPs over the
-best rate of the network's own largest products; that of memory is weights + cache + one row of logits each.
+The floor of a decode step is its bytes (each weight once as it is stored, the keys and values so far) over the best
+rate at which any reading kernel goes through the weights; that of a prefill, and of everything without the cache, is
+its FLOPs over the best rate of the network's own largest products; that of memory is weights + cache + one row of
+logits each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tempfile
 import time
@@ -27,30 +30,39 @@ from typing import Any
 
 import torch
 
-from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors
+from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import DECODING
 from llama.errors import EnvironmentFailure, InputError
+from llama.model import RMSNorm
+from llama.quantization import Quantization
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "reports" / "results" / "inference.jsonl"
 FIGURES = ROOT / "reports" / "figures"
 Generate = Callable[[int, Callable[[int], None] | None], Any]  # so many tokens; called back after each step
 CONTEXT = 131_072  # positions that Llama 3.2 was trained for
+PLAIN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what plain weights of a dtype are called
+QUANTIZED = {"int8": Quantization(8), "int4": Quantization(4)}
 PEERS = ("transformers", "transformers static", "transformers compiled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of the table: who generates, how many rows, with or without the cache."""
+    """One cell of the table: who generates, how many rows, with or without the cache, with weights of which format.
+
+    Without a format they are as they lie in the checkpoint.
+    """
 
     engine: str
     batch_size: int
     use_cache: bool
+    weights: str | None = None
 
     def __str__(self) -> str:
-        return f"batch {self.batch_size}, {self.engine}, cache {'on' if self.use_cache else 'off'}"
+        weights = f", {self.weights}" if self.weights else ""
+        return f"batch {self.batch_size}, {self.engine}, cache {'on' if self.use_cache else 'off'}{weights}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     decoding: str = "auto",
+    weights: str | None = None,
     against: str | None = None,
     memory_limit_gb: float | None = None,
     seed: int = 1,
@@ -103,6 +116,7 @@ def main(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (the device's 16-bit type), float32, bfloat16 or float16.
         decoding: auto, eager or compiled; see llama/decoding.py.
+        weights: formats of random weights, separated by commas: the dtype's own (bf16, fp16 or fp32), int8, int4.
         against: transformers, to measure Hugging Face's generate on the same weights and ids too (needs transformers).
         memory_limit_gb: hold a larger GPU to this much memory; a P100 has 16.
         seed: of weights, prompts and the order of the cells.
@@ -117,14 +131,15 @@ def main(
     wanted = check_flags(model, batch_sizes, input_len, output_len, cache, repeats, warm_up, decoding, against)
     if dtype == "auto" and devices.resolve(device)[0].type == "cpu":
         dtype = "bfloat16"  # half the bytes; the library's own default on a CPU is fp32, for exactness
-    resolved, weights = devices.resolve(device, dtype)
+    resolved, compute_dtype = devices.resolve(device, dtype)
+    name = str(compute_dtype).removeprefix("torch.")
+    wanted = with_weights(wanted, weights, name, ckpt_dir)
     if memory_limit_gb is not None and (resolved.type != "cuda" or memory_limit_gb <= 0):
         raise InputError(f"--memory_limit_gb={memory_limit_gb}: expected more than 0, and a CUDA device to limit")
     path = Path(results) if results is not None else RESULTS
     bench.require_writable(path)
-    name = str(weights).removeprefix("torch.")
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-        directory = cells.provide_weights(Path(folder), model, ckpt_dir, weights, seed, against is not None)
+        directory = cells.provide_weights(Path(folder), model, ckpt_dir, compute_dtype, seed, against is not None)
         shape = (input_len, output_len, str(resolved), name, decoding, warm_up, memory_limit_gb, seed)
         plan = Plan(str(directory.resolve()), *shape)
         check = start(plan, None)
@@ -183,6 +198,20 @@ def check_flags(
     return ours + [Cell(peer, size, True) for size in sizes for peer in PEERS if against]
 
 
+def with_weights(wanted: list[Cell], weights: str | None, dtype: str, ckpt_dir: str | None) -> list[Cell]:
+    """The cells once for each format of the weights. Raises InputError for what is not one, or not random."""
+    if weights is None:
+        return wanted
+    names = weights.split(",")
+    known = [PLAIN[dtype], *QUANTIZED]
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        raise InputError(f"--weights={weights}: expected different ones of {', '.join(known)}")
+    if ckpt_dir is not None:
+        raise InputError("--weights: is for random weights; those of --ckpt_dir are measured as they are stored")
+    peers = [cell for cell in wanted if cell.engine != "llama"]
+    return [dataclasses.replace(cell, weights=name) for name in names for cell in wanted if cell not in peers] + peers
+
+
 def start(plan: Plan, cell: Cell | None) -> cells.Worker:
     """A process for a cell; for the check of the tokens where there is none."""
     return cells.Worker(__file__, {"plan": dataclasses.asdict(plan), "cell": cell and dataclasses.asdict(cell)})
@@ -238,7 +267,9 @@ class CellRunner:
         if self.generate is None:
             self._prepare()
         values: dict[str, Any] = (
-            self._floors() | {"decoding": self.llama.decoder.name} if cell.engine == "llama" else {}
+            self._floors() | {"decoding": self.llama.decoder.name, "weights": weights_of(self.llama.model)}
+            if cell.engine == "llama"
+            else {}
         )
         times: list[float] = []  # of the start and of the first token
 
@@ -283,7 +314,7 @@ class CellRunner:
         bandwidth = max(floors.read_bandwidth(self.llama.model).values())
         rate = max(floors.product_rate(self.llama.model).values())
         size, batch, n = self.dtype.itemsize, cell.batch_size, plan.output_len
-        step_bytes = floors.step_bytes(self.llama.model, batch, plan.input_len + n // 2)
+        step_bytes = floors.decode_bytes(self.llama.model, batch, plan.input_len + n // 2)
         prefill_s = batch * args.forward_flops(plan.input_len) / rate
         if cell.use_cache:
             step_s = step_bytes / bandwidth
@@ -291,8 +322,7 @@ class CellRunner:
             flops = sum(args.forward_flops(plan.input_len + i) for i in range(1, n))
             step_s = batch * flops / rate / (n - 1)
         cache = args.kv_cache_bytes(batch, plan.input_len + n - 1, size) if cell.use_cache else 0
-        weights = sum(tensor.nbytes for tensor in self.llama.model.state_dict().values())
-        memory = weights + cache + batch * args.vocab_size * size
+        memory = floors.weight_bytes(self.llama.model) + cache + batch * args.vocab_size * size
         return {
             "read_gb_s": bandwidth / 1e9,
             "product_tflop_s": rate / 1e12,
@@ -313,10 +343,37 @@ def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
 
 def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Llama]:
     """A function that generates that many tokens, and what it does that with."""
-    model = checkpoint.load(plan.ckpt_dir, dtype, device)
+    if cell.weights in QUANTIZED:
+        model = random_codes(plan, QUANTIZED[cell.weights], device, dtype)
+    else:
+        model = checkpoint.load(plan.ckpt_dir, dtype, device)
     llama = Llama(model, None, plan.input_len + plan.output_len, cell.batch_size, decoding=plan.decoding)
     prompts = random_prompts(model.args.vocab_size, cell.batch_size, plan.input_len, plan.seed)
     return lambda n, at_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=at_step), llama
+
+
+@torch.no_grad()
+def random_codes(plan: Plan, config: Quantization, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A quantized model of the checkpoint's shape with random codes, of the size of random weights."""
+    args = checkpoint.read_args(plan.ckpt_dir)
+    with torch.device("meta"):
+        model = Transformer(args).to(dtype)
+        quantization.lay_out(model, config)
+    model = model.to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(plan.seed)
+    for module in model.modules():
+        if hasattr(module, "scales"):
+            module.weight.random_(generator=generator)  # every value of the type
+            module.scales.fill_(0.02 / (4.6 if module.weight.dtype == torch.uint8 else 74))  # codes' deviation
+        elif isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+    return model
+
+
+def weights_of(model: Transformer) -> str:
+    """What a row calls the format of a model's weights."""
+    found = quantization.quantization_of(model)
+    return f"int{found.bits}" if found else PLAIN[str(model.norm.weight.dtype).removeprefix("torch.")]
 
 
 def load_transformers(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, None]:
@@ -345,17 +402,24 @@ def append_row(
     path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, Any]], device: torch.device
 ) -> dict[str, Any]:
     """One row for a cell; without metrics where memory ran out."""
-    names = [name for name in runs[0] if name != "decoding"] if runs else []
+    names = [name for name in runs[0] if name not in ("decoding", "weights")] if runs else []
     metrics = {name: bench.spread([run[name] for run in runs]) for name in names}
     place = {"model": label, **dataclasses.asdict(cell), "input_len": plan.input_len, "output_len": plan.output_len}
     decoding = runs[0].get("decoding", "peer") if runs else plan.decoding
-    place |= {"decoding": decoding, "memory_limit_gb": plan.memory_limit_gb}
+    weights = (runs[0].get("weights") if runs else None) or cell.weights or PLAIN[plan.dtype]
+    place |= {"decoding": decoding, "memory_limit_gb": plan.memory_limit_gb, "weights": weights}
     return bench.append_row(path, "inference", place, metrics, device, plan.dtype, plan.seed)
 
 
-def _cells(rows: list[dict], engine: str, use_cache: bool) -> dict[int, dict[str, Any]]:
-    """Metrics by batch size."""
-    chosen = [row for row in rows if (row["cell"]["engine"], row["cell"]["use_cache"]) == (engine, use_cache)]
+def _formats(rows: list[dict]) -> list[str | None]:
+    """The formats of our weights, in the order of the rows; None in rows from before there were several."""
+    return list(dict.fromkeys(row["cell"].get("weights") for row in rows if row["cell"]["engine"] == "llama"))
+
+
+def _cells(rows: list[dict], use_cache: bool, weights: str | None) -> dict[int, dict[str, Any]]:
+    """Our metrics by batch size."""
+    wanted = ("llama", use_cache, weights)
+    chosen = [row for row in rows if tuple(row["cell"].get(n) for n in ("engine", "use_cache", "weights")) == wanted]
     return {row["cell"]["batch_size"]: row["metrics"] for row in sorted(chosen, key=lambda r: r["cell"]["batch_size"])}
 
 
@@ -372,8 +436,10 @@ def table(rows: list[dict]) -> str:
     cell = rows[0]["cell"]
     lines = [f"| {cell['input_len']} + {cell['output_len']} tokens | " + " | ".join(f"batch {n}" for n in sizes) + " |"]
     lines.append("|---|" + "---|" * len(sizes))
-    for use_cache, title in ((True, "with KV cache"), (False, "without")):
-        metrics = _cells(rows, "llama", use_cache)
+    formats = _formats(rows)
+    for use_cache, weights in itertools.product((True, False), formats):
+        title = ("with KV cache" if use_cache else "without") + (f", {weights}" if len(formats) > 1 else "")
+        metrics = _cells(rows, use_cache, weights)
         for label, name, form in (("peak memory (MB)", "peak_memory_mb", ",.0f"), ("runtime (s)", "runtime_s", ".2f")):
             if metrics:
                 values = " | ".join(_number(metrics.get(size), name, form) for size in sizes)
@@ -388,7 +454,8 @@ def details(rows: list[dict]) -> str:
     ]
     lines[0] += " memory x floor | its runtime / ours |"
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    ours = _cells(rows, "llama", True)
+    formats = _formats(rows)
+    ours = _cells(rows, True, formats[0])  # what all others are compared with
     for row in sorted(rows, key=lambda r: (r["cell"]["batch_size"], r["cell"]["engine"], not r["cell"]["use_cache"])):
         cell, m = row["cell"], row["metrics"]
         run = m.get("runtime_s")
@@ -399,7 +466,8 @@ def details(rows: list[dict]) -> str:
         x_floor = {
             name: _number(m, f"{name}_over_floor_x", ".2f") for name in ("runtime", "ttft", "tpot", "peak_memory")
         }
-        columns = [str(cell["batch_size"]), cell["engine"], "on" if cell["use_cache"] else "off", runtime]
+        engine = cell["engine"] + (f", {cell['weights']}" if len(formats) > 1 and cell["engine"] == "llama" else "")
+        columns = [str(cell["batch_size"]), engine, "on" if cell["use_cache"] else "off", runtime]
         columns += [x_floor["runtime"], _number(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
         lines.append(f"| {' | '.join([*columns, x_floor['peak_memory'], compared])} |")
     row = rows[0]
@@ -410,9 +478,11 @@ def details(rows: list[dict]) -> str:
     lines.append(
         f"\nMedians (least to most) of {runs} runs of {row['cell']['model']}; {where}{limit}; x: out of memory."
     )
-    for size, m in ours.items():
-        moved, read, rate = (_number(m, name, ".3g") for name in ("step_bytes_gb", "read_gb_s", "product_tflop_s"))
-        lines.append(f"Batch {size}: a step moves {moved} GB; floors from {read} GB/s and {rate} TFLOP/s.")
+    for weights in formats:
+        note = f", {weights}" if len(formats) > 1 else ""
+        for size, m in _cells(rows, True, weights).items():
+            moved, read, rate = (_number(m, name, ".3g") for name in ("step_bytes_gb", "read_gb_s", "product_tflop_s"))
+            lines.append(f"Batch {size}{note}: a step moves {moved} GB; floors from {read} GB/s and {rate} TFLOP/s.")
     return "\n".join(lines) + "\n"
 
 
@@ -424,7 +494,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(1, 2)
     for axis, name, title in ((axes[0], "runtime_s", "runtime (s)"), (axes[1], "peak_memory_mb", "peak memory (MB)")):
         for use_cache, colour, label in ((True, "#1b6ca8", "with KV cache"), (False, "#c1440e", "without")):
-            metrics = {size: m for size, m in _cells(rows, "llama", use_cache).items() if name in m}
+            metrics = {size: m for size, m in _cells(rows, use_cache, _formats(rows)[0]).items() if name in m}
             if metrics:
                 axis.plot(list(metrics), [m[name]["median"] for m in metrics.values()], "o-", color=colour, label=label)
                 floor = [m[f"floor_{name}"]["median"] for m in metrics.values()]

@@ -229,6 +229,8 @@ def test_a_worker_says_what_went_wrong(tmp_path):
         ("--device=tpu", "device 'tpu' is"),
         ("--dtype=int3", "dtype 'int3' is unknown"),
         ("--decoding=fast", "--decoding=fast: expected one of auto, eager, compiled"),
+        ("--weights=int8,int3", "--weights=int8,int3: expected different ones of bf16, int8, int4"),
+        ("--weights=int8 --ckpt_dir=data/tiny", "--weights: is for random weights"),
         ("--against=vllm", "--against=vllm: expected transformers"),
         ("--device=cpu --memory_limit_gb=16", "--memory_limit_gb=16.0: expected more than 0, and a CUDA device"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),

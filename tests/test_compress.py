@@ -28,7 +28,7 @@ from data.tiny import train
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, checkpoint, cli, lora, memory, perplexity, quantization
 from llama.errors import InputError
-from llama.floors import step_bytes
+from llama.floors import decode_bytes
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, quantize
 from llama.speculative import ModelDraft, Speculation
@@ -133,9 +133,9 @@ def test_the_benchmark_takes_it(plain, tmp_path):
     assert benchmark_inference.check_tokens(plan, torch.device("cpu"))["tokens_equal"] == 16
     figures = benchmark_inference.CellRunner(plan, benchmark_inference.Cell("llama", 1, True))()
     model, whole = checkpoint.load(target, torch.float32), checkpoint.load(plain, torch.float32)
-    assert step_bytes(whole, 2, 30) == whole.args.decode_bytes(2, 30, 4)
-    assert figures["step_bytes_gb"] * 1e9 == pytest.approx(step_bytes(model, 1, 9))
-    assert step_bytes(model, 1, 0) < 0.27 * step_bytes(whole, 1, 0)
+    assert decode_bytes(whole, 2, 30) == whole.args.decode_bytes(2, 30, 4)
+    assert figures["step_bytes_gb"] * 1e9 == pytest.approx(decode_bytes(model, 1, 9))
+    assert decode_bytes(model, 1, 0) < 0.27 * decode_bytes(whole, 1, 0)
 
 
 @pytest.mark.slow

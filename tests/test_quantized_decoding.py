@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, random_model
+from conftest import ROOT, SMALL, random_model
 from test_decoding import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from llama import KVCache, Llama, Transformer
+from llama import KVCache, Llama, Transformer, floors
 from llama.config import PRESETS
 from llama.decoding import Decoder, EagerStep
 from llama.kernels import decode_step, prefill
@@ -192,3 +195,31 @@ def test_generation_uses_the_native_step_by_default(kind, monkeypatch):
     assert not calls and not widened
     fast.generate([[1, 2, 3], [4]], 6, 0, stop_tokens=[])
     assert len(calls) == 5 and len(widened) == 7  # the first token comes from the prompts; seven matrices of one block
+
+
+def test_floors_of_quantized_weights_count_the_bytes_that_lie_in_memory():
+    for kind in ("int8", "int4"):
+        model = quantized(OTHER, kind)
+        scales = sum(m.scales.nbytes for m in model.modules() if hasattr(m, "scales"))
+        n_bytes = sum(p.nbytes for p in model.parameters()) + scales
+        assert floors.weight_bytes(model) == n_bytes
+        table = model.tok_embeddings.weight.nbytes + model.tok_embeddings.scales.nbytes
+        assert floors.decode_bytes(model, 3, 10) == n_bytes - table + OTHER.kv_cache_bytes(3, 10, 2)
+    for args in (WIDE, OTHER):
+        plain = random_model(args).bfloat16()
+        assert floors.decode_bytes(plain, 3, 10) == args.decode_bytes(3, 10, 2)
+
+
+@pytest.mark.slow
+def test_benchmark_measures_formats_side_by_side(tmp_path):
+    flags = "--model=tiny --weights=bf16,int8,int4 --batch_sizes=1 --input_len=20 --output_len=4 --repeats=2 --cache=on"
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    command = [sys.executable, "benchmark_inference.py", *flags.split(), "--device=cpu", *paths]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    moved = {row["cell"]["weights"]: row["metrics"]["step_bytes_gb"]["median"] for row in rows}
+    assert list(sorted(moved)) == ["bf16", "int4", "int8"] and moved["bf16"] > moved["int8"] > moved["int4"]
+    assert {row["cell"]["decoding"] for row in rows} == {"native"}
+    for weights in moved:
+        assert f"with KV cache, {weights}: runtime (s)" in run.stdout
