@@ -543,23 +543,12 @@ def _args_from_hf(config: dict[str, Any]) -> ModelArgs:
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         **_rope_from_hf(config),
     )
-    args = _with_ffn_dim(args, ffn)
+    if not isinstance(ffn, int) or not 0 < ffn < 1 << 20:
+        raise ValueError(f"intermediate_size: {ffn!r} is not a size")
+    args = args.with_ffn_dim(ffn)
     if config.get("head_dim") not in (None, args.head_dim):
         raise ValueError(f"head_dim: {config['head_dim']!r} is not supported, only hidden_size / num_attention_heads")
     return args
-
-
-def _with_ffn_dim(args: ModelArgs, ffn_dim: Any) -> ModelArgs:
-    """Meta's params.json has no field for the FFN size itself; find the multiplier and rounding that give it."""
-    if not isinstance(ffn_dim, int) or not 0 < ffn_dim < 1 << 20:
-        raise ValueError(f"intermediate_size: {ffn_dim!r} is not a size")
-    for multiple_of in (256, 1024):
-        for multiplier in (None, 1.0, 1.3, 1.5):  # those of the released models
-            found = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-            if found.ffn_dim == ffn_dim:
-                return found
-    exact = (ffn_dim + 0.5) / (2 * (4 * args.dim) // 3)  # rounded down when used, hence the half
-    return dataclasses.replace(args, multiple_of=1, ffn_dim_multiplier=exact)
 
 
 def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:

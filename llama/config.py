@@ -8,7 +8,7 @@ Needs no torch: a plan for a machine can be made where nothing is installed.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 # RoPE scaling of Llama 3.1 and 3.2: wavelengths beyond the original context are stretched by `rope_scale_factor`.
@@ -126,6 +126,19 @@ class ModelArgs:
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+    def with_ffn_dim(self, ffn_dim: int) -> ModelArgs:
+        """The same shape with another hidden size of the feed-forward.
+
+        Meta's params.json has no field for the size itself: the multiplier and the rounding that give it are found.
+        """
+        for multiple_of in (256, 1024):
+            for multiplier in (None, 1.0, 1.3, 1.5):  # those of the released models
+                found = replace(self, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+                if found.ffn_dim == ffn_dim:
+                    return found
+        exact = (ffn_dim + 0.5) / (2 * (4 * self.dim) // 3)  # rounded down when used, hence the half
+        return replace(self, multiple_of=1, ffn_dim_multiplier=exact)
 
     @property
     def trained_context(self) -> int:
