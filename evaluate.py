@@ -13,7 +13,6 @@ its first character.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from data import text
 from data.tiny import train
 from llama import Transformer, bench, checkpoint, cli, files, lora, perplexity
 from llama import device as devices
@@ -31,7 +31,6 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 CONTEXT = 2048  # what papers on quantization use
 WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
-LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
 LEAST_STRETCHES = 10  # for an interval; a bootstrap over fewer claims more than it knows
 
 
@@ -114,8 +113,8 @@ def main(
         bench.require_writable(Path(results))
     settings = {"context": context, "stride": stride, "batch_size": batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
-    text = "the embedded model's held-out text" if data is None else Path(data).name
-    cell = {"data": text, "data_sha256": data and files.sha256(Path(data)), "tokens": len(ids), **settings}
+    name = "the embedded model's held-out text" if data is None else Path(data).name
+    cell = {"data": name, "data_sha256": data and files.sha256(Path(data)), "tokens": len(ids), **settings}
     print(table(make_rows(sides, measured, cell, target, results)), end="")
 
 
@@ -150,29 +149,7 @@ def read_ids(data: str | None, tokenizer: Tokenizer, is_embedded: bool, max_toke
         if not is_embedded:
             raise InputError("--data is missing; pass a text file to measure on")
         return train.held_out(tokenizer).flatten().tolist()[:max_tokens]
-    path = Path(data)
-    if not path.is_file():
-        raise InputError(f"--data={data} is not a file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # the line ends of the file are part of the text
-    except OSError as error:
-        raise InputError(f"cannot read {data}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{data} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
-    if not text:
-        raise InputError(f"{data} is empty; there is nothing to score")
-    return encode(text, tokenizer)[:max_tokens]
-
-
-def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Begin-of-text and the ids of a text of any length, cut nowhere.
-
-    Meta's Llama 3 tokenizer, and so ours, cuts every 400,000 characters, also inside words: WikiText-2 would get four
-    tokens more than the literature counts. Its pattern ends a piece before each line that is not empty, so line by
-    line the ids are those of the whole.
-    """
-    pieces = LINE.split(text) if tokenizer.kind == "tiktoken" else [text]
-    return [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False))]
+    return text.read(Path(data), tokenizer)[:max_tokens]
 
 
 def load(side: Side, device: torch.device) -> Transformer:

@@ -16,6 +16,7 @@ import torch
 from conftest import SMALL, TINY, asset, random_model
 
 import evaluate
+from data import text as data_text
 from data.tiny import train
 from llama import Transformer, bench, checkpoint, cli, lora, perplexity
 from llama import device as devices
@@ -87,12 +88,12 @@ def test_a_text_is_encoded_as_a_whole(tiny):
     for _ in range(200):
         text = "".join(rng.choices(parts, k=60))
         whole = tiny.tokenizer.backend.model.encode_ordinary(text)
-        assert evaluate.encode(text, tiny.tokenizer) == [tiny.tokenizer.bos_id, *whole]
+        assert data_text.encode(text, tiny.tokenizer) == [tiny.tokenizer.bos_id, *whole]
 
 
 def test_llama_2s_text_gets_one_leading_space(llama2_tokenizer):
     text = "One line.\nAnother."
-    assert evaluate.encode(text, llama2_tokenizer) == llama2_tokenizer.encode(text, bos=True, eos=False)
+    assert data_text.encode(text, llama2_tokenizer) == llama2_tokenizer.encode(text, bos=True, eos=False)
 
 
 @pytest.mark.parametrize(("preset", "n_tokens"), [("llama3.2-1b", 131_072), ("llama2-7b", 4096), ("tiny", 131_072)])

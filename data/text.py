@@ -1,0 +1,102 @@
+"""Plain text as token ids, to be scored; and as rows of them, to train on and to validate on.
+
+    text = from_file("wiki.train.raw", tokenizer, context=512, batch_size=8, seed=1)
+    text.window(0)           # the batches of the first optimizer step
+    text.loss(model)         # nats per token on the part that is not trained on
+
+A row is a record of data/alpaca.py whose prompt is its first token: what trains on records trains on text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import alpaca
+from data.tiny import train
+from llama import perplexity
+from llama.errors import InputError
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+from llama.training import Batch
+
+LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
+VALIDATION_ROWS = 64  # at most
+VALIDATION_SHARE = 0.1  # of a file, its end
+
+
+@dataclass(frozen=True)
+class Text:
+    """Batches by number of the optimizer step, and other ids, which are scored `context` tokens at a time."""
+
+    window: Callable[[int], list[Batch]]
+    validation: list[int]
+    context: int
+
+    def loss(self, model: Transformer) -> float:
+        """Nats per token of the validation part, in windows side by side."""
+        return perplexity.evaluate(model, self.validation, self.context, batch_size=8).loss
+
+
+def read(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """Begin-of-text and the ids of a file. Raises InputError for a file that is not there, not UTF-8 or empty."""
+    if not path.is_file():
+        raise InputError(f"--data={path} is not a file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # the line ends of the file are part of the text
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
+    if not text:
+        raise InputError(f"{path} is empty; there is nothing to read")
+    return encode(text, tokenizer)
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Begin-of-text and the ids of a text of any length, cut nowhere.
+
+    Meta's Llama 3 tokenizer, and so ours, cuts every 400,000 characters, also inside words: WikiText-2 would get four
+    tokens more than the literature counts. Its pattern ends a piece before each line that is not empty, so line by
+    line the ids are those of the whole.
+    """
+    pieces = LINE.split(text) if tokenizer.kind == "tiktoken" else [text]
+    return [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False))]
+
+
+def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
+    """The last tenth of a file validates, at most VALIDATION_ROWS of `context` tokens; rows of the rest train.
+
+    Rows come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
+    is too short for one row.
+    """
+    ids = read(path, tokenizer)
+    n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_ROWS * context)
+    training = ids[: len(ids) - n_validation]
+    if len(training) < context or n_validation < 2:
+        raise InputError(f"--data={path} has {len(ids)} tokens; at least {int(context / (1 - VALIDATION_SHARE)) + 1}")
+    starts = range(0, len(training) - context + 1, context)
+    rows = [[_row(f"token {start}", training[start : start + context])] for start in starts]
+    return Text(
+        lambda number: alpaca.window(rows, number, batch_size, 1, seed, tokenizer.pad_id),
+        ids[len(ids) - n_validation :],
+        context,
+    )
+
+
+def of_embedded_model(tokenizer: Tokenizer, batch_size: int, seed: int) -> Text:
+    """Text of the embedded model's world, made up as it is asked for: no row is seen twice by design."""
+
+    def window(number: int) -> list[Batch]:
+        stream = train.rows(tokenizer, f"text-{seed}-{number}")
+        rows = [[_row(f"row {number}.{i}", next(stream))] for i in range(batch_size)]
+        return [alpaca.collate(rows, tokenizer.pad_id)]
+
+    validation = train.held_out(tokenizer, n_rows=VALIDATION_ROWS).flatten().tolist()
+    return Text(window, validation, train.SEQ_LEN + 1)
+
+
+def _row(name: str, ids: list[int]) -> alpaca.Sample:
+    return alpaca.Sample(name, tuple(ids), 1)
