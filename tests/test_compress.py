@@ -86,7 +86,7 @@ def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, 
     flags = [
         f"--{field}={value}" for field, value in (("bits", config.bits), ("group_size", config.group_size)) if value
     ]
-    flags += [f"--ckpt_dir={source}", f"--output_dir={tmp_path / 'out'}"]
+    flags += [f"--ckpt_dir={source}", f"--out_dir={tmp_path / 'out'}"]
     code, out, err = call(monkeypatch, capsys, compress, "quantize", *flags)
     assert code == 0, err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -108,7 +108,7 @@ def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, 
 def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monkeypatch, capsys):
     """compress.py without --ckpt_dir, then each script that takes a checkpoint, with no more flags."""
     target = tmp_path / "int8"
-    code, out, err = call(monkeypatch, capsys, compress, "quantize", f"--output_dir={target}")
+    code, out, err = call(monkeypatch, capsys, compress, "quantize", f"--out_dir={target}")
     assert code == 0, err
     share = (target / "model.safetensors").stat().st_size / checkpoint.read_args(TINY).weight_bytes(2)
     assert share <= 0.51 and f"({share:.3f} of it)" in out
@@ -151,22 +151,21 @@ def test_the_commands_in_the_readme(tmp_path, monkeypatch, capsys):
 
 
 REFUSED = {
-    "no output": (["quantize"], "--output_dir is missing"),
-    "output in use": (["quantize", "--output_dir={plain}"], "already exists"),
-    "bits": (["quantize", "--output_dir={new}", "--bits=3"], "--bits: 3 is not 8 or 4"),
-    "group of int8": (["quantize", "--output_dir={new}", "--group_size=32"], "has no effect on int8"),
-    "group": (["quantize", "--output_dir={new}", "--bits=4", "--group_size=48"], "--group_size: 48 is not one of"),
+    "output in use": (["quantize", "--out_dir={plain}"], "already exists"),
+    "bits": (["quantize", "--out_dir={new}", "--bits=3"], "--bits: 3 is not 8 or 4"),
+    "group of int8": (["quantize", "--out_dir={new}", "--group_size=32"], "has no effect on int8"),
+    "group": (["quantize", "--out_dir={new}", "--bits=4", "--group_size=48"], "--group_size: 48 is not one of"),
     "width": (
-        ["quantize", "--output_dir={new}", "--ckpt_dir={plain}", "--bits=4", "--group_size=128"],
+        ["quantize", "--out_dir={new}", "--ckpt_dir={plain}", "--bits=4", "--group_size=128"],
         "model:layers.0.attention.wq.weight: groups of 128 do not divide",
     ),
-    "twice": (["quantize", "--output_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
-    "absent": (["quantize", "--output_dir={new}", "--ckpt_dir={new}"], "does not exist"),
-    "no tokenizer": (["quantize", "--output_dir={new}", "--tokenizer_path={new}"], "is not a file"),
+    "twice": (["quantize", "--out_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
+    "absent": (["quantize", "--out_dir={new}", "--ckpt_dir={new}"], "does not exist"),
+    "no tokenizer": (["quantize", "--out_dir={new}", "--tokenizer_path={new}"], "is not a file"),
     "no command": ([], "expected a command: compress.py quantize"),
     "other command": (["squeeze"], "expected a command: compress.py quantize"),
     "unknown flag": (["quantize", "--bit=8"], "did you mean --bits?"),
-    "not finite": (["quantize", "--output_dir={new}", "--ckpt_dir={damaged}"], "layers.1.attention.wo.weight: holds"),
+    "not finite": (["quantize", "--out_dir={new}", "--ckpt_dir={damaged}"], "layers.1.attention.wo.weight: holds"),
     "merging": (
         ["--ckpt_dir={quantized}", "--out_dir={new}", "--export=meta"],
         "an adapter cannot be merged into the quantized weights",

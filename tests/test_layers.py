@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "llama.snapshot",
         "llama.surgery",
     },
+    "llama.pruning": {"llama.config", "llama.errors", "llama.model", "llama.surgery", "llama.training"},
     "llama.cells": {"llama.checkpoint", "llama.config", "llama.errors", "llama.model"},
     "llama.memory": {
         "llama.config",
