@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data import alpaca
-from llama import Llama, bench, checkpoint, cli, files, lora, memory, snapshot
+from llama import Llama, bench, checkpoint, cli, files, lora, memory, pruning, snapshot
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation import confidence
@@ -116,6 +116,7 @@ class Options:
     loss_normalization: str
     amp: str
     lean: bool
+    keep_zeros: bool
     checkpointing: str
     checkpoint_budget_gb: float | None
     dtype: str
@@ -137,6 +138,9 @@ class Options:
             raise InputError(f"--export={self.export}: expected one of {', '.join(EXPORTS)}")
         if not self.lora and self.dtype != "float32":
             raise InputError(f"--dtype={self.dtype}: without LoRA all weights are trained, in float32; use --amp")
+        if self.keep_zeros and (self.lora or self.lean):
+            flag = "lora=True" if self.lora else "lean=True"
+            raise InputError(f"--keep_zeros with --{flag} would fill the zeros in; use --lora=False without --lean")
         if self.lean and not self.lora:
             require_plain_sgd(self.settings, self.accumulation)
         if self.checkpoint_budget_gb is not None and (self.checkpoint_budget_gb <= 0 or self.checkpointing != "none"):
@@ -182,6 +186,7 @@ def main(
     loss_normalization: str | None = None,
     amp: str | None = None,
     lean: bool | None = None,
+    keep_zeros: bool | None = None,
     checkpointing: str | None = None,
     checkpoint_budget_gb: float | None = None,
     dtype: str | None = None,
@@ -226,6 +231,7 @@ def main(
         loss_normalization: tokens weighs label tokens alike; microbatch averages the means of the batches (the course).
         amp: none, fp16 (with loss scaling) or bf16 autocast.
         lean: the same step in far less memory; without LoRA it takes sgd and --accumulation=1.
+        keep_zeros: of a model pruned by magnitude, zeros stay zeros; with --lora=False.
         checkpointing: layers that are recomputed in the backward pass: none, all, every:K, or a list such as 0,4,8.
         checkpoint_budget_gb: recompute the fewest layers with which the peak stays within so many GB (1e9 bytes).
         dtype: float32, or bfloat16 or float16 for a frozen base under LoRA; what a quantized base computes in.
@@ -286,6 +292,7 @@ def resolve(given: dict[str, Any]) -> Options:
         "loss_normalization": "tokens",
         "amp": "none",
         "lean": False,
+        "keep_zeros": False,
         "checkpointing": "none",
         "checkpoint_budget_gb": None,
         "dtype": "float32",
@@ -456,6 +463,8 @@ class Run:
             lora.apply(self.model, options.lora_config, options.seed)
         else:
             self.model.requires_grad_(True)
+        if options.keep_zeros:
+            pruning.keep_zeros(self.model)
         checkpoint_layers(self.model, self.layers)
         size = options.batch_size * options.accumulation
         self.per_epoch = alpaca.windows_per_epoch(len(self.rows), size)
@@ -730,6 +739,10 @@ class Run:
                 lines.append(
                     f"Merging in {self.options.dtype} lost {lost:.0%} of the update to rounding; keep the adapter."
                 )
+        if self.options.keep_zeros:
+            zeros, n_all = pruning.count_zeros(self.model)
+            lines.append(f"{zeros:,} of {n_all:,} weights of the projections are zero, as before.")
+            pruning.remove_masks(self.model)
         for name in layouts[self.options.export]:
             lines += self._keep(name, lambda path, hf=name == "merged-hf": self._save_merged(path, hf))
         return lines
