@@ -291,7 +291,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plot_speed(axes[2], rows)
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:  # nothing has been measured for one yet
+            axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

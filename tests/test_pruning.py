@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, random_model
 
+import benchmark_pruning
 import compress
+import evaluate
 import finetuning
+import inference
 from data import text
-from llama import Llama, checkpoint, cli, lora, pruning, snapshot
+from llama import Llama, bench, checkpoint, cli, lora, pruning, snapshot
 from llama.config import PRESETS
 from llama.decoding import Decoder
 from llama.errors import InputError
@@ -437,3 +440,79 @@ def test_an_unknown_command_is_named(monkeypatch, capsys):
     assert code == 2 and err == "error: expected a command: compress.py quantize, compress.py prune; see --help\n"
     assert call(monkeypatch, capsys, "prune", "--help")[0] == 0
     assert ROOT.joinpath("compress.py").exists()
+
+
+def test_a_pruned_model_goes_through_every_script(tmp_path, monkeypatch, capsys):
+    """The README's commands on the embedded model, with less text and fewer steps."""
+    monkeypatch.setattr(text, "VALIDATION_ROWS", 1)
+    out_dir = tmp_path / "pruned"
+    flags = ("--method=dimensions", "--share=0.5", "--iterative", "--rounds=2", "--steps=2", "--batch_size=1")
+    code, out, err = call(monkeypatch, capsys, "prune", *flags, "--device=cpu", f"--out_dir={out_dir}")
+    assert code == 0 and "written" in out, err
+    scripts = {
+        inference.main: ("--prompt=The little fox", "--max_gen_len=4", "--device=cpu"),
+        evaluate.main: ("--max_tokens=64", f"--against={TINY}", "--device=cpu"),
+    }
+    for main, given in scripts.items():
+        code, out, err = call(monkeypatch, capsys, f"--ckpt_dir={out_dir}", *given, main=main)
+        assert code == 0, err
+    assert "pruned" in out and "tiny" in out
+
+
+# benchmark_pruning.py
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All parts, with as few steps, rows and shares as there can be."""
+    work = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "VALIDATION_ROWS", 1)
+        patch.setattr(benchmark_pruning, "INPUT_LEN", 8)
+        patch.setattr(benchmark_pruning, "OUTPUT_LEN", 3)
+        given = {"share": 0.5, "rounds": 2, "steps": 1, "batch_size": 1, "repeats": 2, "device": "cpu"}
+        benchmark_pruning.main(**given, results=str(work / "rows.jsonl"), figure=str(work / "figure.png"))
+    return work, benchmark_pruning.newest(work / "rows.jsonl")
+
+
+def test_one_shot_takes_as_many_steps_as_its_rival(measured):
+    _, rows = measured
+    for method in pruning.METHODS:
+        pairs = [benchmark_pruning.pick(rows, method=method, part=part) for part in ("iterative", "one-shot")]
+        found = [[(row["cell"]["share"], row["cell"]["steps"]) for row in side] for side in pairs]
+        assert found[0] == found[1] == [(0.25, 1), (0.5, 2)]
+        for a, b in zip(*pairs, strict=True):
+            a, b = bench.medians(a), bench.medians(b)
+            assert a["zeros"] == b["zeros"] and a["parameters"] == b["parameters"]
+            assert (a["zeros"] > 0) == (method == "magnitude")
+    speeds = benchmark_pruning.pick(rows, part="speed")
+    assert [row["cell"]["share"] for row in speeds] == [0, 0.25, 0.5]
+    sizes = [bench.medians(row)["parameters"] for row in speeds]
+    assert sizes == [PRESETS["tiny"].with_ffn_dim(n).n_params() for n in (1024, 768, 512)]
+
+
+def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
+    work, rows = measured
+    quality, speed = benchmark_pruning.quality_table(rows), benchmark_pruning.speed_table(rows)
+    for row in rows:
+        m, cell = bench.medians(row), row["cell"]
+        if cell["part"] == "speed":
+            assert f"| tiny | {cell['share']:g} | {m['parameters']:,.0f} |" in speed
+            assert f"{1e3 * m['tpot_s']:,.2f}" in speed
+        else:
+            [line] = [
+                line for line in quality.splitlines() if line.startswith(f"| {cell['share']:g} | {cell['steps']} |")
+            ]
+            assert f" {m['loss_nats']:.3f} " in line
+    assert " - " not in quality and (work / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"parts": "all"}, {"methods": "luck"}, {"methods": "magnitude,magnitude"}, {"rounds": 0}, {"share": 1.0}],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, given):
+    with pytest.raises(InputError, match=f"--{next(iter(given))}"):
+        benchmark_pruning.main(**given, results=str(tmp_path / "rows.jsonl"), device="cpu")
+    assert not list(tmp_path.iterdir())
