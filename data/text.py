@@ -76,7 +76,8 @@ def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, s
     n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_ROWS * context)
     training = ids[: len(ids) - n_validation]
     if len(training) < context or n_validation < 2:
-        raise InputError(f"--data={path} has {len(ids)} tokens; at least {int(context / (1 - VALIDATION_SHARE)) + 1}")
+        least = int(context / (1 - VALIDATION_SHARE)) + 1
+        raise InputError(f"--data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
     starts = range(0, len(training) - context + 1, context)
     rows = [[_row(f"token {start}", training[start : start + context])] for start in starts]
     return Text(

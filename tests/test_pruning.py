@@ -81,37 +81,41 @@ def test_pruning_again_keeps_the_zeros_that_are_there(model):
     assert pruning.count_zeros(model)[0] == sum(round(0.6 * z.numel()) for z in second.values())
 
 
+DECAY = {"weight_decay": 0.1}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("n_steps", "options"),
     [
-        {"momentum": 0.9, "weight_decay": 0.1, "amp": "bf16"},
-        pytest.param({"momentum": 0.9, "weight_decay": 0.1, "amp": "fp16"}, marks=pytest.mark.slow),
-        pytest.param({"optimizer": "adamw", "weight_decay": 0.1, "clip_norm": 1.0}, marks=pytest.mark.slow),
+        (16, {"momentum": 0.9, "amp": "bf16"}),
+        pytest.param(100, {"momentum": 0.9, "amp": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(100, {"momentum": 0.9, "amp": "fp16"}, marks=pytest.mark.slow),
+        pytest.param(100, {"optimizer": "adamw", "clip_norm": 1.0}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_zeros_stay_zero_and_a_resumed_run_keeps_them(tmp_path, options):
-    """A hundred steps, interrupted at fifty by a snapshot on the disk: the same bits, and every zero where it was."""
-    settings = Settings(lr=1e-2, **options)
+def test_zeros_stay_zero_and_a_resumed_run_keeps_them(tmp_path, n_steps, options):
+    """Interrupted half-way by a snapshot on the disk: the same bits, and every zero where it was."""
+    settings = Settings(lr=1e-2, **DECAY, **options)
 
     def start(masked: torch.nn.Module) -> Trainer:
-        return Trainer(masked.requires_grad_(True), settings, 100)
+        return Trainer(masked.requires_grad_(True), settings, n_steps)
 
     straight = start(pruning.zero_smallest(random_model(ONE_LAYER), 0.6))
     first = zeros(straight.model)
-    for number in range(50):
+    for number in range(n_steps // 2):
         straight.step(window(number))
-    snapshot.save(tmp_path, 50, straight.snapshot(), "run", keep=1)
-    for number in range(50, 100):
+    snapshot.save(tmp_path, n_steps // 2, straight.snapshot(), "run", keep=1)
+    for number in range(n_steps // 2, n_steps):
         straight.step(window(number))
     # The masks come from the snapshot: those of the fresh model are others.
     resumed = start(pruning.zero_smallest(random_model(ONE_LAYER, seed=5), 0.6))
     assert not same(zeros(resumed.model), first)
     resumed.restore(snapshot.load(snapshot.listed(tmp_path)[0]))
-    for number in range(50, 100):
+    for number in range(n_steps // 2, n_steps):
         resumed.step(window(number))
     for trainer in (straight, resumed):
-        assert trainer.progress.steps > 90 and same(zeros(trainer.model), first)
+        assert trainer.progress.steps > 0.9 * n_steps and same(zeros(trainer.model), first)
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -169,6 +173,7 @@ def test_a_dense_checkpoint_comes_out_and_its_zeros_can_be_held_again(tmp_path, 
         pruning.keep_zeros(random_model())
 
 
+@pytest.mark.slow
 def test_fine_tuning_holds_the_zeros_of_a_pruned_checkpoint(base, tmp_path, monkeypatch, capsys):
     """finetuning.py --keep_zeros, stopped and resumed, exports the zeros that it was given, and without it does not."""
     model = pruning.remove_masks(pruning.zero_smallest(checkpoint.load(base / "base"), 0.5))
@@ -275,6 +280,28 @@ def test_adapters_train_on_a_smaller_model():
     for _ in range(2):
         trainer.step(window(0))
     assert trainer.loss_sum(window(0)[0]).item() < before
+
+
+# Text
+
+
+def test_rows_train_on_every_next_token_and_never_on_what_validates(base):
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    ids = text.read(base / "text.txt", tokenizer)
+    source = text.from_file(base / "text.txt", tokenizer, 64, 4, seed=1)
+    n_training = len(ids) - len(source.validation)
+    assert source.validation == ids[n_training:] and 0 < len(source.validation) <= 0.1 * len(ids)
+    starts = set()
+    for number in range(n_training // 64 // 4):
+        for batch in source.window(number):
+            assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels) and len(batch.labels) == 4 * 63
+            for name, row in zip(batch.names, batch.tokens.tolist(), strict=True):
+                start = int(name.split()[1])
+                assert row == ids[start : start + 64] and start + 64 <= n_training
+                starts.add(start)
+    assert len(starts) == n_training // 64 // 4 * 4  # no row twice in an epoch
+    with pytest.raises(InputError, match="it takes at least 100001"):
+        text.from_file(base / "text.txt", tokenizer, 90_000, 4, seed=1)
 
 
 # Rounds
