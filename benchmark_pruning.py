@@ -240,7 +240,11 @@ def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
 def quality_table(rows: list[dict[str, Any]]) -> str:
     """Validation loss by share, as Markdown."""
     kinds = [(method, part) for method in pruning.METHODS[::-1] for part in ("one-shot", "iterative")]
-    lines = ["| share | steps | " + " | ".join(f"{method}, {part}" for method, part in kinds) + " | parameters |"]
+    lines = [
+        "| share | steps | "
+        + " | ".join(f"{method}, {part}" for method, part in kinds)
+        + " | parameters left by dimensions |"
+    ]
     lines.append("|" + "---|" * (len(kinds) + 3))
     for row in pick(rows, part="dense"):
         m = bench.medians(row)
