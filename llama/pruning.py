@@ -149,7 +149,8 @@ def kept_units(ffn_dim: int, share: float) -> int:
 def unit_norms(feed_forward: FeedForward) -> Tensor:
     """L2 norm of what each hidden unit adds to the residual stream at activation 1, its column of w2; fp32 [ffn_dim].
 
-    On the embedded model this costs less, at every share, than the norm of all three parts or any product of theirs.
+    Chosen on the embedded model, by the same text that validates: without fine-tuning, at six shares from 1/8 to 3/4,
+    its loss was below that of the norm of all three, of |w2| |w3| and of |w1| |w2| |w3|; hardly so at the largest.
     """
     return feed_forward.w2.weight.float().square().sum(0).sqrt()
 

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY
 import benchmark_finetuning
 import benchmark_inference
 import benchmark_loading
+import benchmark_pruning
 import finetuning
 from data.tiny import train
 from llama import checkpoint
@@ -109,6 +110,12 @@ def test_finetuning_figures_are_the_measured_rows():
     rows = [row for row in newest_rows("finetuning") if row["cell"]["model"] == "tiny"]
     assert {row["cell"]["preset"] for row in rows} == set(finetuning.PRESETS)
     assert table_of(README, "figures: finetuning") == finetuning.table(rows)
+
+
+def test_pruning_figures_are_the_measured_rows():
+    rows = newest_rows("pruning")
+    printed = benchmark_pruning.quality_table(rows) + "\n" + benchmark_pruning.speed_table(rows)
+    assert table_of(README, "figures: pruning") == printed
 
 
 @pytest.mark.slow
