@@ -183,7 +183,7 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(plain, tmp_path, monkeyp
     places = {"plain": plain, "damaged": tmp_path / "damaged", "new": tmp_path / "new"}
     places["quantized"] = quantized(plain, tmp_path / "quantized", CONFIGS["int8"])
     before = set(tmp_path.iterdir())
-    script = finetuning if any("out_dir" in argument for argument in arguments) else compress
+    script = finetuning if name in ("merging", "all weights") else compress
     code, _, err = call(monkeypatch, capsys, script, *(argument.format(**places) for argument in arguments))
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert {path for path in tmp_path.iterdir() if path.name != "new"} == before

@@ -332,7 +332,7 @@ def test_rounds_cut_equal_parts_with_training_between(method):
 def call(monkeypatch, capsys, *flags: str, main=None) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["compress.py", *flags])
     with pytest.raises(SystemExit) as exit_:
-        cli.run(main or {"prune": compress.prune})
+        cli.run(main or compress.COMMANDS)
     return exit_.value.code, *capsys.readouterr()
 
 
