@@ -149,7 +149,7 @@ def test_the_commands_in_the_readme(tmp_path, monkeypatch, capsys):
     for script, words in zip((compress, inference), commands, strict=True):
         code, out, err = call(monkeypatch, capsys, script, *words[2:])
         assert code == 0 and out, err
-    assert "3 of 3 prompts give equal tokens" in out or "equal tokens with the draft on and off" in out
+    assert "over int8 weights" in out
 
 
 REFUSED = {
@@ -212,16 +212,14 @@ def test_hugging_faces_layout_is_refused(plain, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "limit"), [("int8", 1.005), ("int4", 1.05)])
-def test_perplexity_hardly_grows(tiny, embedded, name, limit):
-    """On the embedded model's held-out text, against the model of 16 bits it was made from."""
-    ids = train.held_out(tiny.tokenizer).flatten().tolist()
-    values = [
+def test_perplexity_hardly_grows(tiny, embedded):
+    """On an eighth of the embedded model's held-out text, against the model of 16 bits that both were made from."""
+    ids = train.held_out(tiny.tokenizer, n_rows=32).flatten().tolist()
+    plain, int8, int4 = (
         perplexity.evaluate(checkpoint.load(path, torch.float32), ids, train.SEQ_LEN + 1, batch_size=8).perplexity
-        for path in (embedded[name], TINY)
-    ]
-    print(name, values, values[0] / values[1])
-    assert values[0] / values[1] <= limit
+        for path in (TINY, embedded["int8"], embedded["int4"])
+    )
+    assert int8 <= 1.005 * plain and int4 <= 1.05 * plain
 
 
 # Adapters
