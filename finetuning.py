@@ -777,16 +777,17 @@ class Run:
             summary |= {"held_out_right_before": self.count_right(self.answers_before)}
             summary |= {"held_out_right": self.count_right(answers), "held_out_asked": len(self.references)}
         files.replace_json(self.root / "summary.json", summary)
-        if self.options.results is not None and self.step_seconds:
-            self.append_row(summary)
         rows = self.log.rows()
         points = [(0, self.before.loss)] if self.held_out else []
         points += [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
         points += [(self.total, after.loss)] if self.held_out else []
+        if self.options.results is not None and self.step_seconds:
+            losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+            self.append_row(summary, {"loss_nats": losses, "held_out_loss_nats": points})
         plot(rows, points, self.root / "loss.png")
 
-    def append_row(self, summary: dict[str, Any]) -> None:
-        """Keep the figures of this run as a row."""
+    def append_row(self, summary: dict[str, Any], curves: dict[str, list]) -> None:
+        """Keep the figures of this run as a row, with the curves of its losses as points (step, loss)."""
         names = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
         values = {f"{name}_nats" if "loss" in name else name: summary[name] for name in names if name in summary}
         values |= {"moved_share_x": summary["moved_share"], "peak_memory_mb": summary["peak_memory_mb"]}
@@ -795,7 +796,7 @@ class Run:
         model = "tiny" if self.options.ckpt_dir is None else Path(self.options.ckpt_dir).name
         cell = {"model": model, **{name: getattr(self.options, name) for name in ROW}}
         options, path = self.options, Path(self.options.results)
-        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed)
+        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, curves)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

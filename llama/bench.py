@@ -108,13 +108,23 @@ def require_writable(path: Path) -> None:
 
 
 def make_row(
-    experiment: str, cell: dict[str, Any], metrics: dict[str, Any], device: torch.device, dtype: str, seed: int
+    experiment: str,
+    cell: dict[str, Any],
+    metrics: dict[str, Any],
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    series: dict[str, list] | None = None,
 ) -> dict[str, Any]:
-    """One measured cell and all that is to be known about it. Metric names end in their unit; MB is 1e6 bytes."""
+    """One measured cell and all that is to be known about it. Metric names end in their unit; MB is 1e6 bytes.
+
+    series: what a curve or a replay is drawn from, point by point; most rows have none.
+    """
     return {
         "experiment": experiment,
         "cell": cell,
         "metrics": metrics,
+        **({"series": series} if series is not None else {}),
         "device": {"kind": device.type, "name": device_name(device)},
         "dtype": dtype,
         "threads": torch.get_num_threads(),
@@ -134,9 +144,10 @@ def append_row(
     device: torch.device,
     dtype: str,
     seed: int,
+    series: dict[str, list] | None = None,
 ) -> dict[str, Any]:
     """Append one measured cell, as one line of JSON, and return it."""
-    row = make_row(experiment, cell, metrics, device, dtype, seed)
+    row = make_row(experiment, cell, metrics, device, dtype, seed, series)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -95,14 +95,18 @@ def run_to(base: Path, root: Path, step: int | None = None, resume: bool = False
 
 
 def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):
-    root = tmp_path / "run"
-    code, out, err = call(monkeypatch, capsys, *flags(base, root, export="both", epochs=3, amp="none"))
+    root, results = tmp_path / "run", tmp_path / "rows.jsonl"
+    code, out, err = call(monkeypatch, capsys, *flags(base, root, export="both", epochs=3, amp="none", results=results))
     assert code == 0, err
     expected = ".lock settings.json loss.jsonl loss.png snapshots adapter merged merged-hf summary.json"
     assert {p.name for p in root.iterdir()} == set(expected.split())
     rows = [json.loads(line) for line in (root / "loss.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
     assert [row["step"] for row in rows if "held_out_loss" in row] == [3]
+    measured = json.loads(results.read_text())
+    assert measured["series"]["loss_nats"] == [[row["step"], row["loss"]] for row in rows if "loss" in row]
+    assert [step for step, _ in measured["series"]["held_out_loss_nats"]] == [0, 3, 6]
+    assert measured["series"]["held_out_loss_nats"][-1][1] == measured["metrics"]["held_out_loss_nats"]["median"]
     assert (root / "loss.png").read_bytes().startswith(b"\x89PNG")
     trained = 4 * 16 * ((32 + 32) + (32 + 16))  # layers x rank x (in + out) of wq and wv
     assert re.search(rf"trainable  {trained:,} of [\d,]+ parameters \([\d.]+%\)", out)
