@@ -11,7 +11,7 @@ from conftest import ROOT
 
 LIBRARY = sorted((ROOT / "llama").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
-OURS = [*LIBRARY, *SCRIPTS, *sorted((ROOT / "data").rglob("*.py"))]
+OURS = [*LIBRARY, *SCRIPTS, *sorted((ROOT / "data").rglob("*.py")), *sorted((ROOT / "reports").rglob("*.py"))]
 
 # What a module of llama/ may import of ours (DESIGN: imports run one way). A module that is not listed may import any
 # module that is not a script; `torch` alone is always allowed, except where torch_free says no.
