@@ -36,6 +36,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
+from llama.tables import CHANGED, KINDS, SLOWER, arrow, most_mb
 from llama.training import Batch, Settings, Trainer, checkpoint_layers
 
 ROOT = Path(__file__).parent
@@ -43,10 +44,6 @@ RESULTS = ROOT / "reports" / "results" / "benchmark_finetuning.jsonl"
 FIGURES = ROOT / "reports" / "figures"
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05, wq and wv
 P100_GB = 16.0
-CHANGED = 0.03  # of a kind of memory, and 0.05 of the time: less is no arrow in Table 2
-SLOWER = 0.05
-KINDS = {"parameters": ("weights", "copies"), "activations": ("activations",), "gradients": ("gradients",)}
-KINDS |= {"optimizer state": ("optimizer",)}
 TECHNIQUES = ("checkpointing", "amp", "lora")
 TITLES = {"checkpointing": "gradient checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 MAX_TOKENS = 131_072  # positions that Llama 3.2 was trained for
@@ -497,16 +494,8 @@ def details(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kind(metrics: dict[str, Any], kind: str) -> float:
-    """The most that a kind of memory held over a step, in MB."""
-    return sum(metrics[f"{name}_most_mb"]["median"] for name in KINDS[kind])
-
-
 def _arrow(before: float, after: float, form: str, threshold: float) -> str:
-    sign = "="
-    if abs(after - before) > threshold * before:
-        sign = "↑" if after > before else "↓"
-    return f"{sign} {before:{form}} to {after:{form}}"
+    return f"{arrow(before, after, threshold)} {before:{form}} to {after:{form}}"
 
 
 def table2(rows: Sequence[dict[str, Any]]) -> str:
@@ -524,7 +513,7 @@ def table2(rows: Sequence[dict[str, Any]]) -> str:
         lines.append("|---|" + "---|" * len(pairs))
         both = [(found[before], found[after]) for before, after in pairs.values()]
         for kind in KINDS:
-            arrows = [_arrow(_kind(a, kind), _kind(b, kind), ",.0f", CHANGED) for a, b in both]
+            arrows = [_arrow(most_mb(a, kind), most_mb(b, kind), ",.0f", CHANGED) for a, b in both]
             lines.append(f"| {kind} (MB) | {' | '.join(arrows)} |")
         for label, name, form, threshold in (
             ("peak of all (MB)", "peak_memory_mb", ",.0f", CHANGED),
@@ -548,13 +537,13 @@ def textbook(found: dict[Cell, dict[str, Any]]) -> list[str]:
     recomputed, mixed = found.get(Cell(checkpointing=True)), found.get(Cell(amp=True))
     if base and recomputed:
         peaks = [m["peak_memory_mb"]["median"] for m in (base, recomputed)]
-        if peaks[1] > (1 - CHANGED) * peaks[0] and _kind(recomputed, "activations") < _kind(base, "activations"):
+        if peaks[1] > (1 - CHANGED) * peaks[0] and most_mb(recomputed, "activations") < most_mb(base, "activations"):
             lines.append(
                 "Checkpointing lowers activations, and not the peak: without accumulation, full fine-tuning peaks at "
                 f"the end of the backward pass ({peaks[0]:,.0f} and {peaks[1]:,.0f} MB), where all gradients and no "
                 "activations are."
             )
-    if base and mixed and _kind(mixed, "parameters") > (1 + CHANGED) * _kind(base, "parameters"):
+    if base and mixed and most_mb(mixed, "parameters") > (1 + CHANGED) * most_mb(base, "parameters"):
         peaks = [m["peak_memory_mb"]["median"] for m in (base, mixed)]
         lines.append(
             "Mixed precision raises the memory of parameters, by the 16-bit copies that autocast makes of them; the "

@@ -19,6 +19,7 @@ from typing import Any
 
 from llama import cli
 from llama.errors import EnvironmentFailure
+from llama.tables import CHANGED, KINDS, SLOWER, arrow
 from reports.page import charts
 from reports.page.charts import Bar, Line, Point
 from reports.page.markup import Html, figure, heading, joined, number, provenance, ratio, spread, table, tag
@@ -28,10 +29,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "reports" / "results"
 PAGE = ROOT / "reports" / "index.html"
 PARTS = ROOT / "reports" / "page"
-CHANGED, SLOWER = 0.03, 0.05  # as benchmark_finetuning.py: of a kind of memory, of a time; less is no arrow in Table 2
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
-KINDS = {"parameters": ("weights", "copies"), "activations": ("activations",), "gradients": ("gradients",)}
-KINDS |= {"optimizer state": ("optimizer",)}
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
 OTHERS = {"tiny": "The embedded models"}  # an experiment without a section of its own stands under its name
@@ -75,7 +73,11 @@ def render(rows: dict[str, list[Row]]) -> str:
         ("table-3", "Table 3: combinations of techniques", table_3(found["benchmark_finetuning"])),
         ("fine-tuning", "Fine-tuning: does it learn", fine_tuning(found["finetuning"])),
         ("loading", "Loading", loading(found["loading"])),
-        *[(name, OTHERS.get(name, name), plain(rows[name])) for name in rows if name not in known],
+        *[
+            (name, OTHERS.get(name, name.replace("_", " ").capitalize()), plain(rows[name]))
+            for name in rows
+            if name not in known
+        ],
     ]
     parts = [introduction(rows, sections)]
     for anchor, title, content in sections:
@@ -299,14 +301,11 @@ def change(before: Row, after: Row, names: Sequence[str], least: float) -> Html:
     if not all(row.has(*names) for row in (before, after)):
         return Html("-")
     sums = [sum(row.median(name) for name in names) for row in (before, after)]
-    sign = "="
-    if abs(sums[1] - sums[0]) > least * sums[0]:
-        sign = "↑" if sums[1] > sums[0] else "↓"
     shown = []
     for row, value in zip((before, after), sums, strict=True):
         source = " + ".join(row.source(f"metrics.{name}.median") for name in names)
         shown.append(tag("data", number(value), value=value, data_from=source, title=source))
-    return joined([tag("span", sign, class_="sign"), " ", shown[0], " to ", shown[1]])
+    return joined([tag("span", arrow(*sums, least), class_="sign"), " ", shown[0], " to ", shown[1]])
 
 
 def table_3(rows: Sequence[Row]) -> Html:

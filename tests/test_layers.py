@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "llama.surgery": set(),
     "llama.loss": set(),
     "llama.evaluation": set(),
+    "llama.tables": set(),
     "llama.perplexity": {"llama.errors", "llama.evaluation", "llama.loss", "llama.model"},
     "llama.checkpoint": {"llama.config", "llama.errors", "llama.files", "llama.model", "llama.quantization"},
     "llama.lora": {"llama.checkpoint", "llama.errors", "llama.files", "llama.model", "llama.surgery"},

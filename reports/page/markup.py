@@ -83,7 +83,7 @@ def look_up(row: Row, path: str) -> float | None:
     return found
 
 
-def heading(name: str, rows: Sequence[Row]) -> tuple[str, float]:
+def heading(name: str, rows: Sequence[Row]) -> tuple[str, int]:
     """A metric's name in words with its unit, and the factor to that unit: seconds become ms where all are short."""
     words, unit = name, ""
     for ending, written in UNITS.items():
@@ -91,9 +91,9 @@ def heading(name: str, rows: Sequence[Row]) -> tuple[str, float]:
             words, unit = name.removesuffix(f"_{ending}"), written
             break
     values = [row.median(name) for row in rows if row.has(name)]
-    scale = 1.0
-    if unit == "s" and values and max(values) < 0.5:
-        unit, scale = "ms", 1e3
+    scale = 1
+    if unit == "s" and values and max(values) < 0.1:
+        unit, scale = "ms", 1000
     return words.replace("_", " ") + (f" ({unit})" if unit else ""), scale
 
 
