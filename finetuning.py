@@ -796,7 +796,8 @@ class Run:
         model = "tiny" if self.options.ckpt_dir is None else Path(self.options.ckpt_dir).name
         cell = {"model": model, **{name: getattr(self.options, name) for name in ROW}}
         options, path = self.options, Path(self.options.results)
-        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, curves)
+        series = {**curves, "answers": [[a["instruction"], a["before"], a["after"]] for a in summary["answers"]]}
+        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, series)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

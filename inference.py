@@ -2,6 +2,7 @@
 
 python inference.py                                        # the embedded model on sample prompts
 python inference.py --compare                              # cache on and off, side by side
+python inference.py --compare --results=reports/results/comparison.jsonl     # and keep it for the report
 python inference.py --prompt="The fox saw" --stream
 python inference.py --draft=lookup --compare               # with a draft and without, side by side
 python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
@@ -68,6 +69,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     decoding: str = "auto",
+    results: str | None = None,
 ) -> None:
     """Generate text with a Llama model, with the KV cache on or off, with a draft or without.
 
@@ -95,11 +97,16 @@ def main(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type.
         decoding: auto takes the fastest step that the machine has; eager the plain one; compiled uses torch.compile.
+        results: append what --compare finds to this file, a row for each prompt.
     """
     if compare and (stream or not use_cache):
         raise InputError("--compare runs with and without the cache itself; leave out --stream and --use_cache")
     if compare and temperature not in (None, 0.0):
         raise InputError("--compare needs --temperature=0: sampling would hide whether the cache changed anything")
+    if results is not None:
+        if not compare:
+            raise InputError("--results keeps what --compare finds; add --compare")
+        bench.require_writable(Path(results))
     if draft is None and draft_tokens is not None:
         raise InputError("--draft_tokens needs --draft, a checkpoint directory or lookup")
     if temperature is None:
@@ -121,7 +128,11 @@ def main(
     options = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options |= {"stop_tokens": stops, "speculation": speculation}
     if compare:
-        show_comparison(llama, prompts, options)
+        found = show_comparison(llama, prompts, options)
+        if results is not None:
+            place = {"model": "tiny" if directory == EMBEDDED else directory.name, "max_gen_len": max_gen_len}
+            place |= {"what": "KV cache" if draft is None else "draft", "decoding": llama.decoder.name}
+            append_rows(Path(results), llama, place, found, seed)
     elif stream:
         show_stream(llama, prompts, {**options, "use_cache": use_cache})
     else:
@@ -218,7 +229,17 @@ def speed(n_tokens: int, spent: bench.Measurement, use_cache: bool) -> str:
     return f"[{n_tokens} tokens in {spent.seconds:.2f} s, {rate:.1f} tokens/s, KV cache {'on' if use_cache else 'off'}]"
 
 
-def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt continued in both ways (True: with the cache, or the draft), and whether the tokens agree."""
+
+    prompt: Prompt
+    ids: dict[bool, list[int]]
+    spent: dict[bool, bench.Measurement]
+    verdict: str
+
+
+def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> list[Comparison]:
     """Each prompt alone, with the draft and without, or the cache: texts, whether the tokens agree, time and memory."""
     speculation = options["speculation"]
     if speculation is None:
@@ -231,6 +252,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
     llama.generate([prompts[0].ids], **{**options, **warm_up, "max_gen_len": 4})
     totals = {True: 0.0, False: 0.0}
     n_equal = 0
+    found = []
     for number, prompt in enumerate(prompts, 1):
         ids, spent = {}, {}
         for is_on, way in ways.items():
@@ -243,13 +265,34 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> None:
         print(cli.side_by_side(f"{what} on", f"{what} off"))
         print("-" * (2 * cli.COLUMN + 3))
         print(cli.side_by_side(*(llama.tokenizer.decode(ids[is_on]).strip() for is_on in (True, False))))
-        print(f"\n  tokens    {verdict(llama, prompt.ids, ids[True], ids[False], options['stop_tokens'])}")
+        agreement = verdict(llama, prompt.ids, ids[True], ids[False], options["stop_tokens"])
+        found.append(Comparison(prompt, ids, spent, agreement))
+        print(f"\n  tokens    {agreement}")
         on, off = spent[True].seconds, spent[False].seconds
         print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the {what}")
         print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {memory_kind(llama)})\n")
     speedup = totals[False] / totals[True]
     print(f"{n_equal} of {len(prompts)} prompts give equal tokens with the {what} on and off;", end=" ")
     print(f"{totals[True]:.2f} s on, {totals[False]:.2f} s off, {speedup:.2f} times as fast")
+    return found
+
+
+def append_rows(path: Path, llama: Llama, place: dict, found: list[Comparison], seed: int) -> None:
+    """Keep comparisons: times and memory as metrics, the texts and the verdict as series."""
+    dtype = str(llama.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    for comparison in found:
+        metrics, series = {}, {"verdict": [comparison.verdict]}
+        for is_on, name in ((True, "on"), (False, "off")):
+            ids, spent = comparison.ids[is_on], comparison.spent[is_on]
+            series[f"text_{name}"] = [llama.tokenizer.decode(ids).strip()]
+            metrics |= {f"runtime_{name}_s": bench.spread([spent.seconds]), f"tokens_{name}": bench.spread([len(ids)])}
+            if spent.peak_bytes is not None:
+                metrics[f"peak_memory_{name}_mb"] = bench.spread([spent.peak_bytes / bench.MB])
+        on, off = comparison.ids[True], comparison.ids[False]
+        n_equal = next((i for i, (a, b) in enumerate(zip(on, off, strict=False)) if a != b), min(len(on), len(off)))
+        metrics["tokens_equal"] = bench.spread([n_equal])
+        cell = {**place, "prompt": comparison.prompt.text}
+        bench.append_row(path, "comparison", cell, metrics, llama.device, dtype, seed, series)
 
 
 def describe_draft(counts: Counts) -> str:
