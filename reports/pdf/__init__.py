@@ -1,0 +1,1 @@
+"""What report.py fills the three PDF reports with."""
