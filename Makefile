@@ -1,15 +1,19 @@
 # make run   generate text with the embedded model and compare the KV cache on and off
-# make page  the results page, reports/index.html, from the measured rows
+# make reports  the three course reports as PDFs and the results page, from the measured rows
+# make page  the results page alone, reports/index.html
 # make test  lint, check formatting, run the tests
 # make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
 # Each sets up a virtual environment in .venv first; delete it to start over.
 
 PYTHON ?= python3
 
-.PHONY: run page test test-slow
+.PHONY: run reports page test test-slow
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
+
+reports: page .venv/dev.stamp
+	.venv/bin/python report.py
 
 page: .venv/run.stamp
 	.venv/bin/python results_page.py

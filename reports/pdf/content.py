@@ -114,12 +114,16 @@ def about(rows: Rows, experiment: str) -> dict[str, Any]:
     """On what, when and by which commands a table was measured; or by which it would be."""
     if not rows:
         return {"where": "Not measured on this device:", "commands": [COMMANDS[experiment]]}
-    settings = dict.fromkeys(f"{setting(row)}, {row['dtype']}" for row in rows)
+    dtypes: dict[str, dict[str, None]] = {}
+    for row in rows:
+        dtypes.setdefault(setting(row), {})[row["dtype"]] = None
+    settings = [f"{place}, {' and '.join(found)}" for place, found in dtypes.items()]
     days = sorted({row["time"][:10] for row in rows})
     dates = " to ".join(dict.fromkeys((days[0], days[-1])))
     repeats = sorted({spread["n"] for row in rows for name, spread in row["metrics"].items() if name in COUNTED})
     counts = " to ".join(str(n) for n in dict.fromkeys((repeats[0], repeats[-1]))) if repeats else ""
-    runs = f"; medians of {counts} runs" if repeats and repeats[-1] > 1 else ""
+    what = "steps" if experiment in ("finetuning", EXPERIMENT) else "runs"
+    runs = f"; medians of {counts} {what}" if repeats and repeats[-1] > 1 else ""
     limits = sorted({row["cell"]["memory_limit_gb"] for row in rows if row["cell"].get("memory_limit_gb")})
     held = "".join(f"; held to {limit:g} GB" for limit in limits)
     commands = list(dict.fromkeys(row["command"] for row in rows))
@@ -353,20 +357,59 @@ def figures(generation: Rows, steps: Rows) -> dict[str, str]:
     return found | {"full_peak": value(plain, "peak_memory_mb", ",.0f")}
 
 
+def chart(title: str, x_label: str, curves: Rows, is_log: bool = False, x_ticks: Sequence[int] = ()) -> dict[str, Any]:
+    """Curves with the range and the ticks of both axes; a tick is where it stands and how it is written."""
+    xs, ys = ([float(point[axis]) for curve in curves for point in curve["points"]] for axis in (0, 1))
+    x_range, y_range = widened(min(xs), max(xs)), widened(min(ys), max(ys), is_log)
+    return {
+        "title": title,
+        "x_label": x_label,
+        "log": is_log,
+        "curves": list(curves),
+        "x_range": x_range,
+        "y_range": y_range,
+        "x_ticks": [[x, str(x)] for x in x_ticks] or ticks(*x_range),
+        "y_ticks": log_ticks(*y_range) if is_log else ticks(*y_range),
+    }
+
+
+def widened(low: float, high: float, is_log: bool = False) -> tuple[float, float]:
+    """A range with some room around it."""
+    if is_log:
+        return low / 1.3, high * 1.3
+    room = 0.05 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def ticks(low: float, high: float) -> list[list[Any]]:
+    """Three to eight multiples of 1, 2 or 5 times a power of ten."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(m * unit for m in (1, 2, 5) if m * unit <= (high - low) / 3)
+    return [[i * step, f"{i * step:,.10g}"] for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[list[Any]]:
+    """1, 2 and 5 times the powers of ten."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [[m * 10.0**e, f"{m * 10.0**e:,.10g}"] for e in powers for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+
+
 def generation_chart(rows: Rows) -> list[dict[str, Any]]:
     """Curves over the batch size: runtime and peak memory of the measured cells, each with its floor."""
     charts = []
+    own = [row for row in rows if row["cell"]["engine"] == "llama"]
+    sizes = sorted({row["cell"]["batch_size"] for row in own})
     for name, title, is_log in (("runtime_s", "runtime (s)", True), ("peak_memory_mb", "peak memory (MB)", False)):
         curves = []
         for cache, label in ((True, "with cache"), (False, "without")):
-            chosen = [r for r in rows if r["cell"]["engine"] == "llama" and r["cell"]["use_cache"] is cache]
             for metric, kind in ((name, label), (f"floor_{name}", f"{label}: floor")):
-                points = [
-                    (r["cell"]["batch_size"], r["metrics"][metric]["median"]) for r in chosen if metric in r["metrics"]
-                ]
-                if points:
-                    curves.append({"label": kind, "points": sorted(points)})
-        charts.append({"title": title, "log": is_log, "curves": curves})
+                points = sorted(
+                    (row["cell"]["batch_size"], row["metrics"][metric]["median"])
+                    for row in own
+                    if row["cell"]["use_cache"] is cache and metric in row["metrics"]
+                )
+                curves += [{"label": kind, "points": points}] if points else []
+        charts += [chart(title, "batch size", curves, is_log, sizes)] if curves else []
     return charts
 
 
@@ -378,8 +421,7 @@ def loss_charts(rows: Rows) -> list[dict[str, Any]]:
         names = (("loss_nats", "training"), ("held_out_loss_nats", "held out"))
         curves = [{"label": label, "points": series[name]} for name, label in names if series.get(name)]
         if curves:
-            title = f"{row['cell']['model']}, preset {row['cell']['preset']}"
-            charts.append({"title": title, "log": False, "curves": curves})
+            charts.append(chart(f"{row['cell']['model']}, preset {row['cell']['preset']}", "optimizer step", curves))
     return charts
 
 
@@ -453,6 +495,7 @@ def facts(args: ModelArgs) -> dict[str, str]:
         "cached_tflop": f"{cached / 1e12:.3f}",
         "uncached_tflop": f"{uncached / 1e12:.2f}",
         "flop_ratio": f"{uncached / cached:.1f}",
+        "prompt_ratio": f"{uncached / args.forward_flops(256):.1f}",
         "token_gflop": f"{args.forward_flops(1, start=271) / 1e9:.2f}",
         "logits_mb": f"{16 * 256 * args.vocab_size * 6 / 1e6:,.0f}",
         "lora_params": f"{trained:,}",
