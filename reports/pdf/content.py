@@ -20,13 +20,18 @@ from llama.lora import LoRAConfig
 from llama.tables import CHANGED, KINDS, SLOWER, arrow, most_mb
 
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "x"
+STEPS = "benchmark_finetuning"
 COMMANDS = {
     "inference": "python benchmark_inference.py --against=transformers",
     "comparison": "python inference.py --compare --max_gen_len=48 --results=reports/results/comparison.jsonl",
-    "benchmark_finetuning": "python benchmark_finetuning.py --cells=course,lean,half,table2 --against=peers",
+    STEPS: "python benchmark_finetuning.py --cells=course,lean,half,table2 --against=peers",
     "finetuning": "python finetuning.py --preset=learn --results=reports/results/finetuning.jsonl",
-    "compression": "python compress.py",
+    "perplexity": "python evaluate.py --results=reports/results/perplexity.jsonl",
+    "compression": "python compress.py; then benchmark_inference.py and evaluate.py with --ckpt_dir",
+    "pruning": "python benchmark_pruning.py",
 }
+COUNTED = ("runtime_s", "step_s")  # what a cell was repeated for
+VARIANTS = (("plain", False, False), ("lean", True, False), ("16-bit base", False, True), ("lean, 16-bit", True, True))
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 Rows = Sequence[dict[str, Any]]
 
@@ -51,11 +56,17 @@ def choose_device(rows: Rows, wanted: str | None) -> str | None:
 
 def make(rows: Rows, device: str | None, model: str, root: Path, code: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Everything that the three documents show. model: whose Tables 1 to 3; code: functions to quote, (file, name)."""
-    here = [row for row in rows if row["device"]["name"] == device]
+    here = sorted((row for row in rows if row["device"]["name"] == device), key=lambda row: row["time"])
     by = {name: [row for row in here if row["experiment"] == name] for name in COMMANDS}
-    generation = newest_setting([row for row in by["inference"] if row["cell"]["model"] == model], "input_len")
-    steps = newest_setting([row for row in by["benchmark_finetuning"] if row["cell"]["model"] == model], "seq_len")
-    tables = table_1(generation) | tables_2_and_3(steps) | {"ladder": ladder(by["compression"])}
+    generation = like_the_newest(
+        [row for row in by["inference"] if row["cell"]["model"] == model],
+        lambda row: (row["dtype"], *(row["cell"][name] for name in ("input_len", "output_len", "memory_limit_gb"))),
+    )
+    steps = like_the_newest(
+        [row for row in by[STEPS] if row["cell"]["model"] == model],
+        lambda row: (row["cell"]["seq_len"], row["cell"]["memory_limit_gb"]),
+    )
+    tables = table_1(generation) | tables_2_and_3(steps) | compression(by)
     runs = learning_runs(by["finetuning"])
     return {
         "device": device or "no device",
@@ -71,12 +82,9 @@ def make(rows: Rows, device: str | None, model: str, root: Path, code: Sequence[
     }
 
 
-def newest_setting(rows: Rows, *names: str) -> list[dict[str, Any]]:
-    """Of rows that differ in these keys of the cell or in torch and commit's date, those like the newest."""
-    if not rows:
-        return []
-    last = max(rows, key=lambda row: row["time"])
-    return [row for row in rows if all(row["cell"].get(name) == last["cell"].get(name) for name in names)]
+def like_the_newest(rows: Rows, key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """The rows with the newest one's key; others belong to another table."""
+    return [row for row in rows if key(row) == key(rows[-1])]
 
 
 # Small parts of tables
@@ -122,15 +130,12 @@ def about(rows: Rows, experiment: str) -> dict[str, Any]:
     dates = " to ".join(dict.fromkeys((days[0], days[-1])))
     repeats = sorted({spread["n"] for row in rows for name, spread in row["metrics"].items() if name in COUNTED})
     counts = " to ".join(str(n) for n in dict.fromkeys((repeats[0], repeats[-1]))) if repeats else ""
-    what = "steps" if experiment in ("finetuning", EXPERIMENT) else "runs"
+    what = "steps" if experiment in ("finetuning", STEPS) else "runs"
     runs = f"; medians of {counts} {what}" if repeats and repeats[-1] > 1 else ""
     limits = sorted({row["cell"]["memory_limit_gb"] for row in rows if row["cell"].get("memory_limit_gb")})
     held = "".join(f"; held to {limit:g} GB" for limit in limits)
     commands = list(dict.fromkeys(row["command"] for row in rows))
     return {"where": f"{'; '.join(settings)}{held}{runs}; {dates};", "commands": commands}
-
-
-COUNTED = ("runtime_s", "step_s")  # what a cell was repeated for
 
 
 def made(head: Sequence[str], body: Sequence[Sequence[str]], rows: Rows, experiment: str) -> dict[str, Any]:
@@ -204,7 +209,7 @@ def flags(row: dict[str, Any]) -> tuple:
 
 def tables_2_and_3(rows: Rows) -> dict[str, Any]:
     """Tables 2 and 3, the latter also lean and over a 16-bit base; and what checkpointing buys."""
-    cells = {flags(row): row for row in sorted(rows, key=lambda row: row["time"])}
+    cells = {flags(row): row for row in rows}
 
     def cell(*on: str, lean: bool = False, half: bool = False, batch: int = 1, accumulation: int = 1) -> Any:
         return cells.get(("llama", lean, half, batch, accumulation, *(name in on for name in TECHNIQUES)))
@@ -215,7 +220,7 @@ def tables_2_and_3(rows: Rows) -> dict[str, Any]:
     ]
     titles = [*TECHNIQUES.values(), "peak memory (MB)", "a step (s)", "x floor", "foreseen (MB)"]
     found = {
-        name: made(titles, [step_line(on, cell(*on, lean=name == "lean")) for on in choices], rows, EXPERIMENT)
+        name: made(titles, [step_line(on, cell(*on, lean=name == "lean")) for on in choices], rows, STEPS)
         for name in ("plain", "lean")
     }
     base = [(on, lean) for on in (["lora"], ["checkpointing", "lora"]) for lean in (False, True)]
@@ -224,7 +229,7 @@ def tables_2_and_3(rows: Rows) -> dict[str, Any]:
         + step_line(on, cell(*on, lean=lean, half=True))[3:]
         for on, lean in base
     ]
-    found["half"] = made(["lean", "checkpointing", *titles[3:]], lines, rows, EXPERIMENT)
+    found["half"] = made(["lean", "checkpointing", *titles[3:]], lines, rows, STEPS)
     kinds = [(name, {"lean": lean, "half": half}) for name, lean, half in VARIANTS]
     gains = [
         [name, " + ".join(TECHNIQUES[n] for n in on) or "neither", *gain(cell(*on, **kind), with_all)]
@@ -234,7 +239,7 @@ def tables_2_and_3(rows: Rows) -> dict[str, Any]:
         for with_all in [cell("checkpointing", *on, **kind)]
     ]
     head = ["mode", "with", "peak (MB)", "all recomputed (MB)", "a step (s)", "all recomputed (s)", "MB saved a second"]
-    found["gain"] = made(head, gains, rows, EXPERIMENT)
+    found["gain"] = made(head, gains, rows, STEPS)
     for accumulation in (1, 2):
         found[f"table2_{accumulation}"] = table_2(cell, accumulation, rows)
     ours = {half: cell(*on, lean=True, half=half) for half, on in ((False, ["amp"]), (True, ["lora"]))}
@@ -251,11 +256,7 @@ def tables_2_and_3(rows: Rows) -> dict[str, Any]:
     ]
     engines = [row for row in rows if row["cell"]["engine"] != "llama"]
     head = ["peer", "peak (MB)", "a step (s)", "its memory / our lean mode's", "its time / our lean mode's"]
-    return {**found, "step_peers": made(head, peers, engines, EXPERIMENT)}
-
-
-EXPERIMENT = "benchmark_finetuning"
-VARIANTS = (("plain", False, False), ("lean", True, False), ("16-bit base", False, True), ("lean, 16-bit", True, True))
+    return {**found, "step_peers": made(head, peers, engines, STEPS)}
 
 
 def step_line(on: Sequence[str], row: dict[str, Any] | None) -> list[str]:
@@ -297,7 +298,7 @@ def table_2(cell: Callable[..., Any], accumulation: int, rows: Rows) -> dict[str
     ):
         line = [changed(pair, lambda m, n=name: m[n]["median"], form, threshold) for pair in pairs.values()]
         lines.append([label, *line])
-    return made(["", *pairs], lines, rows, EXPERIMENT)
+    return made(["", *pairs], lines, rows, STEPS)
 
 
 def changed(pair: Sequence[Any], read: Callable[[Any], float], form: str, threshold: float) -> str:
@@ -317,8 +318,8 @@ def changed(pair: Sequence[Any], read: Callable[[Any], float], form: str, thresh
 
 
 def learning_runs(rows: Rows) -> list[dict[str, Any]]:
-    """The newest run of each preset and model, real weights first."""
-    newest = {(row["cell"]["model"], row["cell"]["preset"]): row for row in sorted(rows, key=lambda row: row["time"])}
+    """The newest run of each preset and model, real weights first; rows come oldest first."""
+    newest = {(row["cell"]["model"], row["cell"]["preset"]): row for row in rows}
     return sorted(newest.values(), key=lambda row: (row["cell"]["model"] == "tiny", row["cell"]["preset"]))
 
 
@@ -334,15 +335,58 @@ def learning(rows: Rows) -> dict[str, Any]:
     return made(head, lines, rows, "finetuning")
 
 
-def ladder(rows: Rows) -> dict[str, Any]:
-    """Each compressed form of one model: its size, its speed, and what it costs in perplexity."""
-    head = ["form", "weights (MB)", "peak memory (MB)", "each token (ms)", "perplexity"]
-    names = (("weights_mb", ",.0f", 1), ("peak_memory_mb", ",.0f", 1), ("tpot_s", ".1f", 1e3), ("perplexity", ".3f", 1))
-    lines = [[str(row["cell"].get("form", row["dtype"])), *(value(row, *name) for name in names)] for row in rows]
-    return made(head, lines or [[form, *[NOT_MEASURED] * 4] for form in FORMS], rows, "compression")
+def compression(by: dict[str, Rows]) -> dict[str, Any]:
+    """The ladder of forms that were measured, by name and dtype: memory, speed, perplexity; and what pruning took."""
+    rungs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    alone = [row for row in by["inference"] if row["cell"]["engine"] == "llama" and row["cell"]["use_cache"]]
+    for row in by["perplexity"]:
+        rungs.setdefault((row["cell"]["model"], row["dtype"]), {})["quality"] = row
+    for row in alone:
+        if row["cell"]["batch_size"] == 1:
+            rungs.setdefault((row["cell"]["model"], row["dtype"]), {})["speed"] = row
+    lines = [
+        [
+            *name,
+            value(found.get("speed"), "peak_memory_mb", ",.0f"),
+            value(found.get("speed"), "tpot_s", ".1f", 1e3),
+            value(found.get("speed"), "tpot_over_floor_x", ".2f"),
+            value(found.get("quality"), "perplexity_x", ".3f"),
+        ]
+        for name, found in sorted(rungs.items())
+    ]
+    used = [row for found in rungs.values() for row in found.values()]
+    head = ["form", "dtype", "peak, batch 1 (MB)", "each next token (ms)", "x floor", "perplexity"]
+    return {"ladder": made(head, lines, used, "compression"), **pruning(by["pruning"])}
 
 
-FORMS = ("16 bits", "int8", "int4", "pruned")
+def pruning(rows: Rows) -> dict[str, Any]:
+    """Quality after pruning in rounds and at once, and the speed of what is left."""
+    parts = {
+        name: [row for row in rows if row["cell"]["part"] == name]
+        for name in ("dense", "iterative", "one-shot", "speed")
+    }
+    quality = [
+        [
+            name,
+            str(row["cell"].get("method", "-")),
+            f"{row['cell'].get('share', 0):g}",
+            value(row, "parameters", ",.0f"),
+        ]
+        + [value(row, "stored_mb", ",.1f"), value(row, "loss_nats", ".3f")]
+        for name in ("dense", "iterative", "one-shot")
+        for row in sorted(parts[name], key=lambda row: (str(row["cell"].get("method")), row["cell"].get("share", 0)))
+    ]
+    speed = [
+        [row["cell"]["model"], f"{row['cell']['share']:g}", value(row, "parameters", ",.0f")]
+        + [value(row, "stored_mb", ",.1f"), value(row, "ttft_s", ".1f", 1e3), value(row, "tpot_s", ".2f", 1e3)]
+        for row in sorted(parts["speed"], key=lambda row: (row["cell"]["model"], row["cell"]["share"]))
+    ]
+    head = ["share taken out", "parameters", "stored (MB)"]
+    measured = [row for name in ("dense", "iterative", "one-shot") for row in parts[name]]
+    return {
+        "pruned": made(["how", "method", *head, "held-out loss"], quality, measured, "pruning"),
+        "pruned_speed": made(["model", *head, "first token (ms)", "each next (ms)"], speed, parts["speed"], "pruning"),
+    }
 
 
 # Figures in the text, curves, texts
