@@ -213,10 +213,7 @@ class Trainer:
         for name, weight in self.weights.items():
             if weight.dtype not in (torch.float32, torch.float64):
                 raise InputError(f"{name}: trained weights must be float32, not {weight.dtype}; use --dtype=float32")
-        kept = model.state_dict().keys()  # not RoPE's frequencies, which follow from the shape
-        self.buffers = {
-            name: buffer for name, buffer in model.named_buffers() if name in kept
-        }  # masks of pruned weights
+        self.masks = {name: mask for name, mask in model.named_buffers() if name.endswith(".mask")}  # of pruned weights
         self.device = model.tok_embeddings.weight.device
         self.optimizer = self._make_optimizer()
         self.compute_dtype = AMP[settings.amp] or model.dtype
@@ -227,7 +224,7 @@ class Trainer:
             self.sgd = make_lean(model)
         if self.sgd is not None:
             require_plain_sgd(settings)
-            if self.buffers:
+            if self.masks:
                 raise InputError("--lean trains all weights inside the backward pass, which would move pruned ones too")
         self.progress = Progress()
 
@@ -284,9 +281,7 @@ class Trainer:
 
     def _cross_entropy_sum(self, h: Tensor, labels: Tensor) -> Tensor:
         head = self.model.tok_embeddings if self.model.output is None else self.model.output
-        if (
-            not self.settings.lean or not head.weight.is_floating_point()
-        ):  # codes have no slices that could be multiplied
+        if not self.settings.lean or not head.weight.is_floating_point():  # codes have no slices to multiply
             return cross_entropy_sum(self.model.logits, h, labels)
         return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move_product)
 
@@ -363,7 +358,7 @@ class Trainer:
         state = {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         tensors = {"model": weights, "optimizer": optimizer, "rng": self._random_state()}
-        return Snapshot(tensors | ({"buffers": self.buffers} if self.buffers else {}), state)
+        return Snapshot(tensors | ({"masks": self.masks} if self.masks else {}), state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot, to the bit. Raises InputError where anything is missing, extra or misshapen."""
@@ -371,9 +366,9 @@ class Trainer:
             _require_same("model", self.weights, _entry(snapshot.tensors, "model"))
             for name, weight in self.weights.items():
                 weight.copy_(snapshot.tensors["model"][name])
-            _require_same("buffers", self.buffers, snapshot.tensors.get("buffers", {}))
-            for name, buffer in self.buffers.items():
-                buffer.copy_(snapshot.tensors["buffers"][name])
+            _require_same("masks", self.masks, snapshot.tensors.get("masks", {}))
+            for name, mask in self.masks.items():
+                mask.copy_(snapshot.tensors["masks"][name])
         _require_same("rng", self._random_state(), _entry(snapshot.tensors, "rng"))
         self._set_random_state(snapshot.tensors["rng"])
         scaler = _entry(snapshot.state, "scaler")

@@ -191,7 +191,7 @@ def test_fine_tuning_holds_the_zeros_of_a_pruned_checkpoint(base, tmp_path, monk
     assert same(zeros(results["kept"]), zeros(model)) and pruning.count_zeros(results["filled"])[0] < n_zeros / 2
     assert not torch.equal(results["kept"].norm.weight, model.float().norm.weight)  # it has trained
     saved = snapshot.load(snapshot.listed(tmp_path / "kept" / "snapshots")[-1])
-    assert sum((~mask).sum().item() for mask in saved.tensors["buffers"].values()) == n_zeros == n_all / 2
+    assert sum((~mask).sum().item() for mask in saved.tensors["masks"].values()) == n_zeros == n_all / 2
     code, out, err = call(monkeypatch, capsys, f"--out_dir={tmp_path / 'kept'}", "--resume", main=finetuning.main)
     assert code == 0 and "resumed    after step 4" in out, err
 
