@@ -3,7 +3,7 @@
     sgd = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
 
     LeanRMSNorm      keeps its input and one number for each position; the plain one keeps four tensors of that size
-    LeanAttention    rotates in one operation that keeps nothing
+    LeanAttention    rotates in one operation that keeps nothing; on AMX, gradients by kernels/attention.c
     LeanFeedForward  keeps gate and up, two of the four tensors of the hidden size
     LeanLinear       under autocast, the 16-bit copy of a weight lives as long as one product, not the whole step
     LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from llama.kernels import train_ops
+from llama.kernels import attention, train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
 from llama.surgery import FrozenLinear, compute_dtype, replace_modules
@@ -256,8 +256,11 @@ class LeanAttention(Attention):
         if cache is not None:
             return super().forward(x, freqs_cis, mask, pos, cache)
         q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = (_Rotation.apply(part, freqs_cis).transpose(1, 2) for part in (q_BTHD, k_BTKD))
-        return self.wo(attend(q, k, v_BTKD.transpose(1, 2), mask).transpose(1, 2).flatten(-2))
+        q_BTHD, k_BTKD = (_Rotation.apply(part, freqs_cis) for part in (q_BTHD, k_BTKD))
+        if mask is None and attention.supports(q_BTHD):
+            return self.wo(attention.CausalAttention.apply(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
+        q, k, v = (part.transpose(1, 2) for part in (q_BTHD, k_BTKD, v_BTKD))
+        return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 
 class _SwiGLU(Function):

@@ -16,6 +16,7 @@ from llama.kernels import train_ops
 
 LOGIT_BYTES = 1 << 26  # of logits that are held at once: 256 positions in 16 bits
 KEPT_BYTES = 1 << 27  # of logits that are kept for the gradient of the table, if those of all positions fit
+TILE = 32  # positions: products of other numbers of rows reach two thirds of the speed
 SLICE = 8192  # rows of the output table that are multiplied at once
 P_SCALE = 1024.0  # p of a rare token is below what fp16 can hold
 Move = Callable[[Tensor, Tensor, Tensor], None]  # weight [.., dim], a [N, ..], b [N, dim]: the gradient is a^T b
@@ -45,7 +46,8 @@ class _LeanCrossEntropy(Function):
     def forward(ctx, h: Tensor, weight: Tensor, labels: Tensor, move: Move | None) -> Tensor:
         wide, row_bytes = torch.promote_types(h.dtype, torch.float32), len(weight) * h.element_size()
         is_kept = ctx.needs_input_grad[1] and len(h) * row_bytes <= KEPT_BYTES
-        n_rows = len(h) if is_kept else max(1, LOGIT_BYTES // row_bytes)
+        fitting = LOGIT_BYTES // row_bytes
+        n_rows = len(h) if is_kept else max(1, fitting // TILE * TILE or fitting)
         total, lse, dh = h.new_zeros((), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
         z = None
         for start in range(0, len(h), n_rows):

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "llama.lora": {"llama.checkpoint", "llama.errors", "llama.files", "llama.model", "llama.surgery"},
     "llama.quantization": {"llama.errors", "llama.model", "llama.surgery"},
     "llama.snapshot": {"llama.errors", "llama.files"},
-    "llama.lean": {"llama.kernels.train_ops", "llama.lora", "llama.model", "llama.surgery"},
+    "llama.lean": {"llama.kernels.attention", "llama.kernels.train_ops", "llama.lora", "llama.model", "llama.surgery"},
     "llama.lean_loss": {"llama.kernels.train_ops"},
     "llama.training": {
         "llama.errors",
@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "llama.kernels": set(),
     "llama.kernels.native": set(),
     "llama.kernels.decode_step": {"llama.cache", "llama.kernels.native", "llama.model", "llama.quantization"},
+    "llama.kernels.attention": {"llama.kernels.native"},
     "llama.kernels.train_ops": {"llama.kernels.native"},
     "llama.kernels.prefill": {"llama.cache", "llama.kernels.decode_step", "llama.model"},
     "llama.decoding": {

@@ -28,7 +28,8 @@ def load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
         return None
     source = Path(__file__).with_name(f"{name}.c")
     command = [compiler, "-O3", *flags, "-fopenmp", "-shared", "-fPIC"]
-    key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
     library = _cache_directory() / f"{name}-{key}.so"
     if not library.exists():
         scratch = library.with_suffix(f".{os.getpid()}")

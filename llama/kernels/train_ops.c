@@ -6,19 +6,7 @@
 
    M rows of N values. A `wide` argument tells which operands are fp32 and not bfloat16. */
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-
-typedef uint16_t bf16;
-
-static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
-
-static inline __m512 widen(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-static inline __m512 load(const bf16 *x) { return widen(_mm256_loadu_si256((const __m256i *)x)); }
+#include "simd.h"
 
 static inline __m512 load_part(const bf16 *x, __mmask16 part) { return widen(_mm256_maskz_loadu_epi16(part, x)); }
 
@@ -26,29 +14,13 @@ static inline __m512 load_either(const void *x, int64_t i, int wide) {
     return wide ? _mm512_loadu_ps((const float *)x + i) : load((const bf16 *)x + i);
 }
 
-static inline __m512 rounded(__m512 x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
+static inline __m512 rounded(__m512 x) { return widen(narrow(x)); }
 
-static inline void store(bf16 *y, __m512 x) { _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-static inline void store_part(bf16 *y, __m512 x, __mmask16 part) {
-    _mm256_mask_storeu_epi16(y, part, (__m256i)_mm512_cvtneps_pbh(x));
-}
+static inline void store_part(bf16 *y, __m512 x, __mmask16 part) { _mm256_mask_storeu_epi16(y, part, narrow(x)); }
 
 static inline void store_either(void *y, int64_t i, __m512 x, int wide) {
     if (wide) _mm512_storeu_ps((float *)y + i, x);
     else store((bf16 *)y + i, x);
-}
-
-/* e^x for x <= 0: 2^n times a polynomial for 2^f, |f| <= 1/2; relative error below 3e-7. NaN stays NaN. */
-static inline __m512 exponential(__m512 x) {
-    const float taylor[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                            2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-150.0f), scaled); /* max returns the second operand if one is NaN */
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT), f = _mm512_sub_ps(t, n);
-    __m512 p = _mm512_set1_ps(taylor[0]);
-    for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(taylor[i]));
-    return _mm512_scalef_ps(p, n);
 }
 
 /* RMSNorm: n = x / sqrt(mean(x^2) + eps), y = n w. N is a multiple of 16. Writes 1 / rms(x) of each row as well. */
