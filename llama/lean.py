@@ -258,7 +258,7 @@ class LeanAttention(Attention):
         q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q_BTHD, k_BTKD = (_Rotation.apply(part, freqs_cis) for part in (q_BTHD, k_BTKD))
         if mask is None and attention.supports(q_BTHD):
-            return self.wo(attention.CausalAttention.apply(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
+            return self.wo(attention.causal_attention(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
         q, k, v = (part.transpose(1, 2) for part in (q_BTHD, k_BTKD, v_BTKD))
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 

@@ -148,7 +148,7 @@ def test_a_snapshot_without_the_masks_is_not_resumed_nor_one_with_masks_by_a_pla
     masked = Trainer(pruning.zero_smallest(random_model(), 0.5).requires_grad_(True), Settings(), 1)
     plain = Trainer(random_model().requires_grad_(True), Settings(), 1)
     for trainer, other in ((masked, plain), (plain, masked)):
-        with pytest.raises(InputError, match="buffers:layers"):
+        with pytest.raises(InputError, match="masks:layers"):
             trainer.restore(other.snapshot())
 
 

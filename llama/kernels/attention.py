@@ -37,12 +37,15 @@ def supports(q: Tensor) -> bool:
     return q.dtype is torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] % 32 == 0 and library() is not None
 
 
-class CausalAttention(Function):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with a causal mask, [B, T, H, D], for q [B, T, H, D] and k, v [B, T, K, D].
 
     Query head h reads key/value head h // (H / K). Keeps q, k, v, the result and a number for each of its rows.
     """
+    return _CausalAttention.apply(q, k, v)
 
+
+class _CausalAttention(Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
