@@ -49,12 +49,10 @@ class _LeanCrossEntropy(Function):
         fitting = LOGIT_BYTES // row_bytes
         n_rows = len(h) if is_kept else max(1, fitting // TILE * TILE or fitting)
         total, lse, dh = h.new_zeros((), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
-        z = None
+        held = h.new_empty(min(n_rows, len(h)) * len(weight))  # by all parts in turn
         for start in range(0, len(h), n_rows):
             rows = slice(start, start + n_rows)
-            if z is None or len(z) != len(h[rows]) * len(weight):
-                z = h.new_empty(len(h[rows]) * len(weight))
-            sums = []
+            z, sums = held[: len(h[rows]) * len(weight)], []
             for part, w in _slices(weight, h.dtype):
                 torch.mm(h[rows], w.t(), out=_block(z, part, weight))
                 sums.append(train_ops.logsumexp(_block(z, part, weight)))
@@ -67,8 +65,9 @@ class _LeanCrossEntropy(Function):
                     p = _block(z, part, weight)
                     train_ops.softmax_gradient_(p, lse[rows], labels[rows] - part.start, P_SCALE)
                     dh_wide += p @ w
+                del w
                 dh[rows] = dh_wide / P_SCALE
-        ctx.save_for_backward(h, labels, lse, dh, z if is_kept else None)
+        ctx.save_for_backward(h, labels, lse, dh, held if is_kept else None)
         ctx.weight, ctx.move = weight, move
         return total
 
