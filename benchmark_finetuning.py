@@ -36,7 +36,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
-from llama.tables import CHANGED, KINDS, SLOWER, arrow, most_mb
+from llama.tables import CHANGED, KINDS, SLOWER, arrow, counts, median, most_mb, spread
 from llama.training import Batch, Settings, Trainer, checkpoint_layers
 
 ROOT = Path(__file__).parent
@@ -171,13 +171,9 @@ def check_flags(
     against: str | None,
 ) -> list[Cell]:
     """The cells that the flags ask for. Raises InputError for what cannot be measured."""
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
-    limits = {"seq_len": (seq_len, 2), "batch_size": (batch_size, 1), "accumulation": (accumulation, 1)}
-    limits |= {"repeats": (repeats, 1), "warm_up": (warm_up, 1)}
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
+    cli.require_one_of("model", model, PRESETS)
+    cli.require_at_least(2, seq_len=seq_len)
+    cli.require_at_least(1, batch_size=batch_size, accumulation=accumulation, repeats=repeats, warm_up=warm_up)
     if seq_len > MAX_TOKENS:
         raise InputError(f"--seq_len={seq_len}: more positions than Llama's {MAX_TOKENS:,}")
     chosen = names.split(",")
@@ -442,13 +438,6 @@ def _order(cell: Cell) -> tuple:
     return (cell.engine != "llama", cell.half, cell.lean, sizes, cell.lora, cell.amp, cell.checkpointing)
 
 
-def _median(metrics: dict[str, Any], name: str, form: str) -> str:
-    """A median as text: x where memory ran out, - where it was not measured."""
-    if not metrics:
-        return "x"
-    return format(metrics[name]["median"], form) if name in metrics else "-"
-
-
 def table3(rows: Sequence[dict[str, Any]], lean: bool = False) -> str:
     """Table 3 in the course's form, of the plain or of the lean mode, as Markdown; empty without such rows."""
     titles = " | ".join(TITLES[name] for name in TECHNIQUES)
@@ -457,7 +446,7 @@ def table3(rows: Sequence[dict[str, Any]], lean: bool = False) -> str:
     for cell, metrics in by_cell(rows).items():
         if cell == Cell(cell.checkpointing, cell.amp, cell.lora, lean):
             marks = " | ".join("yes" if getattr(cell, name) else "no" for name in TECHNIQUES)
-            values = f"{_median(metrics, 'peak_memory_mb', ',.0f')} | {_median(metrics, 'step_s', '.2f')}"
+            values = f"{median(metrics, 'peak_memory_mb', ',.0f')} | {median(metrics, 'step_s', '.2f')}"
             lines.append(f"| {marks} | {values} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
@@ -471,21 +460,20 @@ def details(rows: Sequence[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for cell, m in found.items():
         step = m.get("step_s")
-        runtime = f"{step['median']:.2f} ({step['min']:.2f} to {step['max']:.2f})" if step else "x"
+        runtime = spread(m, "step_s", ".2f")
         plain = found.get(dataclasses.replace(cell, checkpointing=False)) if cell.checkpointing else None
         ours = found.get(dataclasses.replace(cell, engine="llama", lean=True)) if cell.engine != "llama" else None
         ratios = [f"{step['median'] / o['step_s']['median']:.2f}" if step and o else "-" for o in (plain, ours)]
         error = "-"
         if "expected_peak_memory_mb" in m and "peak_memory_mb" in m:
             error = f"{m['expected_peak_memory_mb']['median'] / m['peak_memory_mb']['median'] - 1:+.1%}"
-        sizes = [_median(m, name, ",.0f") for name in ("peak_memory_mb", "expected_peak_memory_mb")]
+        sizes = [median(m, name, ",.0f") for name in ("peak_memory_mb", "expected_peak_memory_mb")]
         lines.append(
-            f"| {cell} | {runtime} | {_median(m, 'step_over_floor_x', '.2f')} | {sizes[0]} | {sizes[1]} "
+            f"| {cell} | {runtime} | {median(m, 'step_over_floor_x', '.2f')} | {sizes[0]} | {sizes[1]} "
             f"| {error} | {ratios[0]} | {ratios[1]} |"
         )
     row = rows[0]
-    repeats = sorted({m["step_s"]["n"] for m in found.values() if m})
-    runs = " to ".join(str(n) for n in dict.fromkeys((repeats[0], repeats[-1]))) if repeats else "no"
+    runs = counts(m["step_s"]["n"] for m in found.values() if m)
     limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
     lines.append(
         f"\nMedians (least to most) of {runs} steps of {row['cell']['model']}, {row['cell']['seq_len']} tokens a row, "

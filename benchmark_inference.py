@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, quantization
+from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, quantization, tables
 from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import DECODING
@@ -168,29 +168,21 @@ def check_flags(
     against: str | None,
 ) -> list[Cell]:
     """The cells that the flags ask for. Raises InputError for what cannot be measured."""
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
+    cli.require_one_of("model", model, PRESETS)
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise InputError(f"--batch_sizes={batch_sizes}: expected different numbers above 0, such as 1,8,16")
-    limits = {
-        "input_len": (input_len, 1),
-        "output_len": (output_len, 2),
-        "repeats": (repeats, 1),
-        "warm_up": (warm_up, 0),
-    }
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
+    cli.require_at_least(0, warm_up=warm_up)
+    cli.require_at_least(1, input_len=input_len, repeats=repeats)
+    cli.require_at_least(2, output_len=output_len)
     if input_len + output_len > CONTEXT:
         raise InputError(f"--input_len={input_len} --output_len={output_len}: more positions than Llama's {CONTEXT:,}")
     if cache not in ("both", "on", "off"):
         raise InputError(f"--cache={cache}: expected both, on or off")
-    if decoding not in DECODING:
-        raise InputError(f"--decoding={decoding}: expected one of {', '.join(DECODING)}")
+    cli.require_one_of("decoding", decoding, DECODING)
     if against not in (None, "transformers"):
         raise InputError(f"--against={against}: expected transformers")
     modes = {"both": (True, False), "on": (True,), "off": (False,)}[cache]
@@ -423,13 +415,6 @@ def _cells(rows: list[dict], use_cache: bool, weights: str | None) -> dict[int, 
     return {row["cell"]["batch_size"]: row["metrics"] for row in sorted(chosen, key=lambda r: r["cell"]["batch_size"])}
 
 
-def _number(metrics: dict[str, Any] | None, name: str, form: str) -> str:
-    """A median as text: x where memory ran out, - where it was not measured."""
-    if metrics is None or (metrics and name not in metrics):
-        return "-"
-    return format(metrics[name]["median"], form) if metrics else "x"
-
-
 def table(rows: list[dict]) -> str:
     """Table 1 in the course's form, as Markdown."""
     sizes = sorted({row["cell"]["batch_size"] for row in rows})
@@ -442,7 +427,7 @@ def table(rows: list[dict]) -> str:
         metrics = _cells(rows, use_cache, weights)
         for label, name, form in (("peak memory (MB)", "peak_memory_mb", ",.0f"), ("runtime (s)", "runtime_s", ".2f")):
             if metrics:
-                values = " | ".join(_number(metrics.get(size), name, form) for size in sizes)
+                values = " | ".join(tables.median(metrics.get(size), name, form) for size in sizes)
                 lines.append(f"| {title}: {label} | {values} |")
     return "\n".join(lines) + "\n"
 
@@ -459,29 +444,30 @@ def details(rows: list[dict]) -> str:
     for row in sorted(rows, key=lambda r: (r["cell"]["batch_size"], r["cell"]["engine"], not r["cell"]["use_cache"])):
         cell, m = row["cell"], row["metrics"]
         run = m.get("runtime_s")
-        runtime = f"{run['median']:.2f} ({run['min']:.2f} to {run['max']:.2f})" if run else "x"
         own = ours.get(cell["batch_size"])
         compared = f"{run['median'] / own['runtime_s']['median']:.2f}" if run and own else "-"
-        step = f"{1e3 * m['tpot_s']['median']:.1f}" if "tpot_s" in m else _number(m, "tpot_s", "")
+        step = f"{1e3 * m['tpot_s']['median']:.1f}" if "tpot_s" in m else tables.median(m, "tpot_s", "")
         x_floor = {
-            name: _number(m, f"{name}_over_floor_x", ".2f") for name in ("runtime", "ttft", "tpot", "peak_memory")
+            name: tables.median(m, f"{name}_over_floor_x", ".2f") for name in ("runtime", "ttft", "tpot", "peak_memory")
         }
         engine = cell["engine"] + (f", {cell['weights']}" if len(formats) > 1 and cell["engine"] == "llama" else "")
-        columns = [str(cell["batch_size"]), engine, "on" if cell["use_cache"] else "off", runtime]
-        columns += [x_floor["runtime"], _number(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
+        columns = [str(cell["batch_size"]), engine, "on" if cell["use_cache"] else "off"]
+        columns.append(tables.spread(m, "runtime_s", ".2f"))
+        columns += [x_floor["runtime"], tables.median(m, "ttft_s", ".3f"), x_floor["ttft"], step, x_floor["tpot"]]
         lines.append(f"| {' | '.join([*columns, x_floor['peak_memory'], compared])} |")
     row = rows[0]
-    repeats = {r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"]}
+    runs = tables.counts(r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"])
     where = f"{bench.setting(row)}, {row['dtype']}"
     limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
-    runs = " to ".join(str(n) for n in sorted({min(repeats), max(repeats)})) if repeats else "no"
     lines.append(
         f"\nMedians (least to most) of {runs} runs of {row['cell']['model']}; {where}{limit}; x: out of memory."
     )
     for weights in formats:
         note = f", {weights}" if len(formats) > 1 else ""
         for size, m in _cells(rows, True, weights).items():
-            moved, read, rate = (_number(m, name, ".3g") for name in ("step_bytes_gb", "read_gb_s", "product_tflop_s"))
+            moved, read, rate = (
+                tables.median(m, name, ".3g") for name in ("step_bytes_gb", "read_gb_s", "product_tflop_s")
+            )
             lines.append(f"Batch {size}{note}: a step moves {moved} GB; floors from {read} GB/s and {rate} TFLOP/s.")
     return "\n".join(lines) + "\n"
 

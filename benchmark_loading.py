@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llama import Transformer, bench, checkpoint, cli
 from llama.config import PRESETS
 from llama.device import DTYPES
-from llama.errors import EnvironmentFailure, InputError
+from llama.errors import EnvironmentFailure
 
 RESULTS = Path(__file__).parent / "reports" / "results" / "loading.jsonl"
 
@@ -46,15 +46,13 @@ def main(
         load_dir: load this directory once and print the figures as JSON, instead.
         dtype: of load_dir; default: as stored.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        cli.require_one_of("dtype", dtype, DTYPES)
     if load_dir is not None:
         print(json.dumps(load_once(load_dir, dtype)))
         return
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
-    if repeats < 1:
-        raise InputError(f"--repeats={repeats}: expected at least 1")
+    cli.require_one_of("model", model, PRESETS)
+    cli.require_at_least(1, repeats=repeats)
     target = Path(results) if results is not None else RESULTS
     bench.require_writable(target)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:

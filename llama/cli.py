@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import fire
@@ -142,6 +142,19 @@ def _convert(name: str, kind: type, text: str) -> Any:
         return BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise InputError(f"--{name}={text}: expected {expected[kind]}") from None
+
+
+def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise InputError where a flag is none of the words that it may be."""
+    if value not in (known := list(known)):
+        raise InputError(f"--{name}={value}: expected one of {', '.join(known)}")
+
+
+def require_at_least(least: int, **flags: int) -> None:
+    """Raise InputError for the first of these flags that is less."""
+    for name, value in flags.items():
+        if value < least:
+            raise InputError(f"--{name}={value}: expected at least {least}")
 
 
 def side_by_side(left: str, right: str) -> str:
