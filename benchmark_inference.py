@@ -35,7 +35,6 @@ from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import DECODING
 from llama.errors import EnvironmentFailure, InputError
-from llama.model import RMSNorm
 from llama.quantization import Quantization
 
 ROOT = Path(__file__).parent
@@ -336,30 +335,13 @@ def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
 def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Llama]:
     """A function that generates that many tokens, and what it does that with."""
     if cell.weights in QUANTIZED:
-        model = random_codes(plan, QUANTIZED[cell.weights], device, dtype)
+        args = checkpoint.read_args(plan.ckpt_dir)
+        model = cells.random_codes(args, QUANTIZED[cell.weights], device, dtype, plan.seed)
     else:
         model = checkpoint.load(plan.ckpt_dir, dtype, device)
     llama = Llama(model, None, plan.input_len + plan.output_len, cell.batch_size, decoding=plan.decoding)
     prompts = random_prompts(model.args.vocab_size, cell.batch_size, plan.input_len, plan.seed)
     return lambda n, at_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=at_step), llama
-
-
-@torch.no_grad()
-def random_codes(plan: Plan, config: Quantization, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A quantized model of the checkpoint's shape with random codes, of the size of random weights."""
-    args = checkpoint.read_args(plan.ckpt_dir)
-    with torch.device("meta"):
-        model = Transformer(args).to(dtype)
-        quantization.lay_out(model, config)
-    model = model.to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(plan.seed)
-    for module in model.modules():
-        if hasattr(module, "scales"):
-            module.weight.random_(generator=generator)  # every value of the type
-            module.scales.fill_(0.02 / (4.6 if module.weight.dtype == torch.uint8 else 74))  # codes' deviation
-        elif isinstance(module, RMSNorm):
-            module.weight.fill_(1.0)
-    return model
 
 
 def weights_of(model: Transformer) -> str:

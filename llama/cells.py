@@ -19,10 +19,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint
-from llama.config import PRESETS
+from llama import checkpoint, quantization
+from llama.config import PRESETS, ModelArgs
 from llama.errors import EnvironmentFailure
-from llama.model import Transformer
+from llama.model import RMSNorm, Transformer
+from llama.quantization import Quantization
 
 
 class Cell(Protocol):
@@ -133,3 +134,22 @@ def provide_weights(
         network = Transformer.random(args, dtype, seed=seed)
     checkpoint.save(network, folder / "weights", "hf" if for_peers else "meta")
     return folder / "weights"
+
+
+@torch.no_grad()
+def random_codes(
+    args: ModelArgs, config: Quantization, device: torch.device, dtype: torch.dtype, seed: int
+) -> Transformer:
+    """A quantized model with random codes, of the size of random weights: far sooner made than by quantizing some."""
+    with torch.device("meta"):
+        model = Transformer(args).to(dtype)
+        quantization.lay_out(model, config)
+    model = model.to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "scales"):
+            module.weight.random_(generator=generator)  # every value of the type
+            module.scales.fill_(0.02 / (4.6 if module.weight.dtype == torch.uint8 else 74))  # codes' deviation
+        elif isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+    return model

@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "llama.surgery",
     },
     "llama.pruning": {"llama.config", "llama.errors", "llama.model", "llama.surgery", "llama.training"},
-    "llama.cells": {"llama.checkpoint", "llama.config", "llama.errors", "llama.model"},
+    "llama.cells": {"llama.checkpoint", "llama.config", "llama.errors", "llama.model", "llama.quantization"},
     "llama.memory": {
         "llama.config",
         "llama.errors",
