@@ -28,7 +28,6 @@ from data import text
 from llama import Llama, Transformer, bench, checkpoint, cli, floors, pruning
 from llama import device as devices
 from llama.config import PRESETS
-from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 from llama.training import Settings
 
@@ -93,20 +92,13 @@ def check_flags(
     parts: str, methods: str, share: float, rounds: int, steps: int, batch_size: int, model: str, repeats: int
 ) -> tuple[list[str], list[str]]:
     """Parts and methods. Raises InputError for what cannot be measured."""
-    lists = []
-    for name, given, known in (("parts", parts, PARTS), ("methods", methods, pruning.METHODS)):
-        lists.append(given.split(","))
-        if len(set(lists[-1])) < len(lists[-1]) or set(lists[-1]) - set(known):
-            raise InputError(f"--{name}={given}: expected a choice of {','.join(known)}, each once")
-    for name, value in {"rounds": rounds, "steps": steps, "batch_size": batch_size, "repeats": repeats}.items():
-        if value < 1:
-            raise InputError(f"--{name}={value}: expected at least 1")
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
-    for method in lists[1]:
+    wanted, chosen = cli.choices("parts", parts, PARTS), cli.choices("methods", methods, pruning.METHODS)
+    cli.require_at_least(1, rounds=rounds, steps=steps, batch_size=batch_size, repeats=repeats)
+    cli.require_one_of("model", model, PRESETS)
+    for method in chosen:
         pruning.check(PRESETS[model], method, share)
         pruning.check(PRESETS["tiny"], method, share)
-    return lists[0], lists[1]
+    return wanted, chosen
 
 
 Row = tuple[dict[str, Any], dict[str, Any]]

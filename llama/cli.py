@@ -150,6 +150,14 @@ def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise InputError(f"--{name}={value}: expected one of {', '.join(known)}")
 
 
+def choices(name: str, given: str, known: Iterable[str]) -> list[str]:
+    """The words of a flag that holds several, with commas. Raises InputError for an unknown one and for one twice."""
+    words, known = given.split(","), list(known)
+    if len(set(words)) < len(words) or set(words) - set(known):
+        raise InputError(f"--{name}={given}: expected a choice of {','.join(known)}, each once")
+    return words
+
+
 def require_at_least(least: int, **flags: int) -> None:
     """Raise InputError for the first of these flags that is less."""
     for name, value in flags.items():
