@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import benchmark_kernels
 from benchmark_kernels import Operation, compared, table, take_turns
-from llama import cli, floors
+from llama import cli, floors, tables
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.kernels import decode_step, train_ops
@@ -159,6 +159,15 @@ def test_every_figure_of_the_table_stands_in_a_row_and_what_does_not_pay_is_name
         changed[i]["metrics"][name]["median"] *= 1.5
         assert table(changed) != text, name
     assert "Slower than plain PyTorch here: norm (train, x [2])." in table(made_rows(0.006, 0.004))
+
+
+def test_figures_as_text():
+    metrics = {"step_s": {"median": 1.25, "min": 1.2, "max": 1.306, "n": 3}}
+    assert tables.median(metrics, "step_s", ".1f") == "1.2"
+    assert tables.spread(metrics, "step_s", ".0f", 1e3) == "1250 (1200 to 1306)"
+    for text in (tables.median, tables.spread):
+        assert [text(found, "peak_mb", ".1f") for found in (None, {}, metrics)] == ["-", "x", "-"]
+    assert [tables.counts(numbers) for numbers in ([], [5, 5], [5, 3, 4])] == ["no", "5", "3 to 5"]
 
 
 @pytest.mark.parametrize(
