@@ -289,7 +289,7 @@ class CellRunner:
         """Load, outside of any timing, and run `warm_up` times; without the cache two tokens touch all that 32 do."""
         plan, cell = self.plan, self.cell
         load = load_ours if cell.engine == "llama" else load_transformers
-        warm_libraries(self.device, self.dtype)
+        cells.warm_libraries(self.device, self.dtype)
         self.baseline = bench.memory_baseline(self.device)
         (self.generate, self.llama), loading = bench.measure(
             lambda: load(plan, cell, self.device, self.dtype), self.device
@@ -323,13 +323,6 @@ class CellRunner:
             "floor_runtime_s": prefill_s + (n - 1) * step_s,
             "floor_peak_memory_mb": memory / bench.MB,
         }
-
-
-def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Let the libraries set up what they keep, with a model of a few kilobytes, before memory is counted."""
-    llama = Llama(Transformer(PRESETS["tiny-draft"]).to(device, dtype).eval(), None)
-    for use_cache in (True, False):
-        llama.generate([[1, 2, 3]], 2, 0, use_cache=use_cache)
 
 
 def load_ours(plan: Plan, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Generate, Llama]:

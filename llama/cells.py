@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llama import checkpoint, quantization
 from llama.config import PRESETS, ModelArgs
 from llama.errors import EnvironmentFailure
+from llama.generation import Llama
 from llama.model import RMSNorm, Transformer
 from llama.quantization import Quantization
 
@@ -71,6 +72,13 @@ def measure_on_demand(run: Callable[[], dict[str, Any]]) -> None:
     """The other side of Worker: one measurement for each line that comes in."""
     for _ in sys.stdin:
         print(json.dumps(run()), flush=True)
+
+
+def warm_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Let the libraries set up what they keep, with a model of a few kilobytes, before memory is counted."""
+    llama = Llama(Transformer(PRESETS["tiny-draft"]).to(device, dtype).eval(), None)
+    for use_cache in (True, False):
+        llama.generate([[1, 2, 3]], 2, 0, use_cache=use_cache)
 
 
 def limit_memory(device: torch.device, limit_gb: float | None) -> None:

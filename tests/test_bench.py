@@ -85,7 +85,7 @@ def test_each_precaution_of_measure_matters(monkeypatch, omitted):
 def test_a_cell_counts_neither_loading_nor_warm_up_nor_floors(monkeypatch):
     gpu = FakeGPU(monkeypatch)
     monkeypatch.setattr(benchmark_inference.devices, "resolve", lambda *a: (CUDA, torch.float16))
-    monkeypatch.setattr(benchmark_inference, "warm_libraries", lambda *a: gpu.queue(1000.0, 5000))
+    monkeypatch.setattr(benchmark_inference.cells, "warm_libraries", lambda *a: gpu.queue(1000.0, 5000))
     monkeypatch.setattr(floors, "read_bandwidth", lambda model: gpu.queue(300.0, 5000) or {"sum": 1e12})
     monkeypatch.setattr(floors, "product_rate", lambda model: gpu.queue(300.0, 5000) or {"256 rows": 1e15})
     monkeypatch.setattr(benchmark_inference.time, "perf_counter", lambda: gpu.now)

@@ -48,7 +48,14 @@ MAY_IMPORT = {
         "llama.surgery",
     },
     "llama.pruning": {"llama.config", "llama.errors", "llama.model", "llama.surgery", "llama.training"},
-    "llama.cells": {"llama.checkpoint", "llama.config", "llama.errors", "llama.model", "llama.quantization"},
+    "llama.cells": {
+        "llama.checkpoint",
+        "llama.config",
+        "llama.errors",
+        "llama.generation",
+        "llama.model",
+        "llama.quantization",
+    },
     "llama.memory": {
         "llama.config",
         "llama.errors",
