@@ -89,13 +89,21 @@ def learning_rows():
 
 
 def compression_rows(chance):
-    """Perplexity of a quantized model without a measured speed; pruning by each of its parts."""
+    """A ladder of which one row ran out of memory and one has no perplexity; pruning by each of its parts."""
     names = ("parameters", "stored_mb", "loss_nats", "ttft_s", "tpot_s")
     metrics = {name: [chance.uniform(1, 9000)] for name in names}
     parts = [("dense", 0.0), *itertools.product(("iterative", "one-shot", "speed"), (0.125, 0.25))]
     cells = [{"part": part, "method": "dimensions", "share": share, "model": "tiny"} for part, share in parts]
     pruned = [row("pruning", cell, metrics, "float32") for cell in cells]
-    return [row("perplexity", {"model": "tiny-int8"}, {"perplexity_x": [1.5781]}, "int8"), *pruned]
+    names = ("runtime_s", "tokens_per_s", "weights_mb", "peak_memory_mb")
+    rungs = [row("ladder", rung(number), {name: [chance.uniform(1, 900)] for name in names}) for number in (1, 2, 3)]
+    rungs[1]["metrics"]["perplexity_x"] = spread([1.5781])
+    return [*rungs, row("ladder", rung(4), {}), *pruned]
+
+
+def rung(number):
+    cell = {"model": "tiny", "row": number, "name": f"change {number}", "changes": number - 1 or None}
+    return {**cell, "text": "its own"}
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +294,19 @@ def test_each_table_names_its_setting(imagined):
         where = table["about"]["where"]
         assert where.startswith(f"{DEVICE}, 7 threads, torch 2.13.0, ") and "2026-11-22" in where, name
         assert table["about"]["commands"][0].startswith("python ")
-    ladder = {line[0]: line for line in shown["tables"]["ladder"]["rows"]}
-    assert ladder["tiny-int8"] == ["tiny-int8", "int8", *["not measured"] * 3, "1.578"]
-    assert ladder["llama3.2-1b"][-1] == "not measured" and len(shown["tables"]["pruned"]["rows"]) == 5
+    assert len(shown["tables"]["pruned"]["rows"]) == 5
     assert "held to 16 GB; medians of 3 runs" in shown["tables"]["table1"]["about"]["where"]
+
+
+def test_the_ladder_compares_each_row_with_the_one_it_changes(imagined):
+    first, second, third, lost = content.make(imagined, DEVICE, "llama3.2-1b", ROOT, [])["tables"]["ladder"]["rows"]
+    times = [
+        one["metrics"]["runtime_s"]["median"] for one in imagined if one["experiment"] == "ladder" if one["metrics"]
+    ]
+    assert first[1:7] == ["1. change 1", "-", "its own", first[4], "-", "-"] and first[-1] == "not measured"
+    assert second[5:7] == [f"{times[0] / times[1]:.2f}"] * 2 and second[-1] == "1.578"
+    assert third[5:7] == [f"{times[1] / times[2]:.2f}", f"{times[0] / times[2]:.2f}"]
+    assert lost[4:] == ["x"] * 6
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2460.0, 2785.0), (0.31, 0.34), (3.8, 820.0), (1.0, 69.0)])

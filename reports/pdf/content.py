@@ -26,8 +26,7 @@ COMMANDS = {
     "comparison": "python inference.py --compare --max_gen_len=48 --results=reports/results/comparison.jsonl",
     STEPS: "python benchmark_finetuning.py --cells=course,lean,half,table2 --against=peers",
     "finetuning": "python finetuning.py --preset=learn --results=reports/results/finetuning.jsonl",
-    "perplexity": "python evaluate.py --results=reports/results/perplexity.jsonl",
-    "compression": "python compress.py; then benchmark_inference.py and evaluate.py with --ckpt_dir",
+    "ladder": "python benchmark_ladder.py",
     "pruning": "python benchmark_pruning.py",
 }
 COUNTED = ("runtime_s", "step_s")  # what a cell was repeated for
@@ -66,7 +65,7 @@ def make(rows: Rows, device: str | None, model: str, root: Path, code: Sequence[
         [row for row in by[STEPS] if row["cell"]["model"] == model],
         lambda row: (row["cell"]["seq_len"], row["cell"]["memory_limit_gb"]),
     )
-    tables = table_1(generation) | tables_2_and_3(steps) | compression(by)
+    tables = table_1(generation) | tables_2_and_3(steps) | ladder(by["ladder"]) | pruning(by["pruning"])
     runs = learning_runs(by["finetuning"])
     return {
         "device": device or "no device",
@@ -314,7 +313,7 @@ def changed(pair: Sequence[Any], read: Callable[[Any], float], form: str, thresh
     return f"{arrow(before, after, threshold)} {before:{form}} to {after:{form}}"
 
 
-# What was learned, and compression
+# What was learned, the ladder, and pruning
 
 
 def learning_runs(rows: Rows) -> list[dict[str, Any]]:
@@ -335,28 +334,24 @@ def learning(rows: Rows) -> dict[str, Any]:
     return made(head, lines, rows, "finetuning")
 
 
-def compression(by: dict[str, Rows]) -> dict[str, Any]:
-    """The ladder of forms that were measured, by name and dtype: memory, speed, perplexity; and what pruning took."""
-    rungs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    alone = [row for row in by["inference"] if row["cell"]["engine"] == "llama" and row["cell"]["use_cache"]]
-    for row in by["perplexity"]:
-        rungs.setdefault((row["cell"]["model"], row["dtype"]), {})["quality"] = row
-    for row in alone:
-        if row["cell"]["batch_size"] == 1:
-            rungs.setdefault((row["cell"]["model"], row["dtype"]), {})["speed"] = row
-    lines = [
-        [
-            *name,
-            value(found.get("speed"), "peak_memory_mb", ",.0f"),
-            value(found.get("speed"), "tpot_s", ".1f", 1e3),
-            value(found.get("speed"), "tpot_over_floor_x", ".2f"),
-            value(found.get("quality"), "perplexity_x", ".3f"),
-        ]
-        for name, found in sorted(rungs.items())
-    ]
-    used = [row for found in rungs.values() for row in found.values()]
-    head = ["form", "dtype", "peak, batch 1 (MB)", "each next token (ms)", "x floor", "perplexity"]
-    return {"ladder": made(head, lines, used, "compression"), **pruning(by["pruning"])}
+def ladder(rows: Rows) -> dict[str, Any]:
+    """One change a row on the same work: speed, over the row it changes and over the first; memory, perplexity."""
+    newest = like_the_newest(rows, lambda row: row["dtype"]) if rows else []
+    cells = {(row["cell"]["model"], row["cell"]["row"]): row for row in newest}
+    found = sorted(cells.items())
+    lines = []
+    for (model, number), row in found:
+        cell = row["cell"]
+        first = next(other for key, other in found if key[0] == model and other["cell"]["text"] == cell["text"])
+        others = (None if cell["changes"] is None else cells.get((model, cell["changes"])), first)
+        line = [model, f"{number}. {cell['name']}", str(cell["changes"] or "-"), cell["text"]]
+        line += [value(row, "tokens_per_s", ",.0f"), *(ratio(other, row, "runtime_s") for other in others)]
+        line += [value(row, "weights_mb", ",.1f"), value(row, "peak_memory_mb", ",.0f")]
+        lines.append([*line, value(row, "perplexity_x", ".3f")])
+        if cell["changes"] is None:
+            lines[-1][5:7] = ["-", "-"]
+    head = ["model", "what", "changes", "text", "tokens/s", "x that row", "x first", "weights (MB)", "peak (MB)"]
+    return {"ladder": made([*head, "perplexity"], lines, newest, "ladder")}
 
 
 def pruning(rows: Rows) -> dict[str, Any]:
