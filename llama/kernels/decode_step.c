@@ -80,18 +80,19 @@ static inline __m512 exponential(__m512 x) {
 }
 
 /* Matrix products: y[M, N] = x[M, K] w[N, K]^T for M <= 16. A core walks along 16 rows of w at once, a cache line of each
-   at a time; those 16 lines are one tile of bfloat16 or int8, and two of int4.
+   at a time; those 16 lines are one tile of bfloat16 or int8, and four groups of columns of int4.
 
-   Quantized weights are multiplied as integers, for widening them to bfloat16 would take longer than reading them does:
-   the two threads of a core share two ports, and 512 weights are read in 20 ns. So x is what is taken apart, into
-   digits of 8 bits with one power of two per row of x (int8: 3 digits) or per 32 columns of it (int4: 2 digits). Of a
-   bfloat16 that keeps all that is above 2^-22 of the largest value of its row, or 2^-14 of the largest in its 32
-   columns; products and their sums in int32 are exact, in any order.
+   Codes are multiplied as they are and scaled after, for 512 of them are read in 20 ns, in which the two threads of a
+   core cannot make a bfloat16 of each that holds its scale. So it is x that is prepared, as integers with one power of
+   two per row of x (int8: 24 bits) or per 32 columns of it (int4: 16 bits). Of a bfloat16 that keeps all that is above
+   2^-22 of the largest value of its row, or 2^-14 of the largest in its 32 columns; products and their sums are exact,
+   in any order.
 
    Tile registers: 0 to 2 sums, 3 to 5 x, 6 and 7 w. */
 
-enum { ROWS = 16, LINE = 64, PAGE = 4096, AHEAD = 1024 }; /* AHEAD: bytes of a row that are called for before they are needed */
-enum { PACKED = 80 };                        /* values of bfloat16 that 16 rows of x take at most, packed, per column */
+enum { ROWS = 16, LINE = 64, PAGE = 4096 };
+enum { AHEAD = 1024 }; /* bytes of a row that are called for before they are needed */
+enum { PACKED = 25 };  /* values of bfloat16 that 16 rows of x take at most, packed, per column: those of int8 */
 
 typedef struct {
     const Matrix *w;
@@ -106,6 +107,7 @@ typedef struct {
     const char *w, *next, *scales, *next_scales;
     bf16 *y;
     int64_t M, N, K, group_size, spread, stride, left;
+    int64_t scale_bytes, scale_stride; /* of the scales that belong to a line of codes; from one row to the next */
 } Block;
 
 typedef struct {
@@ -118,11 +120,15 @@ static int64_t row_bytes_of(const Matrix *w, int64_t K) {
     return w->format == BF16 ? 2 * K : w->format == INT8 ? K : K / 2;
 }
 
+/* 0, n, 2 n, ... 15 n. */
+static inline __m512i multiples(int n) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(n));
+}
+
 /* The M 32-bit words that lie `stride` words apart, from `base` on. */
 static inline __m512i column(const void *base, int64_t stride, int64_t M) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)stride));
-    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(M), offsets, base, 4);
+    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(M), multiples((int)stride), base, 4);
 }
 
 /* Cache lines are called for AHEAD bytes before they are needed: of the same streams or, near their end, of the next. */
@@ -169,25 +175,27 @@ static void block_bf16(const Block *block, const bf16 *packed) {
     for (int64_t m = 0; m < M; m++) store_rows(block, m, _mm512_castsi512_ps(column(sums + m, M, ROWS)));
 }
 
-/* Digits. |x| < 2^e for all x of a row, or of 32 columns of it; x 2^-e = d0 2^-7 + d1 2^-15 + d2 2^-23, each d in
-   -128..127, and what is left below half a unit of the last digit, or a whole one where it is 127. */
+/* Digits, of int8: |x| < 2^e for all x of a row; x 2^-e = d0 2^-7 + d1 2^-15 + d2 2^-23, each d in -128..127, and what
+   is left below half a unit of the last digit, or a whole one where it is 127. */
 
-/* e of the `n` values, a multiple of 32: the exponent of the largest, NaN and infinity being larger than any number. */
-static inline int exponent_of(const bf16 *x, int64_t n) {
+enum { DIGITS8 = 3 };
+
+/* The bits of the largest of |x|, `n` values, a multiple of 32, NaN and infinity being larger than any number. */
+static inline int largest(const bf16 *x, int64_t n) {
     __m512i top = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 32)
         top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(0x7fff)));
     const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(0xffff)), odd = _mm512_srli_epi32(top, 16);
-    return (int)(_mm512_reduce_max_epu32(_mm512_max_epu32(even, odd)) >> 7) - 126;
+    return (int)_mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
 }
 
 /* 2^(e - 7), the unit of the first digit; NaN where a value is infinite or NaN, and with it all that it multiplies. */
 static inline float unit_of(int e) { return e < 129 ? ldexpf(1.0f, e - 7) : NAN; }
 
 /* The digits of 16 values, 16 bytes each. */
-static inline void digits_of(const bf16 *x, int e, int count, __m128i *digits) {
+static inline void digits_of(const bf16 *x, int e, __m128i *digits) {
     __m512 rest = _mm512_scalef_ps(load(x), _mm512_set1_ps((float)(7 - e)));
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < DIGITS8; i++) {
         const __m512 up = _mm512_floor_ps(_mm512_add_ps(rest, _mm512_set1_ps(0.5f)));
         const __m512 digit = _mm512_min_ps(up, _mm512_set1_ps(127.0f));
         digits[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(digit));
@@ -198,8 +206,6 @@ static inline void digits_of(const bf16 *x, int e, int count, __m128i *digits) {
 /* int8: digit j of row m is column j M + m of a tile, or column m of the j-th of three tiles where one is too narrow.
    The units of the rows of x come first. */
 
-enum { DIGITS8 = 3 };
-
 static inline int64_t tiles_int8(int64_t M) { return DIGITS8 * M > 16 ? DIGITS8 : 1; }
 
 static void pack_int8(const bf16 *x, float *packed, int64_t M, int64_t K) {
@@ -207,7 +213,7 @@ static void pack_int8(const bf16 *x, float *packed, int64_t M, int64_t K) {
     int32_t *exponents = (int32_t *)packed + 16, *out = exponents + 16;
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < M; m++) {
-        exponents[m] = exponent_of(x + m * K, K);
+        exponents[m] = (largest(x + m * K, K) >> 7) - 126;
         packed[m] = unit_of(exponents[m]);
     }
 #pragma omp for schedule(static)
@@ -215,7 +221,7 @@ static void pack_int8(const bf16 *x, float *packed, int64_t M, int64_t K) {
         for (int64_t m = 0; m < M; m++) {
             int32_t words[DIGITS8][4];
             __m128i digits[DIGITS8];
-            digits_of(x + m * K + k, exponents[m], DIGITS8, digits);
+            digits_of(x + m * K + k, exponents[m], digits);
             memcpy(words, digits, sizeof words);
             int32_t *at = out + k / LINE * 16 * DIGITS8 * M + k % LINE / 4 * width + m;
             for (int64_t j = 0; j < DIGITS8; j++)
@@ -258,143 +264,236 @@ static void block_int8(const Block *block, const float *packed) {
     }
 }
 
-/* int4: a line holds 128 columns, the low nibbles are one tile and the high ones another, each 16 times its code. The
-   four groups of 32 columns lie in different quarters of a tile row. A column of x is empty but for one quarter, so that
-   the sums of the groups come apart: column 4 j + g of 8 belongs to digit j and group g of a row of x, and two rows of x
-   share a tile. First come the units, 16 floats for each 128 columns and two rows of x. */
+/* int4: groups of 32 columns are summed apart, for they have scales of their own; y is the sum of group sums times scales,
+   in the order of the columns. Of x counts what is a multiple of 2^(e - 15), |x| < 2^e in the group: 16 bits, and a code
+   has 4. A group sum then fits fp32 and is exact, whichever unit forms it, so that two ways give the same bits:
 
-enum { DIGITS4 = 2, DEPTH4 = 128, GROUP = 32, OCTET = 8 };
+   One row of x is multiplied by vectors, two digits of 8 bits with codes as they lie, 0 to 15; what the 8 too much in
+   each code amount to goes off the sum. Tiles would spend twice as long on it as memory takes.
+   Of more rows each such multiple is a bfloat16, since x is one, and so is a code: a group is the depth of one tile,
+   and 16 rows of x cost what two do. */
 
-static void pack_int4(const bf16 *x, float *packed, int64_t M, int64_t K) {
-    const int64_t pairs = (M + 1) / 2, width = M > 1 ? 16 : OCTET;
-    int32_t *tiles = (int32_t *)(packed + K / DEPTH4 * pairs * 16);
+enum { DEPTH4 = 128, GROUP = 32, GROUPS = DEPTH4 / GROUP, DIGITS4 = 2 };
+
+/* 128 columns of the one row of x: each quarter of a line is a group. */
+typedef struct {
+    int8_t digits[DIGITS4][2][LINE]; /* x = (256 first + second) unit; of the low columns and of the high ones */
+    int32_t offsets[GROUPS];         /* 8 times the sum of x, in units */
+    float units[GROUPS];
+} Step4;
+
+/* 32 columns of x in whole units, below 2^15 - 2^7 so that both digits fit; returns the unit, NaN for a group that holds
+   what is not finite. Nothing is smaller than 2^-116, for tiles take subnormal numbers for 0. */
+static inline float whole_units(const bf16 *x, __m512i *whole) {
+    const int top = largest(x, GROUP), up = (top + 1) >> 7; /* 255/256 of a power of two counts as that */
+    const int e = up - 126 > -100 ? up - 126 : -100;
+    const __m512 shift = _mm512_set1_ps((float)(15 - e));
+    if (top >= 0x7f80) {
+        whole[0] = whole[1] = _mm512_setzero_si512();
+        return NAN;
+    }
+    for (int half = 0; half < 2; half++) whole[half] = _mm512_cvtps_epi32(_mm512_scalef_ps(load(x + 16 * half), shift));
+    return ldexpf(1.0f, e - 15);
+}
+
+static void pack_int4_row(const bf16 *x, Step4 *packed, int64_t K) {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < K / DEPTH4 * pairs; i++) {
-        const int64_t m = i % pairs * 2;
-        float *units = packed + i * 16;
-        int32_t *low = tiles + i * 32 * width, *high = low + 16 * width;
-        memset(units, 0, 16 * sizeof *units);
-        memset(low, 0, (size_t)(32 * width) * sizeof *low);
-        for (int64_t g = 0; g < (m + 1 < M ? 2 : 1) * 4; g++) { /* g / 4: which of the two rows */
-            const bf16 *group = x + (m + g / 4) * K + i / pairs * DEPTH4 + g % 4 * GROUP;
-            const int e = exponent_of(group, GROUP);
-            int32_t words[2][DIGITS4][4];
-            __m128i digits[2][DIGITS4];
-            digits_of(group, e, DIGITS4, digits[0]);
-            digits_of(group + 16, e, DIGITS4, digits[1]);
-            memcpy(words, digits, sizeof words);
-            for (int64_t j = 0; j < DIGITS4; j++) {
-                const int64_t column_of = g / 4 * OCTET + j * 4 + g % 4;
-                units[column_of] = unit_of(e) * (j ? 0x1p-12f : 0x1p-4f); /* 2^-4: codes are 16 times too large */
-                for (int64_t p = 0; p < 4; p++) {
-                    low[(g % 4 * 4 + p) * width + column_of] = words[0][j][p];
-                    high[(g % 4 * 4 + p) * width + column_of] = words[1][j][p];
-                }
-            }
+    for (int64_t i = 0; i < K / GROUP; i++) {
+        Step4 *step = packed + i / GROUPS;
+        const int64_t g = i % GROUPS;
+        __m512i whole[2];
+        step->units[g] = whole_units(x + i * GROUP, whole);
+        step->offsets[g] = 8 * _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
+        for (int half = 0; half < 2; half++) {
+            const __m512i up = _mm512_srai_epi32(_mm512_add_epi32(whole[half], _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128((__m128i *)(step->digits[0][half] + g * 16), _mm512_cvtepi32_epi8(up));
+            _mm_storeu_si128((__m128i *)(step->digits[1][half] + g * 16), _mm512_cvtepi32_epi8(whole[half]));
         }
-        if (M == 1) memcpy(units + OCTET, units, OCTET * sizeof *units); /* two rows of w at once instead */
     }
 }
 
-/* A line of each of 16 rows, 8 taken off: the low nibbles and the high ones, 16 times their value, as int8. */
-static inline void widen_int4(const char *w, int64_t row_bytes, char *low, char *high) {
-    const __m512i sign = _mm512_set1_epi8((char)0x88), keep = _mm512_set1_epi8((char)0xf0);
-    for (int64_t row = 0; row < ROWS; row++) {
-        const __m512i codes = _mm512_loadu_si512(w + row * row_bytes);
-        const __m512i left = _mm512_slli_epi16(codes, 4);
-        _mm512_store_si512(low + row * LINE, _mm512_ternarylogic_epi64(left, sign, keep, 0x28)); /* (a ^ b) & c */
-        _mm512_store_si512(high + row * LINE, _mm512_ternarylogic_epi64(codes, sign, keep, 0x28));
+/* Where the words of a group stand after widen_int4: column 2 i of word i, 2 i + 16, 2 i + 1 and 2 i + 17, 8 of each. */
+static inline __m512i order_int4(void) {
+    short order[GROUP];
+    for (int i = 0; i < GROUP; i++) order[i] = (short)(i % 8 * 2 + i / 8 % 2 * 16 + i / 16);
+    return _mm512_loadu_si512(order);
+}
+
+static void pack_int4(const bf16 *x, bf16 *packed, int64_t M, int64_t K) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < K / GROUP; i++) {
+        for (int64_t m = 0; m < M; m++) {
+            __m512i whole[2];
+            bf16 values[GROUP];
+            const __m512 unit = _mm512_set1_ps(whole_units(x + m * K + i * GROUP, whole));
+            for (int half = 0; half < 2; half++)
+                store(values + 16 * half, _mm512_mul_ps(_mm512_cvtepi32_ps(whole[half]), unit));
+            const __m512i pairs = _mm512_permutexvar_epi16(order_int4(), _mm512_loadu_si512(values));
+            _mm512_i32scatter_epi32(packed + (i * 16 * M + m) * 2, multiples((int)M), pairs, 4);
+        }
     }
 }
 
-/* Bytes of the scales of 128 columns of one row. */
+/* The scales of the four groups of 128 columns of a row. */
 static inline uint64_t scales_of(const char *scales, int64_t group_size) {
-    uint64_t word = 0;
-    memcpy(&word, scales, (size_t)(2 * DEPTH4 / group_size));
-    return word;
-}
-
-/* The scales of 128 columns of 16 rows in fp32, as they meet the sums: per vector four of one row, four times; with M = 1
-   four of one row, twice, and those of the next. */
-static inline void load_scales(const char *scales, int64_t row_bytes, int64_t group_size, int64_t M, __m512 *out) {
-    const int64_t step = group_size / GROUP; /* groups of 32 that share a scale */
-    short index[32];
-    for (int i = 0; i < 32; i++) index[i] = (short)((M == 1 ? i / 16 * 4 : 0) + i / 2 % 4 / step);
-    const __m512i from = _mm512_loadu_si512(index);
-    for (int64_t i = 0; i < (M == 1 ? ROWS / 2 : ROWS); i++) {
-        const char *at = scales + (M == 1 ? 2 * i : i) * row_bytes;
-        __m512i words = _mm512_set1_epi64((long long)scales_of(at, group_size));
-        if (M == 1) words = _mm512_mask_set1_epi64(words, 2, (long long)scales_of(at + row_bytes, group_size));
-        out[i] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, words)); /* the upper halves */
+    uint64_t four;
+    uint32_t two;
+    uint16_t one;
+    if (group_size == 32) {
+        memcpy(&four, scales, sizeof four);
+        return four;
     }
-}
-
-static inline void accumulate(float *acc, const int32_t *sums, const float *units, const __m512 *scales, int64_t count) {
-    const __m512 unit = _mm512_loadu_ps(units);
-    for (int64_t i = 0; i < count; i++) {
-        const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * i)), unit);
-        _mm512_store_ps(acc + 16 * i, _mm512_fmadd_ps(exact, scales[i], _mm512_load_ps(acc + 16 * i)));
+    if (group_size == 64) {
+        memcpy(&two, scales, sizeof two);
+        return ((uint64_t)(two >> 16) << 32 | (two & 0xffff)) * 0x10001;
     }
+    memcpy(&one, scales, sizeof one);
+    return one * 0x0001000100010001u;
 }
 
-/* Eight neighbours become one sum, the first of them. */
-static inline __m512 sum_octets(__m512 x) {
-    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
-    return _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+/* Those of 16 rows; and as many of the next block are called for. */
+static inline void load_scales(const Block *block, int64_t step, uint64_t *out) {
+    const int64_t group_size = block->group_size, bytes = block->scale_bytes;
+    const char *at = block->scales + step * bytes, *next = block->next_scales + step * ROWS * bytes;
+    for (int64_t i = 0; i < ROWS * bytes; i += LINE) _mm_prefetch(next + i, _MM_HINT_T1);
+#pragma GCC unroll 1
+    for (int64_t row = 0; row < ROWS; row++, at += block->scale_stride) out[row] = scales_of(at, group_size);
+}
+
+/* Group sums of four rows of codes, a line of each: in a quarter those of a group, row after row. */
+static inline __m512i dot_4(const char *w, int64_t row_bytes, const Step4 *x) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i sums[4];
+#pragma GCC unroll 4
+    for (int64_t row = 0; row < 4; row++) {
+        const __m512i codes = _mm512_loadu_si512(w + row * row_bytes);
+        const __m512i low = _mm512_and_si512(codes, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x->digits[0][0]));
+        sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x->digits[0][1]));
+        sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), low, _mm512_loadu_si512(x->digits[1][0]));
+        sums[row] = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x->digits[1][1]));
+    }
+    for (int i = 0; i < 4; i += 2) { /* of words 0 and 2, 1 and 3 of rows i and i + 1 */
+        const __m512i a = _mm512_unpacklo_epi32(sums[i], sums[i + 1]), b = _mm512_unpackhi_epi32(sums[i], sums[i + 1]);
+        sums[i] = _mm512_add_epi32(a, b);
+    }
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(sums[0], sums[2]), _mm512_unpackhi_epi64(sums[0], sums[2]));
+}
+
+/* Four vectors of four quarters, transposed. */
+static inline void transpose_quarters(__m512i *x) {
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+    x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+    x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
+static void block_int4_row(const Block *block, const Step4 *x) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000), even = multiples(2);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    __m512 y = _mm512_setzero_ps();
+    for (int64_t step = 0; step < block->K / DEPTH4; step++, x++) {
+        const char *w = block->w + step * LINE;
+        uint64_t words[ROWS];
+        __m512i sums[GROUPS], scales[GROUPS];
+        call_for(block, step * LINE);
+        load_scales(block, step, words);
+        for (int64_t i = 0; i < 4; i++) sums[i] = dot_4(w + 4 * i * block->stride, block->stride, x);
+        transpose_quarters(sums); /* a vector holds one group of 16 rows */
+        const __m512i first_8 = _mm512_loadu_si512(words), last_8 = _mm512_loadu_si512(words + 8);
+        const __m512i pair = _mm512_permutex2var_epi32(first_8, even, last_8);
+        const __m512i next_pair = _mm512_permutex2var_epi32(first_8, odd, last_8);
+        scales[0] = _mm512_slli_epi32(pair, 16);
+        scales[1] = _mm512_and_si512(pair, upper);
+        scales[2] = _mm512_slli_epi32(next_pair, 16);
+        scales[3] = _mm512_and_si512(next_pair, upper);
+        for (int64_t g = 0; g < GROUPS; g++) {
+            const __m512i sum = _mm512_sub_epi32(sums[g], _mm512_set1_epi32(x->offsets[g]));
+            const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->units[g]));
+            y = _mm512_fmadd_ps(exact, _mm512_castsi512_ps(scales[g]), y);
+        }
+    }
+    store_rows(block, 0, y);
+}
+
+/* What nibbles stand for, in bfloat16: -8 to 7, twice, since an index has 5 bits. */
+static inline __m512i values_of_nibbles(void) {
+    const __m512 values = _mm512_cvtepi32_ps(_mm512_sub_epi32(multiples(1), _mm512_set1_epi32(8)));
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+}
+
+/* A line of each of 16 rows as bfloat16: a tile for each group. */
+static inline void widen_int4(const char *w, int64_t row_bytes, __m512i values, bf16 (*tiles)[ROWS][GROUP]) {
+    const long long one = 0x0001000100010001;
+    const __m512i shift = _mm512_set_epi64(12 * one, 12 * one, 8 * one, 8 * one, 4 * one, 4 * one, 0, 0);
+    for (int64_t row = 0; row < ROWS; row++)
+        for (int64_t g = 0; g < GROUPS; g++) {
+            const __m128i bytes = _mm_loadu_si128((const __m128i *)(w + row * row_bytes + g * 16));
+            const __m512i index = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
+            _mm512_store_si512(tiles[g][row], _mm512_permutexvar_epi16(index, values));
+        }
+}
+
+/* Group sums of 16 rows of w with the M of x: x is [4, 16, M] pairs. */
+static inline void multiply_int4(bf16 (*w)[ROWS][GROUP], const bf16 *x, int64_t M, float (*sums)[ROWS][16]) {
+    __asm__ volatile("" : : : "memory"); /* GCC 12 does not know that tiles are loaded from memory */
+    _tile_zero(0);
+    _tile_loadd(6, w[0], LINE);
+    _tile_loadd(3, x, 4 * M);
+    _tile_dpbf16ps(0, 6, 3);
+    _tile_zero(1);
+    _tile_loadd(7, w[1], LINE);
+    _tile_loadd(4, x + GROUP * M, 4 * M);
+    _tile_dpbf16ps(1, 7, 4);
+    _tile_stored(0, sums[0], LINE);
+    _tile_zero(2);
+    _tile_loadd(6, w[2], LINE);
+    _tile_loadd(5, x + 2 * GROUP * M, 4 * M);
+    _tile_dpbf16ps(2, 6, 5);
+    _tile_stored(1, sums[1], LINE);
+    _tile_zero(0);
+    _tile_loadd(7, w[3], LINE);
+    _tile_loadd(3, x + 3 * GROUP * M, 4 * M);
+    _tile_dpbf16ps(0, 7, 3);
+    _tile_stored(2, sums[2], LINE);
+    _tile_stored(0, sums[3], LINE);
+}
+
+static inline void accumulate(__m512 *y, float (*sums)[ROWS][16], const uint64_t *words) {
+    float scales[ROWS][GROUPS];
+    for (int64_t row = 0; row < ROWS; row += 4) {
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(words + row)));
+        _mm512_storeu_si512(scales[row], _mm512_slli_epi32(bits, 16));
+    }
+#pragma GCC unroll 1
+    for (int64_t row = 0; row < ROWS; row++)
+        for (int64_t g = 0; g < GROUPS; g++)
+            y[row] = _mm512_fmadd_ps(_mm512_load_ps(sums[g][row]), _mm512_set1_ps(scales[row][g]), y[row]);
 }
 
 /* While tiles are multiplied, the next line is widened and the sums before are scaled. */
-static inline __attribute__((always_inline)) void block_int4_of(const Block *block, const float *packed, int64_t M,
-                                                                int64_t group_size) {
-    _Alignas(64) char wide[2][2][ROWS * LINE];
-    _Alignas(64) int32_t sums[2][ROWS * 16];
-    _Alignas(64) float acc[8 * ROWS * 16], result[16][ROWS];
-    __m512 scales[ROWS];
-    const int64_t pairs = (M + 1) / 2, width = M > 1 ? 16 : OCTET, count = width, steps = block->K / DEPTH4;
-    const int64_t scale_bytes = 2 * block->K / group_size, to_next = scale_bytes / steps;
-    const int32_t *tiles = (const int32_t *)(packed + steps * pairs * 16);
-    memset(acc, 0, (size_t)(pairs * 16 * count) * sizeof *acc);
-    widen_int4(block->w, block->stride, wide[0][0], wide[0][1]);
-    int64_t unit = 0;
+static void block_int4(const Block *block, const bf16 *packed) {
+    _Alignas(64) bf16 wide[2][GROUPS][ROWS][GROUP];
+    _Alignas(64) float sums[GROUPS][ROWS][16] = {0};
+    uint64_t words[2][ROWS];
+    __m512 y[ROWS];
+    const __m512i values = values_of_nibbles();
+    const int64_t M = block->M, steps = block->K / DEPTH4;
+    for (int64_t row = 0; row < ROWS; row++) y[row] = _mm512_setzero_ps();
+    widen_int4(block->w, block->stride, values, wide[0]);
     for (int64_t step = 0; step < steps; step++) {
-        const char *low = wide[step & 1][0], *high = wide[step & 1][1];
         call_for(block, step * LINE);
-        for (int64_t i = 0; i < ROWS * to_next; i += LINE)
-            _mm_prefetch(block->next_scales + step * ROWS * to_next + i, _MM_HINT_T1);
-        if (step + 1 < steps)
-            widen_int4(block->w + (step + 1) * LINE, block->stride, wide[~step & 1][0], wide[~step & 1][1]);
-        _tile_loadd(6, low, LINE);
-        _tile_loadd(7, high, LINE);
-        for (int64_t pair = 0; pair < pairs; pair++, unit++) {
-            const int32_t *x = tiles + unit * 32 * width;
-            _tile_zero(0);
-            _tile_loadd(3, x, 4 * width);
-            _tile_dpbssd(0, 6, 3);
-            _tile_loadd(4, x + 16 * width, 4 * width);
-            _tile_dpbssd(0, 7, 4);
-            _tile_stored(0, sums[unit & 1], 4 * width);
-            if (unit)
-                accumulate(acc + (unit - 1) % pairs * 16 * count, sums[~unit & 1], packed + (unit - 1) * 16, scales, count);
-            if (pair == 0)
-                load_scales(block->scales + step * to_next, block->spread * scale_bytes, group_size, M, scales);
-        }
+        if (step + 1 < steps) widen_int4(block->w + (step + 1) * LINE, block->stride, values, wide[~step & 1]);
+        if (step) accumulate(y, sums, words[~step & 1]);
+        load_scales(block, step, words[step & 1]);
+        multiply_int4(wide[step & 1], packed + step * DEPTH4 * M, M, sums);
     }
-    accumulate(acc + (pairs - 1) * 16 * count, sums[~unit & 1], packed + (unit - 1) * 16, scales, count);
-    for (int64_t i = 0; i < pairs * count; i++) {
-        _Alignas(64) float octets[16];
-        _mm512_store_ps(octets, sum_octets(_mm512_load_ps(acc + 16 * i)));
-        for (int64_t half = 0; half < 2; half++)
-            if (M == 1) result[0][2 * i + half] = octets[OCTET * half];
-            else result[i / ROWS * 2 + half][i % ROWS] = octets[OCTET * half];
-    }
-    for (int64_t m = 0; m < M; m++) store_rows(block, m, _mm512_load_ps(result[m]));
-}
-
-static void block_int4(const Block *block, const float *packed) {
-    const int64_t M = block->M, group_size = block->group_size;
-    if (group_size == 32) M == 1 ? block_int4_of(block, packed, 1, 32) : block_int4_of(block, packed, M, 32);
-    else M == 1 ? block_int4_of(block, packed, 1, group_size) : block_int4_of(block, packed, M, group_size);
+    accumulate(y, sums, words[~steps & 1]);
+    for (int64_t m = 0; m < M; m++)
+        store_rows(block, m, _mm512_castsi512_ps(column((const float *)y + m, 16, ROWS)));
 }
 
 static void configure(const TileConfig *config) {
@@ -403,7 +502,7 @@ static void configure(const TileConfig *config) {
 }
 
 static TileConfig config_of(int64_t format, int64_t M) {
-    const int64_t width = format == BF16 ? M : format == INT8 ? DIGITS8 * M / tiles_int8(M) : M > 1 ? 16 : OCTET;
+    const int64_t width = format == INT8 ? DIGITS8 * M / tiles_int8(M) : M;
     TileConfig config = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         config.rows[tile] = 16;
@@ -438,6 +537,8 @@ static Block block_of(const Product *product, int64_t j, int64_t M, int64_t K) {
         .spread = spread,
         .stride = spread * row_bytes,
         .left = (spread - nth) * row_bytes,
+        .scale_bytes = scale_bytes * LINE / row_bytes,
+        .scale_stride = spread * scale_bytes,
     };
 }
 
@@ -452,6 +553,7 @@ static void products_of_16(const bf16 *x, void *packed, const Product *list, int
         configure(&config);
         const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
         if (format == INT8) pack_int8(x, packed, M, K);
+        else if (format == INT4 && M == 1) pack_int4_row(x, packed, K);
         else if (format == INT4) pack_int4(x, packed, M, K);
         else if (M > 1) pack_bf16(x, packed, M, K);
         for (int i = 0; i < count; i++) {
@@ -462,6 +564,7 @@ static void products_of_16(const bf16 *x, void *packed, const Product *list, int
                 const int64_t after = (j / spread + 1) * spread;
                 if (after < end) block.next = block_of(&list[i], after, M, K).w;
                 if (format == INT8) block_int8(&block, packed);
+                else if (format == INT4 && M == 1) block_int4_row(&block, packed);
                 else if (format == INT4) block_int4(&block, packed);
                 else block_bf16(&block, M > 1 ? packed : x);
             }
