@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -25,11 +27,17 @@ FORMATS = {"int8": (8, None), "int4": (4, 32), "int4 groups of 64": (4, 64), "in
 WIDE = dataclasses.replace(PRESETS["tiny"], n_layers=1, vocab_size=512)
 # Untied head; a key/value width of 64, which leaves a core with one block of rows; a hidden size of 6 * 128.
 OTHER = dataclasses.replace(SHAPES["heads of 32"], n_layers=1, tie_word_embeddings=False)
+LARGER_GROUPS = [pytest.param(f"int4 groups of {n}", marks=pytest.mark.slow) for n in (64, 128)]
 SIZES = [(1, 1), (2, 1), (5, 1), (6, 1), (9, 1), (16, 1), (17, 1), (1, 7), (4, 6)]  # sequences, tokens of each
 
 
-def quantized(args, kind: str, seed: int = 0) -> Transformer:
-    model = random_model(args, seed, std=0.05).bfloat16()
+def quantized(args, kind: str) -> Transformer:
+    return copy.deepcopy(_quantized(args, kind))
+
+
+@functools.cache
+def _quantized(args, kind: str) -> Transformer:
+    model = random_model(args, std=0.05).bfloat16()
     quantize(model, Quantization(*FORMATS[kind]))
     return model
 
@@ -47,7 +55,7 @@ def dense(model: Transformer) -> Transformer:
 
 
 @pytest.mark.parametrize("args", [WIDE, OTHER], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["int8", "int4", *LARGER_GROUPS])
 @torch.no_grad()
 def test_native_step_is_as_exact_as_the_eager_one(kind, args):
     """Against the dequantized model in fp64 the error is at most twice that of the eager step: 1 to 24 rows."""
@@ -67,7 +75,7 @@ def test_native_step_is_as_exact_as_the_eager_one(kind, args):
 
 
 @pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 2), (2, 5), (3, 9)])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", *LARGER_GROUPS])
 @torch.no_grad()
 def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(kind, batch_size, n_tokens):
     """1, 5 or 16 rows are packed in other ways each, and sum to the same."""
@@ -117,7 +125,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(kind, value):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4 groups of 128"])
+@pytest.mark.parametrize("kind", ["int8", "int4", LARGER_GROUPS[-1]])
 @torch.no_grad()
 def test_native_prefill_is_as_exact_as_the_eager_one(kind, use_cache, monkeypatch):
     """Slabs of a size that no matrix is a multiple of."""

@@ -21,7 +21,7 @@ from llama.kernels import native
 from llama.model import Attention, FeedForward, RMSNorm, TokenEmbedding, Transformer, TransformerBlock, rope_table
 from llama.quantization import Int4Linear, Int8Embedding, Int8Linear
 
-FLAGS = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+FLAGS = tuple("-mavx512f -mavx512vl -mavx512bw -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8".split())
 LAYER_WEIGHTS = (
     "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w2 feed_forward.w3 "
     "attention_norm ffn_norm"
