@@ -3,8 +3,15 @@
 In PyTorch, on two Xeon cores with AMX, a product of one row with a matrix reads 13 GB/s of the 25 that the machine
 delivers, scaled_dot_product_attention reads the cache at 6, and 700 small operations cost another tenth of the step.
 decode_step.c says how it gets around each. Its slow twin is `Transformer.forward` with a cache, to which it is equal up
-to rounding. Several tokens of a row at once give the same bits as one after the other. The weights are read once for 16
-tokens, which cost little more than one with bfloat16; with int4 it is the arithmetic that counts from a few on.
+to rounding. Several tokens of a row at once give the same bits as one after the other, in every format and however many
+they are. The weights are read once for 16 tokens, which with bfloat16 cost a fifth more than one. With codes it is the
+arithmetic that counts from a few tokens on: four layers of Llama 3.2 1B without a head, in ms, on two threads of one
+core whose memory delivers 26 GB/s (the fastest of 25 runs, on a machine that had other work as well):
+
+    tokens        1      8     16
+    bfloat16   18.7   19.7   22.8
+    int8       10.3   13.6   19.7
+    int4        7.6   17.1   23.6
 """
 
 from __future__ import annotations
