@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -43,15 +45,24 @@ class Recorder:
         return getattr(self.library, name)
 
 
-@needs_kernels
-def test_every_kernel_is_measured_beside_what_it_equals(tmp_path, capsys, monkeypatch):
-    """A whole small run: all kernels are called, each form has its row, and figures of a row follow from each other."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole small run: its rows, what it printed, and the kernels that it called."""
     called = {module: Recorder(module.library()) for module in (train_ops, decode_step)}
-    for module, recorder in called.items():
-        monkeypatch.setattr(module, "library", lambda recorder=recorder: recorder)
-    rows = measure(tmp_path / "rows.jsonl", "--model=tiny")
-    assert called[train_ops].names >= set(train_ops.SIGNATURES)
-    assert called[decode_step].names >= {"decode_step", "rms_norm", "rotate_heads", "silu_mul", "read_all"}
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for module, recorder in called.items():
+            patch.setattr(module, "library", lambda recorder=recorder: recorder.library and recorder)
+        rows = measure(tmp_path_factory.mktemp("kernels") / "rows.jsonl", "--model=tiny")
+    return rows, out.getvalue(), {module: recorder.names for module, recorder in called.items()}
+
+
+@needs_kernels
+def test_every_kernel_is_measured_beside_what_it_equals(run):
+    """All kernels are called, each form has its row, and the figures of a row follow from each other."""
+    rows, out, called = run
+    assert called[train_ops] >= set(train_ops.SIGNATURES)
+    assert called[decode_step] >= {"decode_step", "rms_norm", "rotate_heads", "silu_mul", "read_all"}
     cells = [row["cell"] for row in rows]
     expected = [("prefill", name) for name in PREFILL] + [("train", name) for name in TRAIN]
     both = [(*one, engine) for one in expected for engine in ("kernel", "plain")]
@@ -67,7 +78,7 @@ def test_every_kernel_is_measured_beside_what_it_equals(tmp_path, capsys, monkey
         is_kernel, is_quantized = row["cell"]["engine"] == "kernel", row["cell"].get("weights") in ("int8", "int4")
         assert ("plain_over_kernel_x" in m) == is_kernel
         assert ("linear_over_kernel_x" in m) == (is_kernel and is_quantized)
-    assert table(rows) in capsys.readouterr().out
+    assert table(rows) in out
 
 
 def moved(rows: list[dict], **wanted) -> set[float]:
@@ -75,9 +86,8 @@ def moved(rows: list[dict], **wanted) -> set[float]:
     return {row["metrics"]["moved_mb"]["median"] for row in chosen}
 
 
-def test_bytes_are_those_of_operands_results_and_weights(tmp_path):
-    rows = measure(tmp_path / "rows.jsonl", "--model=tiny")
-    T, dim, ffn = 16, TINY.dim, TINY.ffn_dim
+def test_bytes_are_those_of_operands_results_and_weights(run):
+    rows, T, dim, ffn = run[0], 16, TINY.dim, TINY.ffn_dim
     n_weights, n_rows = TINY.block_linear_params(), 2 * dim + 2 * TINY.n_kv_heads * TINY.head_dim + 2 * ffn + dim
     assert moved(rows, operation="swiglu") == {3 * T * ffn * 2 / 1e6}
     assert moved(rows, operation="swiglu_backward") == {5 * T * ffn * 2 / 1e6}
