@@ -18,6 +18,7 @@ from conftest import ROOT, TINY
 
 import benchmark_finetuning
 import benchmark_inference
+import benchmark_kernels
 import benchmark_loading
 import benchmark_pruning
 import finetuning
@@ -116,6 +117,14 @@ def test_pruning_figures_are_the_measured_rows():
     rows = newest_rows("pruning")
     printed = benchmark_pruning.quality_table(rows) + "\n" + benchmark_pruning.speed_table(rows)
     assert table_of(README, "figures: pruning") == printed
+
+
+def test_kernel_figures_are_the_measured_rows():
+    measured = newest_rows("kernels") if benchmark_kernels.RESULTS.exists() else []
+    rows = [row for row in measured if row["cell"]["model"] == "llama3.2-1b"]
+    assert table_of(README, "figures: kernels") == benchmark_kernels.table(rows)
+    assert {row["cell"]["part"] for row in rows} in (set(), set(benchmark_kernels.PARTS))
+    assert all(row["metrics"]["run_s"]["n"] >= 5 for row in rows)
 
 
 @pytest.mark.slow
