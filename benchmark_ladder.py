@@ -5,8 +5,9 @@
 
 A row is one change to another row: that one's speed is what it is compared with, and a test holds it to the same text
 or bounds the error. The work is greedy decoding of the same prompts, one after another, for the same number of tokens,
-whatever they say: text of the embedded model's own world, and text that repeats itself, which is what prompt lookup is
-for. Each row has a process of its own; the rounds go through them in shuffled order (llama/cells.py).
+whatever they say: text of the embedded model's own world, and questions that it repeats again and again, which is
+what prompt lookup is for. Each row has a process of its own, and the rounds go through them in shuffled order; see
+llama/cells.py.
 
 Perplexity is that of the row's weights, in the row's dtype, on the text and in the windows of evaluate.py: it says what
 int8, int4 and pruning cost; a cache, a kernel and a draft change nothing in it. Pruned is without fine-tuning.
@@ -42,12 +43,8 @@ FIGURES = ROOT / "reports" / "figures"
 SHARE = 0.25  # of the hidden units that pruning takes out
 OWN, REPETITIVE, RANDOM = "its own", "repetitive", "random ids"
 N_PROMPTS = 8  # of the model's own text
-PASSAGES = (
-    "Question: What do cows eat?\nAnswer: Cows eat grass.\n\n",
-    "1. Cut some wood into pieces.\n2. Nail the sides together.\n3. Make a round hole in the front.\n",
-    'One cold winter morning, Anna the girl woke up early. "Snow!" she shouted. ',
-    "Instruction: Name two fruits.\nResult: Apples and pears.\n\n",
-)
+# After which the embedded model asks and answers the same question again and again.
+QUESTIONS = tuple(f'Question: What is the past tense of "{verb}"?\nAnswer:' for verb in ("speak", "swim", "sing", "go"))
 STEPS = {"native": "C step", "captured": "CUDA graph", "eager": "auto"}  # what "auto" decoding comes to
 # By what a change is held: the same tokens, the same logits, or a bound on the error.
 TESTS = {
@@ -96,7 +93,7 @@ class Plan:
 def main(
     *,
     model: str = "tiny",
-    input_len: int = 96,
+    input_len: int = 32,
     output_len: int = 64,
     repeats: int = 5,
     max_tokens: int | None = None,
@@ -112,7 +109,7 @@ def main(
 
     Args:
         model: tiny, the embedded model, or another preset with random weights: time and memory, no drafts.
-        input_len: tokens of each prompt.
+        input_len: tokens of each prompt; those of repetitive text may have fewer.
         output_len: tokens generated for each.
         repeats: timed runs of each row.
         max_tokens: take the perplexity on so many tokens of the held-out text; default: all of it.
@@ -221,8 +218,9 @@ def make_prompts(model: str, input_len: int, seed: int) -> dict[str, list[list[i
         return {RANDOM: torch.randint(PRESETS[model].vocab_size, (1, input_len), generator=generator).tolist()}
     tokenizer = Tokenizer(EMBEDDED / "tokenizer.model")
     own = train.held_out(tokenizer, n_rows=N_PROMPTS)[:, :input_len].tolist()
-    repeated = [tokenizer.encode(passage * input_len, bos=True, eos=False)[:input_len] for passage in PASSAGES]
-    return {OWN: own, REPETITIVE: repeated}
+    questions = [tokenizer.encode(question, bos=True, eos=False) for question in QUESTIONS]
+    length = min(input_len, *map(len, questions))
+    return {OWN: own, REPETITIVE: [ids[-length:] for ids in questions]}
 
 
 def losses(plan: Plan, max_tokens: int | None) -> dict[str, dict[str, float]]:
@@ -386,12 +384,11 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     row = rows[0]
     n_runs = sorted({other["metrics"]["runtime_s"]["n"] for other in rows if other["metrics"]})
     runs = " to ".join(str(n) for n in dict.fromkeys((n_runs[0], n_runs[-1]))) if n_runs else "no"
-    texts = {other["cell"]["text"]: other["cell"]["prompts"] for other in rows}
-    prompts = " and ".join(f"{n} prompts of {text}" for text, n in texts.items())
-    shape = f"{row['cell']['input_len']} + {row['cell']['output_len']} tokens"
+    texts = {other["cell"]["text"]: other["cell"] for other in rows}
+    work = [f"{text}: {c['prompts']} x ({c['input_len']} + {c['output_len']}) tokens" for text, c in texts.items()]
     found = [
-        f"Medians (least to most) of {runs} runs of {row['cell']['model']}: {prompts}, one by one, {shape} each, "
-        f"greedy; {bench.setting(row)}, {row['dtype']}."
+        f"Medians (least to most) of {runs} runs of {row['cell']['model']}, greedy, one prompt after another.",
+        f"{'; '.join(work)}. {bench.setting(row)}, {row['dtype']}.",
     ]
     if any("perplexity_x" in other["metrics"] for other in rows):
         scored = next(o["metrics"]["scored_tokens"]["median"] for o in rows if "scored_tokens" in o["metrics"])
