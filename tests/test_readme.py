@@ -19,6 +19,7 @@ from conftest import ROOT, TINY
 import benchmark_finetuning
 import benchmark_inference
 import benchmark_kernels
+import benchmark_ladder
 import benchmark_loading
 import benchmark_pruning
 import finetuning
@@ -105,6 +106,18 @@ def test_table_1_is_the_measured_rows():
     assert min(row["metrics"]["runtime_s"]["n"] for row in rows) >= 5
     printed = benchmark_inference.table(rows) + "\n" + benchmark_inference.details(rows)
     assert table_of(README, "figures: table 1") == printed
+
+
+def test_ladder_figures_are_the_measured_rows():
+    if not (ROOT / "reports" / "results" / "ladder.jsonl").exists():
+        assert table_of(README, "figures: ladder") == "Not measured yet.\n"
+        return
+    rows = newest_rows("ladder")
+    tiny = [row for row in rows if row["cell"]["model"] == "tiny"]
+    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in tiny}) == 1
+    assert sorted(row["cell"]["row"] for row in tiny) == [cell.row for cell in benchmark_ladder.ladder(True)]
+    assert min(row["metrics"]["runtime_s"]["n"] for row in tiny) >= 5
+    assert table_of(README, "figures: ladder") == benchmark_ladder.report(rows)
 
 
 def test_finetuning_figures_are_the_measured_rows():
