@@ -65,10 +65,6 @@ def _run(name: str, *arguments: Tensor | float | None) -> None:
         getattr(library(), name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def _is_wide(x: Tensor, flag: int) -> int:
-    return flag if x.dtype is torch.float32 else 0
-
-
 def _wide(x: Tensor, flag: int) -> int:
     return flag if x.dtype is torch.float32 else 0
 
