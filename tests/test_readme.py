@@ -120,6 +120,16 @@ def test_ladder_figures_are_the_measured_rows():
     assert table_of(README, "figures: ladder") == benchmark_ladder.report(rows)
 
 
+def test_tables_2_and_3_are_the_measured_rows():
+    if not (ROOT / "reports" / "results" / "benchmark_finetuning.jsonl").exists():
+        assert table_of(README, "figures: tables 2 and 3") == "Not measured yet.\n"
+        return
+    rows = [row for row in newest_rows("benchmark_finetuning") if row["cell"]["model"] == "llama3.2-1b"]
+    assert len({(row["device"]["name"], row["commit"]) for row in rows}) == 1
+    assert min(row["metrics"]["step_s"]["n"] for row in rows) >= 3
+    assert table_of(README, "figures: tables 2 and 3") == benchmark_finetuning.report(rows) + "\n"
+
+
 def test_finetuning_figures_are_the_measured_rows():
     rows = [row for row in newest_rows("finetuning") if row["cell"]["model"] == "tiny"]
     assert {row["cell"]["preset"] for row in rows} == set(finetuning.PRESETS)
