@@ -516,9 +516,9 @@ def crash_run(mode: str, tmp_path: Path, *numbers: int) -> dict:
 ENOSPC, EIO = 28, 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "lasting"),
-    [pytest.param(0, 0, id="killed"), pytest.param(ENOSPC, 1, id="disk full", marks=pytest.mark.slow)],
+    ("error", "lasting"), [pytest.param(0, 0, id="killed"), pytest.param(ENOSPC, 1, id="disk full")]
 )
 def test_a_run_survives_faults(tmp_path, error, lasting):
     """At every 61st change that the run makes to its directory; test_a_run_survives_every_fault takes all."""

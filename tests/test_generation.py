@@ -34,6 +34,7 @@ def ragged_prompts(n: int = 16, longest: int = 200, seed: int = 0) -> list[list[
     return [[rng.randrange(TOKENIZER.n_words) for _ in range(length)] for length in lengths]
 
 
+@pytest.mark.slow
 def test_cache_on_equals_off_over_a_thousand_tokens(tiny):
     """The embedded model on 40 openings of its corpus: the greedy tokens agree, all of them."""
     texts = [text for seed in range(80) if (text := document(random.Random(seed)).text)][:40]

@@ -207,6 +207,7 @@ def train_both(tokenizer, n_steps: int) -> tuple[list[float], list[float], float
     return reference, losses, gap(*({name: w.detach() for name, w in named.items()} for named in weights))
 
 
+@pytest.mark.slow
 def test_fifty_steps_equal_a_plain_loop(tiny):
     """Tail windows and an epoch border included (26 records, windows of 3)."""
     reference, losses, distance = train_both(tiny.tokenizer, 50)
@@ -608,6 +609,7 @@ def test_restoring_takes_nothing_but_the_whole():
 # What is said about it
 
 
+@pytest.mark.slow
 def test_end_of_text_is_learned(tiny):
     """Four samples, trained for a while: greedy generation gives the answers and stops by itself."""
     args = type(SMALL)(**{**vars(SMALL), "vocab_size": tiny.tokenizer.n_words})
