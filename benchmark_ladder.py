@@ -154,12 +154,9 @@ def main(
 
 def check_flags(model: str, input_len: int, output_len: int, repeats: int, max_tokens: int | None) -> None:
     """Raise InputError for what cannot be measured."""
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
-    limits = {"input_len": (input_len, 2), "output_len": (output_len, 2), "repeats": (repeats, 1)}
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
+    cli.require_one_of("model", model, PRESETS)
+    cli.require_at_least(2, input_len=input_len, output_len=output_len)
+    cli.require_at_least(1, repeats=repeats)
     longest = train.SEQ_LEN if model == "tiny" else PRESETS[model].trained_context
     if input_len + output_len > longest:
         raise InputError(f"--input_len={input_len} --output_len={output_len}: more than the model's {longest:,} tokens")

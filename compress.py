@@ -183,9 +183,8 @@ def check_flags(
     seed: int,
 ) -> int:
     """How many steps there will be. Raises InputError for what is out of range or would have no effect."""
-    for name, value, least in (("batch_size", batch_size, 1), ("rounds", rounds, 1), ("seed", seed, 0)):
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
+    cli.require_at_least(1, batch_size=batch_size, rounds=rounds)
+    cli.require_at_least(0, seed=seed)
     if steps is None:
         steps = STEPS_A_ROUND * rounds if iterative else 0
     if steps < (rounds if iterative else 0):

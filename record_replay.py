@@ -54,12 +54,10 @@ def main(
         seed: of random weights and prompts.
         results: file that the rows are appended to; default: reports/results/replay.jsonl.
     """
-    if model not in PRESETS:
-        raise InputError(f"--model={model}: expected one of {', '.join(PRESETS)}")
+    cli.require_one_of("model", model, PRESETS)
     output_len = (200 if model == "tiny" else 32) if output_len is None else output_len
-    for name, value, least in (("input_len", input_len, 1), ("output_len", output_len, 2), ("repeats", repeats, 1)):
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
+    cli.require_at_least(1, input_len=input_len, repeats=repeats)
+    cli.require_at_least(2, output_len=output_len)
     path = Path(results) if results is not None else RESULTS
     bench.require_writable(path)
     if model == "tiny":

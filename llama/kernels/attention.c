@@ -103,14 +103,13 @@ static void block(const Work *w, int64_t i, int64_t j, int64_t N, int64_t D, flo
     bf16 p[BLOCK][BLOCK], ds[BLOCK][BLOCK]; /* transposed: [keys, queries] */
     uint32_t ds_pairs[BLOCK / 2][BLOCK];    /* two rows of ds interleaved */
     const __m512 factor = _mm512_set1_ps(scale);
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (int64_t key = 0; key < BLOCK; key += TILE)
         for (int64_t query = 0; query < BLOCK; query += TILE) {
             float s[TILE][TILE], dp[TILE][TILE];
             scores(w->k + (j + key) * D, w->q_words + (i + query) * 2, s[0], N, D);
             scores(w->v + (j + key) * D, w->d_words + (i + query) * 2, dp[0], N, D);
             const __m512 lse = _mm512_loadu_ps(w->lse + i + query), delta = _mm512_loadu_ps(w->delta + i + query);
-            const __m512i queries = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(i + query)));
+            const __m512i queries = _mm512_add_epi32(multiples(1), _mm512_set1_epi32((int)(i + query)));
             __m512i even = _mm512_setzero_si512();
             for (int64_t r = 0; r < TILE; r++) {
                 const __mmask16 seen = _mm512_cmpge_epi32_mask(queries, _mm512_set1_epi32((int)(j + key + r)));

@@ -13,15 +13,10 @@
    B sequences, T tokens of each, H query heads, K key/value heads, D head size, S cache slots; M rows of x, at most 16
    at once. A row's sums are formed in the same order whatever M is, so T tokens at once give the bits of T steps. */
 
-#include <immintrin.h>
-#include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-typedef uint16_t bf16;
+#include "simd.h"
 
 /* A matrix [N, K] as llama/quantization.py lays it out. INT8: codes times scales, fp32 [N]. INT4: blocks of 32 columns in
    16 bytes, column j of a block in the low nibble of byte j, j + 16 in the high one, each less 8 and times a scale of its
@@ -46,38 +41,9 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-/* Linux lends the tile registers only to processes that ask. 0 means yes. */
-int decode_init(void) {
-    const long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-}
-
-/* Sixteen values at a time. */
-
-static inline __m512 load(const bf16 *x) {
-    const __m256i halves = _mm256_loadu_si256((const __m256i *)x);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-static inline void store(bf16 *y, __m512 x) {
-    _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(x)); /* to nearest, ties to even, NaN stays NaN */
-}
+int decode_init(void) { return request_tiles(); }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
-
-/* e^x for x <= 0: 2^n times a polynomial for 2^f, |f| <= 1/2; relative error below 3e-7. NaN stays NaN. */
-static inline __m512 exponential(__m512 x) {
-    const float taylor[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                            2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-150.0f), scaled); /* max returns the second operand if one is NaN */
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT), f = _mm512_sub_ps(t, n);
-    __m512 p = _mm512_set1_ps(taylor[0]);
-    for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(taylor[i]));
-    return _mm512_scalef_ps(p, n);
-}
 
 /* Matrix products: y[M, N] = x[M, K] w[N, K]^T for M <= 16. A core walks along 16 rows of w at once, a cache line of
    each at a time; those 16 lines are one tile of bfloat16 or int8, and four groups of columns of int4.
@@ -110,25 +76,8 @@ typedef struct {
     int64_t scale_bytes, scale_stride; /* of the scales that belong to a line of codes; from one row to the next */
 } Block;
 
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileConfig;
-
 static int64_t row_bytes_of(const Matrix *w, int64_t K) {
     return w->format == BF16 ? 2 * K : w->format == INT8 ? K : K / 2;
-}
-
-/* 0, n, 2 n, ... 15 n. */
-static inline __m512i multiples(int n) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(n));
-}
-
-/* The M 32-bit words that lie `stride` words apart, from `base` on. */
-static inline __m512i column(const void *base, int64_t stride, int64_t M) {
-    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(M), multiples((int)stride), base, 4);
 }
 
 /* Cache lines are called for AHEAD bytes before they are needed: of the same streams or, near their end, of the next. */
@@ -506,11 +455,6 @@ static void block_int4(const Block *block, const void *packed) {
         for (int64_t m = 0; m < M; m++) block_int4_row(block, (const Step4 *)packed + m * (block->K / DEPTH4), m);
 }
 
-static void configure(const TileConfig *config) {
-    __asm__ volatile("" : : "r"(config) : "memory"); /* GCC 12 believes that the next line reads 8 bytes of these 64 */
-    _tile_loadconfig(config);
-}
-
 static TileConfig config_of(int64_t format, int64_t M) {
     const int64_t width = format == INT8 ? DIGITS8 * M / tiles_int8(M) : M;
     TileConfig config = {.palette = 1};
@@ -578,8 +522,7 @@ static void products_of_16(const bf16 *x, void *packed, const Product *list, int
                 else block_bf16(&block, M > 1 ? packed : x);
             }
         }
-        if (before.palette) configure(&before);
-        else _tile_release();
+        restore(&before);
     }
 }
 

@@ -22,6 +22,17 @@ static inline __m512 load(const bf16 *x) { return widen(_mm256_loadu_si256((cons
 
 static inline void store(bf16 *y, __m512 x) { _mm256_storeu_si256((__m256i *)y, narrow(x)); }
 
+/* 0, n, 2 n, ... 15 n. */
+static inline __m512i multiples(int n) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(n));
+}
+
+/* n 32-bit words that lie `stride` words apart, from `base` on. */
+static inline __m512i column(const void *base, int64_t stride, int64_t n) {
+    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(n), multiples((int)stride), base, 4);
+}
+
 /* e^x for x <= 0: 2^n times a polynomial for 2^f, |f| <= 1/2; relative error below 3e-7. NaN stays NaN. */
 static inline __m512 exponential(__m512 x) {
     const float taylor[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
@@ -60,13 +71,6 @@ static inline void configure(const TileConfig *config) {
 static inline void restore(const TileConfig *before) {
     if (before->palette) configure(before);
     else _tile_release();
-}
-
-/* n 32-bit words that lie `stride` words apart, from `base` on. */
-static inline __m512i column(const void *base, int64_t stride, int64_t n) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)stride));
-    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(n), offsets, base, 4);
 }
 
 #endif
