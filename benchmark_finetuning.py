@@ -321,7 +321,7 @@ class StepRunner:
 
     def _prepare(self) -> None:
         """Load, look into memory with a step of its own, and warm up; all outside of any timing."""
-        if self.cell.lean:
+        if self.cell.engine == "llama":
             devices.return_freed_memory()  # as finetuning.py does
         load = self._load if self.cell.engine == "llama" else self._load_peer
         warm_libraries(self.cell, self.device, self.narrow)

@@ -453,8 +453,7 @@ class Run:
             require_adapters_alone(options)
         self._prepare_data()
         self.layers = self._plan_memory(dtype)
-        if options.lean:
-            devices.return_freed_memory()
+        devices.return_freed_memory()
         self.baseline = bench.memory_baseline(self.device)
         self.model = checkpoint.load(directory_of(options), dtype, self.device, progress=True)
         self._check_vocabulary()
