@@ -64,7 +64,7 @@ def write(path: Path, text: str) -> None:
 
 def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
-    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading")
+    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "ladder")
     found = {name: rows.get(name, []) for name in known}
     sections: list[Section] = [
         ("replay", "Cached against uncached, as it ran", replays(found["replay"])),
@@ -73,6 +73,7 @@ def render(rows: dict[str, list[Row]]) -> str:
         ("table-3", "Table 3: combinations of techniques", table_3(found["benchmark_finetuning"])),
         ("fine-tuning", "Fine-tuning: does it learn", fine_tuning(found["finetuning"])),
         ("loading", "Loading", loading(found["loading"])),
+        ("ladder", "The ladder: one change a row", ladder(found["ladder"])),
         *[
             (name, OTHERS.get(name, name.replace("_", " ").capitalize()), plain(rows[name]))
             for name in rows
@@ -458,6 +459,26 @@ def loading(rows: Sequence[Row]) -> Html:
         )
         parts += [table(model, head, body, note), provenance(found)]
     return joined(parts) if parts else NOT_MEASURED
+
+
+def ladder(rows: Sequence[Row]) -> Html:
+    """One change a row on the same work: time, memory, perplexity, and the test that licenses it."""
+    head = ["row", "what", "changes", "text", "runtime (s)", "x that row", "same tokens"]
+    head += ["weights (MB)", "peak (MB)", "perplexity", "accepted", "tokens a round"]
+    names = ("tokens_equal", "weights_mb", "peak_memory_mb", "perplexity_x", "acceptance", "tokens_a_round")
+    runtime = "metrics.runtime_s.median"
+    parts = []
+    for found in group(rows, "model"):
+        body = []
+        for row in sorted(found, key=lambda row: row.cell["row"]):
+            cell, changed = row.cell, _chosen(found, row=row.cell["changes"])
+            what = tag("span", cell["name"], title=f"held by {row.data['series']['test'][0]}")
+            faster = ratio(changed[0], runtime, row, runtime) if changed else Html("-")
+            figures = [spread(row, "runtime_s"), faster, *[figure(row, name) for name in names]]
+            body.append([str(cell["row"]), what, str(cell["changes"] or "-"), cell["text"], *figures])
+        parts += [table(str(found[0].cell["model"]), head, body), provenance(found)]
+    note = tag("p", "Point at a row's name to see the test that holds it. Same tokens: as the row that it changes.")
+    return joined([*parts, note]) if parts else NOT_MEASURED
 
 
 def plain(rows: Sequence[Row]) -> Html:

@@ -120,13 +120,25 @@ def losses() -> list[dict]:
     return [{**row, "series": {"loss_nats": curve, "held_out_loss_nats": [[0, 2.5], [29, 0.5]]}}]
 
 
+def rungs() -> list[dict]:
+    """A ladder with a row that changes another, one that ran out of memory, and one that speculates."""
+    rows = []
+    for i, (name, changes) in enumerate([("no cache", None), ("KV cache", 1), ("int8", 2), ("lookup", 2)], 1):
+        cell = {"model": "x", "row": i, "name": name, "changes": changes, "text": "its own", "weights": "whole"}
+        metrics = {"runtime_s": [12.0 / i, 1.0, 13.0], "weights_mb": 99.5, "peak_memory_mb": 120.0 + i}
+        metrics |= {"perplexity_x": 1.5} | ({"tokens_equal": 64} if changes else {})
+        metrics |= {"acceptance": 0.75, "tokens_a_round": 1.5} if name == "lookup" else {}
+        rows.append(made_row("ladder", cell, {} if name == "int8" else metrics, series={"test": [f"tests/t.py::t{i}"]}))
+    return rows
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
     rows = [
-        made_row("ladder", {**nasty, "bits": bits}, {"perplexity": 10.0 / bits, "step_s": 0.00123}) for bits in (4, 8)
+        made_row("other", {**nasty, "bits": bits}, {"perplexity": 10.0 / bits, "step_s": 0.00123}) for bits in (4, 8)
     ]
-    return [*rows, made_row("ladder", {**nasty, "bits": 16}, {})]
+    return [*rows, made_row("other", {**nasty, "bits": 16}, {})]
 
 
 def write(folder, rows: list[dict]):
@@ -142,7 +154,9 @@ def write(folder, rows: list[dict]):
 def results(request, tmp_path):
     if request.param == "committed":
         return RESULTS
-    return write(tmp_path / "results", [*steps(), *recordings(), *recordings(text=False), *losses(), *strange()])
+    return write(
+        tmp_path / "results", [*steps(), *recordings(), *recordings(text=False), *losses(), *rungs(), *strange()]
+    )
 
 
 def value_of(folder, source: str) -> float:
@@ -276,10 +290,26 @@ def test_table_3_has_every_combination_and_x_where_memory_ran_out(tmp_path):
     assert all((line[3] == "x") == (line[1] == "yes") for line in lean) and "x" not in {line[3] for line in plain}
 
 
+def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
+    page = Page(results_page.render(read_folder(write(tmp_path / "r", rungs())))).top
+    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "ladder")
+    lines = [
+        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
+    ]
+    assert [line[:3] for line in lines] == [
+        ["1", "no cache", "-"], ["2", "KV cache", "1"], ["3", "int8", "2"], ["4", "lookup", "2"]
+    ]  # fmt: skip
+    assert [line[5] for line in lines] == ["-", "2.00", "-", "2.00"]
+    assert "x" in lines[2][4] and lines[3][-2:] == ["0.750", "1.50"]
+    assert [span.attrs["title"] for span in section.all("span") if "title" in span.attrs] == [
+        f"held by tests/t.py::t{i}" for i in range(1, 5)
+    ]
+
+
 def test_without_rows_it_says_not_measured(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "empty", [])))).top
     sections = page.all("section")
-    assert len(sections) == 6 and all("Not measured yet." in section.text() for section in sections)
+    assert len(sections) == 7 and all("Not measured yet." in section.text() for section in sections)
     assert not page.all("table") and not page.all("svg") and "Nothing has been measured yet." in page.text()
 
 
@@ -323,7 +353,7 @@ def test_a_folder_or_a_page_that_is_not_there(tmp_path, monkeypatch, capsys):
 
 
 def test_the_newest_row_of_a_cell_counts(tmp_path):
-    old, new = (made_row("ladder", {"bits": 4}, {"step_s": value}) for value in (111.0, 222.0))
+    old, new = (made_row("other", {"bits": 4}, {"step_s": value}) for value in (111.0, 222.0))
     text = results_page.render(read_folder(write(tmp_path / "r", [old, new])))
     assert ">222<" in text and ">111<" not in text
 
