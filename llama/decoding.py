@@ -141,20 +141,21 @@ class Decoder:
         """
         n_rows, n_tokens = tokens.shape
         size = max(1, PREFILL_TOKENS // n_tokens)
+        part_hidden = prefill.last_hidden if self._is_native else _last_hidden
         states = []
         for start in range(0, n_rows, size):
             stop = min(start + size, n_rows)
             part = cache and cache.part(start, stop)
-            states.append(self._last_hidden(tokens[start:stop], last[start:stop], part))
+            states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
         return torch.cat(states)
-
-    def _last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
-        if self._is_native:
-            return prefill.last_hidden(self.model, tokens, last, cache)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        return self.model.hidden(tokens, None, cache)[rows, last]
 
     def _compile(self, step: EagerStep) -> Step:
         if not torch._dynamo.is_dynamo_supported():
             raise EnvironmentFailure("torch.compile does not work here; use --decoding=auto")
         return torch.compile(step, fullgraph=True, dynamic=False)
+
+
+def _last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
+    """The slow twin of prefill.last_hidden."""
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return model.hidden(tokens, None, cache)[rows, last]

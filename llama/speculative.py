@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,26 +36,26 @@ from llama.config import ModelArgs
 from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
+from llama.quantization import Int4Linear, Int8Linear
 from llama.sampling import Sampling, draw, logits_to_probs, next_token
 
 MOST_DRAFT_TOKENS = 8  # beyond which a chosen k does not go: E(0.8, 8) is already 87 % of E(0.8, infinity)
 PROBE_EVERY = 16  # rounds of plain decoding until a draft token is tried again
 MEMORY = 0.9  # by which earlier draft tokens count less each round, so that about ten rounds decide
 PRIOR = (1.6, 2.0)  # accepted and tested draft tokens to begin with: acceptance 0.8, soon outvoted
-# What a draft token of one row adds to the step that verifies it, in steps, and what calling the operations of a layer
-# costs, as the bytes that the memory could deliver meanwhile. Rough, but the same in every run: with measured times in
-# their place, sampled text would depend on them.
-VERIFY_COST = {"cpu": 0.03, "cuda": 0.01}
-LAYER_BYTES = {"cpu": 4e6, "cuda": 5e7}
+# What a draft token of one row adds to the step that verifies it, in steps: on a CPU more where codes are unpacked. And
+# what calling the operations of a layer costs, as the bytes that the memory could deliver meanwhile. Rough, but the
+# same in every run: with measured times in their place, sampled text would depend on them.
+VERIFY_COST = {"cpu": 0.03, "cuda": 0.01, Int8Linear: 0.05, Int4Linear: 0.2}
+LAYER_BYTES = {"native": 5e5, "cpu": 4e6, "cuda": 5e7}
 WORTH_IT = 1.05  # an expected speed-up below this is not worth having a draft
 
 
 class Proposal(NamedTuple):
-    """Draft tokens for each row."""
+    """Draft tokens for each row, at most k of them."""
 
-    tokens_Bk: Tensor  # int64
+    tokens: list[list[int]]
     probs_BkV: Tensor | None  # fp32, the distributions they were drawn from; None: they were no draws, but certain
-    counts: list[int]  # how many are proposed for each row; the rest of a row is filler
 
 
 # Called with the texts so far and how many draft tokens each may get: 0 for one that has ended, but not for all.
@@ -70,7 +69,7 @@ class Draft(Protocol):
         """Raise InputError where it does not fit this target."""
         ...
 
-    def cost(self, target: Transformer) -> float:
+    def cost(self, target: Decoder) -> float:
         """c: the time of one draft token for each row, as a share of the target's decode step."""
         ...
 
@@ -93,9 +92,9 @@ class ModelDraft:
             raise InputError(f"the draft is on {devices[0]}, the model on {devices[1]}; put both on one device")
         _check_decoding(self.decoder)
 
-    def cost(self, target: Transformer) -> float:
+    def cost(self, target: Decoder) -> float:
         """The bytes that a step reads over those of the target's, with what calling the operations is worth."""
-        return _step_bytes(self.decoder.model) / _step_bytes(target)
+        return _step_bytes(self.decoder) / _step_bytes(target)
 
     def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
         """Run the prompts through the draft. Its proposer raises NonFinite for logits that are no numbers."""
@@ -115,17 +114,17 @@ class _ModelProposer:
 
     def __call__(self, texts: list[list[int]], limits: list[int]) -> Proposal:
         tokens, pos = self._not_yet_seen(texts)
-        drafted, probs = [], []
+        columns, probs = [], []
         for _ in range(max(limits)):
-            token, q = _draft_token(self.step(tokens, pos)[:, -1], self.sampling)
-            drafted.append(token)
+            token, q = _draft_token(self.step(tokens, pos)[:, -1:], self.sampling)
+            columns.append(token)
             probs.append(q)
-            tokens, pos = token[:, None], pos[:, -1:] + 1
-        tokens_Bk = torch.stack(drafted, 1)
+            tokens, pos = token, pos[:, -1:] + 1
+        drafted = torch.cat(columns, 1).tolist()
         self.known = [len(text) for text in texts]
-        self.ventured = [row[:-1] for row in tokens_Bk.tolist()]  # the last one was never fed back
-        is_greedy = self.sampling.temperature == 0
-        return Proposal(tokens_Bk, None if is_greedy else torch.stack(probs, 1), limits)
+        self.ventured = [row[:-1] for row in drafted]  # the last one was never fed back
+        proposed = [row[:limit] for row, limit in zip(drafted, limits, strict=True)]
+        return Proposal(proposed, None if self.sampling.temperature == 0 else torch.cat(probs, 1))
 
     def _not_yet_seen(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """The last tokens of each text and their positions, [B, n]: one after a rejection, two where all were accepted.
@@ -135,8 +134,7 @@ class _ModelProposer:
         """
         lags = []
         for text, known, ventured in zip(texts, self.known, self.ventured, strict=True):
-            n_right = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(text[known:], ventured, strict=False))))
-            lags.append(max(len(text) - known - n_right, 1))
+            lags.append(max(len(text) - known - _n_equal(text[known:], ventured), 1))
         width = max(lags)
         places = [[max(len(text) - i, 0) for i in range(width, 0, -1)] for text in texts]
         newest = [[text[i] for i in row] for text, row in zip(texts, places, strict=True)]
@@ -157,13 +155,12 @@ class PromptLookup:
     def check(self, target: Transformer) -> None:
         """It fits every model."""
 
-    def cost(self, target: Transformer) -> float:
+    def cost(self, target: Decoder) -> float:
         """Nothing."""
         return 0.0
 
     def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
         """Begin an index for each row: where each n-gram was last followed by something."""
-        device = sampling.generator.device
         indexes: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         known = [1] * len(prompts)
 
@@ -174,10 +171,7 @@ class PromptLookup:
                     indexes[row].update({tuple(text[end - n : end]): end for n in self.sizes if n <= end})
                 known[row] = len(text)
                 found.append(self._continue(text, indexes[row], limit))
-            counts = [len(drafted) for drafted in found]
-            k = max(counts)
-            padded = [drafted + [0] * (k - len(drafted)) for drafted in found]
-            return Proposal(torch.tensor(padded, dtype=torch.int64, device=device), None, counts)
+            return Proposal(found, None)
 
         return propose
 
@@ -306,30 +300,29 @@ class Speculation:
         cache, step = decoder.start(len(texts), max_len)
         logits = decoder.model.logits(prefill(decoder, prompts, cache))[:, None]
         propose = self.draft.start(prompts, max_len, sampling)
-        length = DraftLength(self.draft.cost(decoder.model) + len(texts) * VERIFY_COST[logits.device.type])
-        nothing = Proposal(torch.empty(len(texts), 0, dtype=torch.int64, device=logits.device), None, [0] * len(texts))
+        length = DraftLength(self.draft.cost(decoder) + len(texts) * _verify_cost(decoder.model))
+        nothing = Proposal([[] for _ in texts], None)
         proposal, is_first = nothing, True
         while True:
-            n_accepted, tokens = verify(logits, proposal, sampling)
-            lengths = n_accepted.tolist()
+            new = verify(logits, proposal, sampling)
             if not is_first:
-                self._count(lengths, proposal.counts, room, length)
-            kept = _keep(texts, room, tokens.tolist(), lengths, stops)
-            values = _logprobs(logits, tokens).tolist() if logprobs else [[] for _ in kept]
+                self._count([len(row) - 1 for row in new], proposal, room, length)
+            values = _logprobs(logits, new) if logprobs else [[] for _ in new]
+            kept = _keep(texts, room, new, stops)
             yield kept, [v[: len(row)] for v, row in zip(values, kept, strict=True)], logits
             if not any(room):
                 return
             k = self.draft_tokens or length.next()
             limits = [min(k, n - 1) if n else 0 for n in room]
             proposal, is_first = propose(texts, limits) if any(limits) else nothing, False
-            newest = torch.tensor([[text[-1]] for text in texts], device=logits.device)
-            tokens = torch.cat((newest, proposal.tokens_Bk), 1)
-            first = torch.tensor([[len(text) - 1] for text in texts], device=logits.device)
-            logits = step(tokens, first + torch.arange(tokens.shape[1], device=logits.device))
+            newest = [[text[-1], *drafted] for text, drafted in zip(texts, proposal.tokens, strict=True)]
+            tokens = _padded(newest, logits.device)
+            places = [[*range(len(text) - 1, len(text) - 1 + tokens.shape[1])] for text in texts]
+            logits = step(tokens, torch.tensor(places, device=logits.device))
 
-    def _count(self, accepted: list[int], proposed: list[int], room: list[int], length: DraftLength) -> None:
+    def _count(self, accepted: list[int], proposal: Proposal, room: list[int], length: DraftLength) -> None:
         """Add a round of the rows that have not ended."""
-        results = [(a, n) for a, n, left in zip(accepted, proposed, room, strict=True) if left]
+        results = [(a, len(row)) for a, row, left in zip(accepted, proposal.tokens, room, strict=True) if left]
         kept, stopped = sum(a for a, _ in results), sum(a < n for a, n in results)
         length.observe(kept, stopped)
         self.counts.rounds += len(results)
@@ -339,46 +332,48 @@ class Speculation:
         self.counts.cost += sum(1 + n * length.cost for _, n in results)
 
 
-def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """How many draft tokens of each row are accepted, n [B], and tokens [B, T]: the first n + 1 are the row's next.
+def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[list[int]]:
+    """What each row gets: the draft tokens that are accepted, up to the first that is not, and one more.
 
     `logits_BTV` are the target's at the newest token and at each draft token. At temperature 0 one is accepted if it is
     the target's choice. Otherwise with probability min(1, p / q), p being the target's distribution and q the draft's.
     In place of the first that is not, a token is drawn from max(p - q, 0), normalised; after the last, from p. So each
     token has distribution p (Leviathan et al. 2023, A.1). Both are what the sampler makes of the logits.
     """
-    tokens_Bk, q_BkV, counts = proposal
-    k, device = tokens_Bk.shape[1], tokens_Bk.device
-    proposed_Bk = torch.arange(k, device=device) < torch.tensor(counts, device=device)[:, None]
-    if sampling.temperature == 0 or k == 0:
-        choices_BT = next_token(logits_BTV, *sampling)
-        return _run_length(proposed_Bk & (choices_BT[:, :k] == tokens_Bk)), choices_BT
+    drafted, q_BkV = proposal
+    if sampling.temperature == 0 or not any(drafted):
+        choices = next_token(logits_BTV, *sampling).tolist()
+        return [row[: _n_equal(row, tokens) + 1] for row, tokens in zip(choices, drafted, strict=True)]
+    tokens_Bk, device = _padded(drafted, logits_BTV.device), logits_BTV.device
+    counts = torch.tensor([len(tokens) for tokens in drafted], device=device)
+    proposed_Bk = torch.arange(tokens_Bk.shape[1], device=device) < counts[:, None]
     p_BTV = logits_to_probs(logits_BTV, sampling.temperature, sampling.top_p, sampling.top_k)
     if q_BkV is None:
         q_BkV = F.one_hot(tokens_Bk, p_BTV.shape[-1]).to(p_BTV.dtype)
     q_BkV = torch.where(proposed_Bk[..., None], q_BkV, 0.0)
-    p_Bk, q_Bk = (probs.gather(-1, tokens_Bk[..., None])[..., 0] for probs in (p_BTV[:, :k], q_BkV))
+    p_Bk, q_Bk = (probs.gather(-1, tokens_Bk[..., None])[..., 0] for probs in (p_BTV[:, :-1], q_BkV))
     noise_Bk = torch.rand(p_Bk.shape, generator=sampling.generator, device=device)
-    n = _run_length(proposed_Bk & (noise_Bk * q_Bk < p_Bk))
+    accepted_Bk = proposed_Bk & (noise_Bk * q_Bk < p_Bk)
+    n = accepted_Bk.long().cumprod(1).sum(1)
     rows = torch.arange(len(n), device=device)
     p_BV, q_BV = p_BTV[rows, n], F.pad(q_BkV, (0, 0, 0, 1))[rows, n]  # q is 0 where nothing was proposed
     rest_BV = (p_BV - q_BV).clamp_min_(0)
     total_B1 = rest_BV.sum(-1, keepdim=True)
     # Nothing is left only where p and q are the same but for rounding.
     last = draw(torch.where(total_B1 > 0, rest_BV / total_B1, p_BV), sampling.generator)
-    return n, F.pad(tokens_Bk, (0, 1)).scatter_(1, n[:, None], last[:, None])
+    return [[*tokens[:i], end] for tokens, (i, end) in zip(drafted, torch.stack((n, last), 1).tolist(), strict=True)]
 
 
 def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Fill the cache with prompts of unequal length; final hidden states [B, dim] at the last token of each."""
-    longest, device = max(map(len, prompts)), cache.k.device
-    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    device = cache.k.device
+    tokens = _padded(prompts, device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     return decoder.last_hidden(tokens, last, cache)
 
 
 def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """A draft's next token [B] and the distribution [B, V] it was drawn from, None at temperature 0."""
+    """A draft's next token [B, 1] and the distribution [B, 1, V] it was drawn from, None at temperature 0."""
     if sampling.temperature == 0:
         return next_token(logits, *sampling), None
     probs = logits_to_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
@@ -387,26 +382,32 @@ def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | N
     return draw(probs, sampling.generator), probs
 
 
-def _run_length(accepted_Bk: Tensor) -> Tensor:
-    """Length of the run of True that each row begins with, int64 [B]."""
-    return accepted_Bk.long().cumprod(1).sum(1)
+def _n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    pairs = zip(tokens, others, strict=False)
+    return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))
 
 
-def _logprobs(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """log p of each token under the model, before temperature and cuts, [B, T]."""
-    return logits_BTV.float().log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0]
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Tokens of unequal length as int64 [B, longest], filled up with zeros."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
 
 
-def _keep(
-    texts: list[list[int]], room: list[int], tokens: list[list[int]], accepted: list[int], stops: Sequence[int]
-) -> list[list[int]]:
-    """Append to each text what its row gets: the accepted draft tokens and one more, up to a stop token or the budget.
+def _logprobs(logits_BTV: Tensor, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+    """log p of each token under the model, before temperature and cuts; a row's own come first, then filler."""
+    tokens_BT = _padded(tokens, logits_BTV.device)
+    return logits_BTV[:, : tokens_BT.shape[1]].float().log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0].tolist()
+
+
+def _keep(texts: list[list[int]], room: list[int], tokens: list[list[int]], stops: Sequence[int]) -> list[list[int]]:
+    """Append to each text the tokens that its row gets, up to a stop token or the budget.
 
     Updates `texts` and `room`, the tokens that each row may still get. Returns what was appended.
     """
     kept = []
-    for row, (text, drawn, n) in enumerate(zip(texts, tokens, accepted, strict=True)):
-        new = drawn[: min(n + 1, room[row])]
+    for row, (text, drawn) in enumerate(zip(texts, tokens, strict=True)):
+        new = drawn[: room[row]]
         end = next((i for i, token in enumerate(new) if token in stops), None)
         room[row] = room[row] - len(new) if end is None else 0
         text += new[:end]
@@ -414,12 +415,20 @@ def _keep(
     return kept
 
 
-def _step_bytes(model: Transformer) -> float:
+def _step_bytes(decoder: Decoder) -> float:
     """The time of a decode step, as the bytes that memory delivers meanwhile: weights, and calls of operations."""
+    model = decoder.model
     table = model.tok_embeddings.weight
     looked_up = 0 if model.output is None else table.nbytes
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return weights - looked_up + model.args.n_layers * LAYER_BYTES[table.device.type]
+    way = decoder.name if decoder.name in LAYER_BYTES else table.device.type
+    return weights - looked_up + model.args.n_layers * LAYER_BYTES[way]
+
+
+def _verify_cost(target: Transformer) -> float:
+    """What a draft token of a row adds to a step."""
+    kind, device = type(target.layers[0].attention.wq), target.tok_embeddings.weight.device.type
+    return VERIFY_COST[kind if device == "cpu" and kind in VERIFY_COST else device]
 
 
 def check_vocabulary(draft: ModelArgs, target: ModelArgs) -> None:

@@ -327,7 +327,7 @@ def test_a_quantized_model_drafts_for_its_original(tiny, embedded, name):
     drafted = tiny.generate(prompts, 24, 0, speculation=speculation)[0]
     assert drafted == tiny.generate(prompts, 24, 0)[0]
     assert speculation.counts.proposed > 20 and speculation.counts.acceptance > 0.8
-    assert ModelDraft(checkpoint.load(embedded[name], torch.float32)).cost(tiny.model) < 0.9
+    assert ModelDraft(checkpoint.load(embedded[name], torch.float32)).cost(tiny.decoder) < 0.9
 
 
 def test_inference_takes_it_as_a_draft(embedded, monkeypatch, capsys):

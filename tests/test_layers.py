@@ -84,6 +84,7 @@ MAY_IMPORT = {
         "llama.decoding",
         "llama.errors",
         "llama.model",
+        "llama.quantization",
         "llama.sampling",
     },
     "llama.generation": {

@@ -687,7 +687,7 @@ static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, floa
     }
 }
 
-/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [B, T, D], keys and values [B, K, S, D], scores [B, T, H, S].
+/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [S, D], keys and values [B, K, S, D], scores [B, T, H, S].
    Writes k and v into the cache, all T before the first is read. A key/value head passes through a core once, for all
    the tokens and query heads that share it. */
 static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin,
@@ -700,13 +700,13 @@ static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 
         bf16 *k_all = keys + unit * S * D, *v_all = values + unit * S * D, turned[MAX_D];
         for (int64_t row = first_row; row < first_row + T; row++) {
             const int64_t from = (row * K + unit % K) * D;
-            rotate(k + from, cos_sin + row * D, k_all + pos[row] * D, D);
+            rotate(k + from, cos_sin + pos[row] * D, k_all + pos[row] * D, D);
             memcpy(v_all + pos[row] * D, v + from, (size_t)D * sizeof *v);
         }
         for (int64_t row = first_row; row < first_row + T; row++) {
             const int64_t n = pos[row] + 1, group = (row * K + unit % K) * G; /* heads of one group are neighbours */
             for (int64_t head = group; head < group + G; head++) {
-                rotate(q + head * D, cos_sin + row * D, turned, D);
+                rotate(q + head * D, cos_sin + pos[row] * D, turned, D);
                 if (D == 64) attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, 64); /* unrolls */
                 else attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, D);
             }
@@ -722,9 +722,9 @@ int64_t decode_workspace(const Model *model, int64_t M, int64_t S) {
     return M * (4 * dim + 2 * kv + 2 * ffn + 2 * model->n_heads * S) + PACKED * larger(dim, ffn);
 }
 
-/* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T], whose rotations are `cos_sin` [B, T, D]; keys and values are
-   written to the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or position is
-   out of range. */
+/* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T]; `cos_sin` [S, D] has the rotations of every slot. Keys and
+   values are written to the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or
+   position is out of range. */
 int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, bf16 *keys,
                 bf16 *values, bf16 *workspace, bf16 *logits, int64_t B, int64_t T, int64_t S) {
     const int64_t M = B * T, dim = model->dim, ffn = model->ffn_dim, kv = model->n_kv_heads * model->head_dim;

@@ -107,34 +107,34 @@ def supports(model: Transformer) -> bool:
 
     Norms, activations and cache in bfloat16; the matrices of the blocks in one of bfloat16, int8 and int4.
     """
-    args, modules = model.args, list(model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-        return False  # somebody who looks on, and needs the real forward; so do the other layers there are: adapters
-    matrices = [m for m in modules if type(m) in FORMATS]
-    if len(matrices) + sum(type(m) in PLAIN for m in modules) < len(modules) or not all(map(_is_as_expected, modules)):
-        return False
+    args, n_values = model.args, 0
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False  # somebody who looks on, and needs the real forward; so do adapters and other layers
+        if not (type(module) in FORMATS or type(module) in PLAIN) or not _is_as_expected(module):
+            return False
+        n_values += _n_values(module)
     body = {type(m) for block in model.layers for m in block.modules() if type(m) in FORMATS}
-    columns = [FORMATS[kind].columns for kind in body] + [FORMATS[type(_head(model))].columns]
-    is_whole = _n_values(model) == args.n_params()  # a pruned one has fewer
-    fits = len(body) == 1 and all(n % max(columns) == 0 for n in (args.dim, args.ffn_dim)) and args.vocab_size % 16 == 0
+    columns = max(FORMATS[kind].columns for kind in {*body, type(_head(model))})
+    fits = len(body) == 1 and args.dim % columns == args.ffn_dim % columns == args.vocab_size % 16 == 0
     fits = fits and args.head_dim % 32 == 0 and args.head_dim <= 256 and args.n_kv_heads * args.head_dim % 16 == 0
-    return is_whole and fits and library() is not None
+    return fits and n_values == args.n_params() and library() is not None  # a pruned one has fewer
 
 
 def _head(model: Transformer) -> nn.Module:
     return model.tok_embeddings if model.output is None else model.output
 
 
-def _n_values(model: Transformer) -> int:
-    """Parameters of a model, two in a byte of int4."""
-    packed = sum(m.weight.numel() for m in model.modules() if type(m) is Int4Linear)
-    return sum(p.numel() for p in model.parameters()) + packed
+def _n_values(module: nn.Module) -> int:
+    """Parameters of a module itself, two in a byte of int4."""
+    packed = module.weight.numel() if type(module) is Int4Linear else 0
+    return sum(p.numel() for p in module._parameters.values() if p is not None) + packed
 
 
 def _is_as_expected(module: nn.Module) -> bool:
     """Tensors in main memory, as they lie in a fresh layer, of the kind's dtypes."""
     expected = FORMATS[type(module)].dtype if type(module) in FORMATS else torch.bfloat16
-    kinds = [(p, expected) for p in module.parameters(recurse=False)]
+    kinds = [(p, expected) for p in module._parameters.values() if p is not None]
     if type(module) in (Int8Linear, Int8Embedding, Int4Linear):
         kinds.append((module.scales, torch.bfloat16 if type(module) is Int4Linear else torch.float32))
     if type(module) is Int8Embedding and module.dtype is not torch.bfloat16:
@@ -157,6 +157,7 @@ class NativeStep:
         shape = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size)
         tables = (Matrix.of(model.tok_embeddings), Matrix.of(_head(model)), model.norm.weight.data_ptr())
         self._struct = _Model(*shape, args.norm_eps, *tables, layers)
+        self._cos_sin = rope_table(torch.arange(cache.max_len)[None], model.rope_freqs)  # of every slot
         self._workspace = cache.k.new_empty(0)
 
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
@@ -167,9 +168,8 @@ class NativeStep:
         needed = library().decode_workspace(self._struct, B * T, cache.max_len)
         if len(self._workspace) < needed:
             self._workspace = cache.k.new_empty(needed)
-        freqs_cis = rope_table(pos, self.model.rope_freqs)
         logits = cache.k.new_empty(B, T, self.model.args.vocab_size)
-        tensors = (tokens.contiguous(), pos.contiguous(), freqs_cis, cache.k, cache.v, self._workspace, logits)
+        tensors = (tokens.contiguous(), pos.contiguous(), self._cos_sin, cache.k, cache.v, self._workspace, logits)
         pointers = [tensor.data_ptr() for tensor in tensors]
         if library().decode_step(self._struct, *pointers, B, T, cache.max_len) != 0:
             raise IndexError(f"a token is outside the vocabulary, or a position outside the {cache.max_len} slots")
