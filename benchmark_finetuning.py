@@ -570,12 +570,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left.plot(peaks, at, "k|", markersize=12, label="measured peak")
     left.set(title="memory at the peak (MB)", yticks=list(at), yticklabels=names)
     left.invert_yaxis()
-    left.legend(fontsize=7, loc="lower right")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3)  # where no bar can be
     right.barh(at, [m["step_s"]["median"] for m in found.values()], color="#1b6ca8")
     floor = [m["floor_step_s"]["median"] if "floor_step_s" in m else float("nan") for m in found.values()]
     right.plot(floor, at, "k|", markersize=12, label="floor: its matrix products")
     right.set(title="time of a step (s)")
-    right.legend(fontsize=7, loc="lower right")
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.04))
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
     row = rows[0]
