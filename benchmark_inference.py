@@ -38,7 +38,7 @@ from llama.errors import EnvironmentFailure, InputError
 from llama.quantization import Quantization
 
 ROOT = Path(__file__).parent
-RESULTS = ROOT / "reports" / "results" / "inference.jsonl"
+RESULTS = ROOT / "reports" / "results"
 FIGURES = ROOT / "reports" / "figures"
 Generate = Callable[[int, Callable[[int], None] | None], Any]  # so many tokens; called back after each step
 CONTEXT = 131_072  # positions that Llama 3.2 was trained for
@@ -119,7 +119,8 @@ def main(
         against: transformers, to measure Hugging Face's generate on the same weights and ids too (needs transformers).
         memory_limit_gb: hold a larger GPU to this much memory; a P100 has 16.
         seed: of weights, prompts and the order of the cells.
-        results: file that the measured rows are appended to; default: reports/results/inference.jsonl.
+        results: file that the measured rows are appended to; default: inference.jsonl in reports/results, or with
+            --weights formats.jsonl.
         figure: file of the plot; default: one in reports/figures, named after model and device.
         work_dir: where the random checkpoint is written for the while; default: the system's temporary folder.
         worker: (internal) measure one cell, given as JSON, on demand.
@@ -135,7 +136,8 @@ def main(
     wanted = with_weights(wanted, weights, name, ckpt_dir)
     if memory_limit_gb is not None and (resolved.type != "cuda" or memory_limit_gb <= 0):
         raise InputError(f"--memory_limit_gb={memory_limit_gb}: expected more than 0, and a CUDA device to limit")
-    path = Path(results) if results is not None else RESULTS
+    experiment = "inference" if weights is None else "formats"  # Table 1, or a comparison that is not to change it
+    path = Path(results) if results is not None else RESULTS / f"{experiment}.jsonl"
     bench.require_writable(path)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         directory = cells.provide_weights(Path(folder), model, ckpt_dir, compute_dtype, seed, against is not None)
@@ -147,10 +149,10 @@ def main(
         check.close()
         label = model if ckpt_dir is None else Path(ckpt_dir).name
         measured = measure(plan, wanted, repeats)
-        rows = [append_row(path, label, plan, cell, runs, resolved) for cell, runs in measured]
+        rows = [append_row(path, experiment, label, plan, cell, runs, resolved) for cell, runs in measured]
     print(table(rows))
     print(details(rows))
-    image = Path(figure) if figure is not None else FIGURES / f"inference-{label}-{resolved.type}.png"
+    image = Path(figure) if figure is not None else FIGURES / f"{experiment}-{label}-{resolved.type}.png"
     plot(rows, image)
     print(f"rows appended to {path.name}; plot in {image.name}")
 
@@ -366,7 +368,7 @@ def load_transformers(plan: Plan, cell: Cell, device: torch.device, dtype: torch
 
 
 def append_row(
-    path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, Any]], device: torch.device
+    path: Path, experiment: str, label: str, plan: Plan, cell: Cell, runs: list[dict[str, Any]], device: torch.device
 ) -> dict[str, Any]:
     """One row for a cell; without metrics where memory ran out."""
     names = [name for name in runs[0] if name not in ("decoding", "weights")] if runs else []
@@ -375,7 +377,7 @@ def append_row(
     decoding = runs[0].get("decoding", "peer") if runs else plan.decoding
     weights = (runs[0].get("weights") if runs else None) or cell.weights or PLAIN[plan.dtype]
     place |= {"decoding": decoding, "memory_limit_gb": plan.memory_limit_gb, "weights": weights}
-    return bench.append_row(path, "inference", place, metrics, device, plan.dtype, plan.seed)
+    return bench.append_row(path, experiment, place, metrics, device, plan.dtype, plan.seed)
 
 
 def _formats(rows: list[dict]) -> list[str | None]:

@@ -31,6 +31,7 @@ PAGE = ROOT / "reports" / "index.html"
 PARTS = ROOT / "reports" / "page"
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
+QUANTIZED = ("int8", "int4")
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
 OTHERS = {"tiny": "The embedded models"}  # an experiment without a section of its own stands under its name
 Section = tuple[str, str, Html]  # an anchor, a title, and what stands under it
@@ -64,7 +65,7 @@ def write(path: Path, text: str) -> None:
 
 def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
-    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "ladder")
+    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "formats", "ladder")
     found = {name: rows.get(name, []) for name in known}
     sections: list[Section] = [
         ("replay", "Cached against uncached, as it ran", replays(found["replay"])),
@@ -73,6 +74,7 @@ def render(rows: dict[str, list[Row]]) -> str:
         ("table-3", "Table 3: combinations of techniques", table_3(found["benchmark_finetuning"])),
         ("fine-tuning", "Fine-tuning: does it learn", fine_tuning(found["finetuning"])),
         ("loading", "Loading", loading(found["loading"])),
+        ("formats", "Generation with quantized weights", formats(found["formats"])),
         ("ladder", "The ladder: one change a row", ladder(found["ladder"])),
         *[
             (name, OTHERS.get(name, name.replace("_", " ").capitalize()), plain(rows[name]))
@@ -237,9 +239,21 @@ def curves_1(name: str, rows: Sequence[Row]) -> Html:
     return tag("div", *drawn, class_="charts")
 
 
-def details_1(rows: Sequence[Row]) -> Html:
-    """Every cell with its spread, its ratio to the floor, and its time against ours with the cache."""
-    ours = {row.cell["batch_size"]: row for row in _chosen(rows, engine="llama", use_cache=True)}
+def formats(rows: Sequence[Row]) -> Html:
+    """The same work with weights of several formats."""
+    parts = []
+    for found in group(rows, "model", "input_len", "output_len", "memory_limit_gb"):
+        cell = found[0].cell
+        caption = f"{cell['model']}: {cell['output_len']} tokens after prompts of {cell['input_len']}"
+        parts += [details_1(sorted(found, key=_order_1), caption), provenance(found)]
+    return joined(parts) if parts else NOT_MEASURED
+
+
+def details_1(rows: Sequence[Row], caption: str = "Behind it, and beside others") -> Html:
+    """Every cell with its spread, its ratio to the floor, and its time against ours with the cache, not quantized."""
+    whole = [row for row in _chosen(rows, engine="llama", use_cache=True) if row.cell.get("weights") not in QUANTIZED]
+    ours = {row.cell["batch_size"]: row for row in whole}
+    has_formats = len({row.cell.get("weights") for row in rows}) > 1
     head = ["cell", "runtime (s)", "runtime, x least", "first token (s)", "first token, x least", "each next (ms)"]
     head += ["each next, x least", "memory, x least", "its time / ours"]
     body = []
@@ -247,12 +261,13 @@ def details_1(rows: Sequence[Row]) -> Html:
         cell, own = row.cell, ours.get(row.cell["batch_size"])
         label = f"batch {cell['batch_size']}, {cell['engine']}"
         label += f", cache {'on' if cell['use_cache'] else 'off'}" if cell["engine"] == "llama" else ""
+        label += f", {cell['weights']}" if has_formats else ""
         times = [figure(row, "runtime_over_floor_x"), figure(row, "ttft_s"), figure(row, "ttft_over_floor_x")]
         times += [figure(row, "tpot_s", 1e3), figure(row, "tpot_over_floor_x")]
         runtime = "metrics.runtime_s.median"
         against = ratio(row, runtime, own, runtime) if own else Html("-")
         body.append([label, spread(row, "runtime_s"), *times, figure(row, "peak_memory_over_floor_x"), against])
-    return table("Behind it, and beside others", head, body)
+    return table(caption, head, body)
 
 
 # Tables 2 and 3

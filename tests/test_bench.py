@@ -142,7 +142,9 @@ def test_every_number_of_the_tables_stands_in_a_row(tmp_path):
     rows = []
     for i, cell in enumerate(Cell("llama", size, use_cache) for size in (1, 8) for use_cache in (True, False)):
         runs = [{"runtime_s": i + 0.25 * n, "peak_memory_mb": 2500.0 + i, "decoding": "eager"} for n in range(3)]
-        rows.append(benchmark_inference.append_row(tmp_path / "r", "x", plan, cell, runs, torch.device("cpu")))
+        rows.append(
+            benchmark_inference.append_row(tmp_path / "r", "inference", "x", plan, cell, runs, torch.device("cpu"))
+        )
     before = benchmark_inference.table(rows)
     for name in ("runtime_s", "peak_memory_mb"):
         changed = json.loads(json.dumps(rows))

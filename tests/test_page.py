@@ -132,6 +132,18 @@ def rungs() -> list[dict]:
     return rows
 
 
+def generations() -> list[dict]:
+    """Plain weights beside quantized ones, one of which ran out of memory."""
+    cell = {"model": "x", "engine": "llama", "batch_size": 1, "use_cache": True, "input_len": 8, "output_len": 4}
+    cell |= {"decoding": "native", "memory_limit_gb": None}
+    metrics = {"ttft_s": 0.5, "tpot_s": 0.01, "peak_memory_mb": 99.5}
+    return [
+        made_row("formats", {**cell, "weights": "bf16"}, {**metrics, "runtime_s": [3.0, 2.0, 4.0]}),
+        made_row("formats", {**cell, "weights": "int8"}, {**metrics, "runtime_s": [1.5, 1.0, 2.5]}),
+        made_row("formats", {**cell, "weights": "int4"}, {}),
+    ]
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
@@ -155,7 +167,8 @@ def results(request, tmp_path):
     if request.param == "committed":
         return RESULTS
     return write(
-        tmp_path / "results", [*steps(), *recordings(), *recordings(text=False), *losses(), *rungs(), *strange()]
+        tmp_path / "results",
+        [*steps(), *recordings(), *recordings(text=False), *losses(), *rungs(), *generations(), *strange()],
     )
 
 
@@ -290,6 +303,16 @@ def test_table_3_has_every_combination_and_x_where_memory_ran_out(tmp_path):
     assert all((line[3] == "x") == (line[1] == "yes") for line in lean) and "x" not in {line[3] for line in plain}
 
 
+def test_quantized_weights_stand_beside_plain_ones(tmp_path):
+    page = Page(results_page.render(read_folder(write(tmp_path / "r", generations())))).top
+    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "formats")
+    lines = [
+        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
+    ]
+    assert [line[0].split(", ")[-1] for line in lines] == ["bf16", "int8", "int4"]
+    assert [line[-1] for line in lines] == ["1.00", "0.500", "-"] and lines[2][1] == "x"
+
+
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "r", rungs())))).top
     section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "ladder")
@@ -309,7 +332,7 @@ def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
 def test_without_rows_it_says_not_measured(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "empty", [])))).top
     sections = page.all("section")
-    assert len(sections) == 7 and all("Not measured yet." in section.text() for section in sections)
+    assert len(sections) == 8 and all("Not measured yet." in section.text() for section in sections)
     assert not page.all("table") and not page.all("svg") and "Nothing has been measured yet." in page.text()
 
 

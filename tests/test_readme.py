@@ -108,6 +108,14 @@ def test_table_1_is_the_measured_rows():
     assert table_of(README, "figures: table 1") == printed
 
 
+def test_figures_of_quantized_weights_are_the_measured_rows():
+    rows = [row for row in newest_rows("formats") if row["cell"]["model"] == "llama3.2-1b"]
+    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in rows}) == 1
+    assert {row["cell"]["weights"] for row in rows} == {"bf16", "int8", "int4"}
+    assert min(row["metrics"]["runtime_s"]["n"] for row in rows) >= 5
+    assert table_of(README, "figures: formats") == benchmark_inference.details(rows)
+
+
 def test_ladder_figures_are_the_measured_rows():
     if not (ROOT / "reports" / "results" / "ladder.jsonl").exists():
         assert table_of(README, "figures: ladder") == "Not measured yet.\n"
