@@ -65,7 +65,7 @@ def write(path: Path, text: str) -> None:
 
 def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
-    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "formats", "ladder")
+    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "formats", "ladder", "kernels")
     found = {name: rows.get(name, []) for name in known}
     sections: list[Section] = [
         ("replay", "Cached against uncached, as it ran", replays(found["replay"])),
@@ -76,6 +76,7 @@ def render(rows: dict[str, list[Row]]) -> str:
         ("loading", "Loading", loading(found["loading"])),
         ("formats", "Generation with quantized weights", formats(found["formats"])),
         ("ladder", "The ladder: one change a row", ladder(found["ladder"])),
+        ("kernels", "Kernels: each beside the plain PyTorch that it equals", kernels(found["kernels"])),
         *[
             (name, OTHERS.get(name, name.replace("_", " ").capitalize()), plain(rows[name]))
             for name in rows
@@ -493,6 +494,28 @@ def ladder(rows: Sequence[Row]) -> Html:
             body.append([str(cell["row"]), what, str(cell["changes"] or "-"), cell["text"], *figures])
         parts += [table(str(found[0].cell["model"]), head, body), provenance(found)]
     note = tag("p", "Point at a row's name to see the test that holds it. Same tokens: as the row that it changes.")
+    return joined([*parts, note]) if parts else NOT_MEASURED
+
+
+def kernels(rows: Sequence[Row]) -> Html:
+    """Every operation in both forms, by the part of the work that it belongs to."""
+    head = ["operation", "operands", "kernel (ms)", "plain (ms)", "x as fast", "x as F.linear in bf16", "GB/s"]
+    head += ["of reading"]
+    names = ("plain_over_kernel_x", "linear_over_kernel_x", "moved_gb_s", "of_reading_x")
+    parts = []
+    for found in group(rows, "model", "part"):
+        body = []
+        for twin in _chosen(found, engine="plain"):
+            cell = twin.cell
+            same = {name: cell.get(name) for name in ("operation", "shape", "weights")}
+            ours = _chosen(found, **same, engine="kernel")
+            what = tag("span", cell["operation"], title=f"held equal by {cell['equality']}")
+            what = joined([what, f", {cell['weights']}"]) if cell.get("weights") else what
+            own = spread(ours[0], "run_s", 1e3) if ours else Html("-")
+            rates = [figure(ours[0], name) if ours else Html("-") for name in names]
+            body.append([what, cell["shape"], own, spread(twin, "run_s", 1e3), *rates])
+        parts += [table(f"{found[0].cell['model']}: {found[0].cell['part']}", head, body), provenance(found)]
+    note = tag("p", "Point at an operation to see the test that holds both forms equal.")
     return joined([*parts, note]) if parts else NOT_MEASURED
 
 

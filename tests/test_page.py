@@ -144,6 +144,19 @@ def generations() -> list[dict]:
     ]
 
 
+def operations() -> list[dict]:
+    """A kernel beside its plain twin, and a plain one that this machine has no kernel for."""
+    cell = {"model": "x", "part": "decode", "operation": "product", "shape": "x [1, 64]", "weights": "int8", "rows": 1}
+    cell |= {"equality": "test_it"}
+    ours = {"run_s": [0.002, 0.001, 0.003], "plain_over_kernel_x": 2.5, "moved_gb_s": 20.5, "of_reading_x": 0.75}
+    twin = {"run_s": [0.005, 0.004, 0.006]}
+    return [
+        made_row("kernels", {**cell, "engine": "kernel"}, ours),
+        made_row("kernels", {**cell, "engine": "plain"}, twin),
+        made_row("kernels", {**cell, "engine": "plain", "part": "train"}, twin),
+    ]
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
@@ -168,7 +181,16 @@ def results(request, tmp_path):
         return RESULTS
     return write(
         tmp_path / "results",
-        [*steps(), *recordings(), *recordings(text=False), *losses(), *rungs(), *generations(), *strange()],
+        [
+            *steps(),
+            *recordings(),
+            *recordings(text=False),
+            *losses(),
+            *rungs(),
+            *generations(),
+            *operations(),
+            *strange(),
+        ],
     )
 
 
@@ -313,6 +335,17 @@ def test_quantized_weights_stand_beside_plain_ones(tmp_path):
     assert [line[-1] for line in lines] == ["1.00", "0.500", "-"] and lines[2][1] == "x"
 
 
+def test_kernels_stand_beside_their_twins(tmp_path):
+    page = Page(results_page.render(read_folder(write(tmp_path / "r", operations())))).top
+    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "kernels")
+    lines = [
+        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
+    ]
+    assert len(section.all("table")) == 2 and len(lines) == 1
+    assert lines[0][0] == "product, int8" and lines[0][2].startswith("2") and lines[0][3].startswith("5")
+    assert lines[0][4:] == ["2.50", "-", "20.5", "0.750"]
+
+
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "r", rungs())))).top
     section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "ladder")
@@ -332,7 +365,7 @@ def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
 def test_without_rows_it_says_not_measured(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "empty", [])))).top
     sections = page.all("section")
-    assert len(sections) == 8 and all("Not measured yet." in section.text() for section in sections)
+    assert len(sections) == 9 and all("Not measured yet." in section.text() for section in sections)
     assert not page.all("table") and not page.all("svg") and "Nothing has been measured yet." in page.text()
 
 
