@@ -5,9 +5,10 @@
     python benchmark_pruning.py --parts=speed --model=llama3.2-1b    # of another shape, with random weights
 
 Quality is measured on the embedded model, on text of its world that it was not trained on. Iterative pruning goes
-through all shares with `--steps` of fine-tuning after each cut; its one-shot rival at a share makes the whole cut at
-once and then takes as many steps as the iterative one has taken until there, on the same rows. The dense model,
-fine-tuned as long as the longest of them, shows what the steps do by themselves.
+through all shares with `--steps` of fine-tuning after each cut. Its two rivals make the whole cut at once: one then
+takes as many steps as the iterative one has taken until there, on the same rows (one-shot), the other those of one
+round, as many as the iterative one has after its last cut (one-round). The dense model, fine-tuned as long as the
+longest of them, shows what the steps do by themselves.
 
 Speed is that of taking hidden units out: zeros in a dense matrix change none. All sizes take turns in shuffled order;
 the floor of a decode step is the time in which the best reading kernel goes through its bytes in the same round.
@@ -35,13 +36,13 @@ ROOT = Path(__file__).parent
 EMBEDDED = ROOT / "data" / "tiny"
 RESULTS = ROOT / "reports" / "results" / "pruning.jsonl"
 FIGURE = ROOT / "reports" / "figures" / "pruning.png"
-PARTS = ("dense", "iterative", "one-shot", "speed")
+PARTS = ("dense", "iterative", "one-shot", "one-round", "speed")
 INPUT_LEN, OUTPUT_LEN = 256, 16
 
 
 def main(
     *,
-    parts: str = "dense,iterative,one-shot,speed",
+    parts: str = "dense,iterative,one-shot,one-round,speed",
     methods: str = "dimensions,magnitude",
     share: float = 0.75,
     rounds: int = 6,
@@ -58,7 +59,7 @@ def main(
     """Measure what pruning costs in quality and saves in size and time.
 
     Args:
-        parts: of dense, iterative, one-shot and speed.
+        parts: of dense, iterative, one-shot, one-round and speed.
         methods: of dimensions and magnitude.
         share: the most that is cut.
         rounds: equal parts in which it is; each is a row.
@@ -126,7 +127,7 @@ class Quality:
                 continue
             for number in range(1, self.rounds + 1):
                 share = self.share if number == self.rounds else self.share * number / self.rounds
-                yield from self._cuts(part, method, share, 1, self.steps * number)
+                yield from self._cuts(part, method, share, 1, self.steps * (number if part == "one-shot" else 1))
 
     def _load(self) -> Transformer:
         return checkpoint.load(EMBEDDED, torch.float32, self.device)
@@ -231,7 +232,7 @@ def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
 
 def quality_table(rows: list[dict[str, Any]]) -> str:
     """Validation loss by share, as Markdown."""
-    kinds = [(method, part) for method in pruning.METHODS[::-1] for part in ("one-shot", "iterative")]
+    kinds = [(method, part) for method in pruning.METHODS[::-1] for part in ("one-round", "one-shot", "iterative")]
     lines = [
         "| share | steps | "
         + " | ".join(f"{method}, {part}" for method, part in kinds)
@@ -242,11 +243,12 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
         m = bench.medians(row)
         columns = " | ".join([f"{m['loss_nats']:.3f}"] * len(kinds))
         lines.append(f"| 0 | {row['cell']['steps']} | {columns} | {m['parameters']:,.0f} |")
-    cut = [row for row in rows if row["cell"]["part"] in ("one-shot", "iterative")]
-    for share, steps in sorted({(row["cell"]["share"], row["cell"]["steps"]) for row in cut}):
+    cut = [row for row in rows if row["cell"]["part"] in ("one-round", "one-shot", "iterative")]
+    longest = {row["cell"]["share"]: row["cell"]["steps"] for row in sorted(cut, key=lambda row: row["cell"]["steps"])}
+    for share, steps in sorted(longest.items()):
         columns = []
         for method, part in kinds:
-            found = pick(cut, share=share, steps=steps, method=method, part=part)
+            found = pick(cut, share=share, method=method, part=part)
             columns.append(f"{bench.medians(found[0])['loss_nats']:.3f}" if found else "-")
         found = pick(cut, share=share, method="dimensions")
         left = f"{bench.medians(found[0])['parameters']:,.0f}" if found else "-"
@@ -294,9 +296,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_quality(axis: Any, rows: list[dict[str, Any]], method: str) -> None:
-    """One-shot before any fine-tuning, one-shot and iterative after as many steps, and the dense model."""
+    """One-shot before fine-tuning, after a round's and after all steps; iterative; and the dense model."""
     values: Callable[[dict[str, Any]], dict[str, float]] = bench.medians
-    for part, style in (("one-shot", "s--"), ("iterative", "o-")):
+    labels = {"one-round": "one-shot, one round's steps", "one-shot": "one-shot, all steps", "iterative": "iterative"}
+    for part, style in (("one-round", "^:"), ("one-shot", "s--"), ("iterative", "o-")):
         found = pick(rows, part=part, method=method)
         shares = [row["cell"]["share"] for row in found]
         if part == "one-shot" and found:
@@ -305,8 +308,7 @@ def plot_quality(axis: Any, rows: list[dict[str, Any]], method: str) -> None:
             )
         if found:
             colour = "#1b6ca8" if part == "iterative" else "#c1440e"
-            label = f"{part}, same steps"
-            axis.plot(shares, [values(row)["loss_nats"] for row in found], style, color=colour, label=label)
+            axis.plot(shares, [values(row)["loss_nats"] for row in found], style, color=colour, label=labels[part])
     for row, style in zip(pick(rows, part="dense"), ("-", "-."), strict=False):
         label = f"dense, {row['cell']['steps']} steps" if row["cell"]["steps"] else "dense"
         axis.axhline(values(row)["loss_nats"], color="0.3", linestyle=style, linewidth=0.8, label=label)

@@ -31,6 +31,7 @@ COMMANDS = {
 }
 COUNTED = ("runtime_s", "step_s")  # what a cell was repeated for
 VARIANTS = (("plain", False, False), ("lean", True, False), ("16-bit base", False, True), ("lean, 16-bit", True, True))
+QUALITY = ("dense", "iterative", "one-shot", "one-round")  # the parts of benchmark_pruning.py that have a loss
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 Rows = Sequence[dict[str, Any]]
 
@@ -356,19 +357,17 @@ def ladder(rows: Rows) -> dict[str, Any]:
 
 def pruning(rows: Rows) -> dict[str, Any]:
     """Quality after pruning in rounds and at once, and the speed of what is left."""
-    parts = {
-        name: [row for row in rows if row["cell"]["part"] == name]
-        for name in ("dense", "iterative", "one-shot", "speed")
-    }
+    parts = {name: [row for row in rows if row["cell"]["part"] == name] for name in (*QUALITY, "speed")}
     quality = [
         [
             name,
             str(row["cell"].get("method", "-")),
             f"{row['cell'].get('share', 0):g}",
+            str(row["cell"].get("steps", "-")),
             value(row, "parameters", ",.0f"),
         ]
         + [value(row, "stored_mb", ",.1f"), value(row, "loss_nats", ".3f")]
-        for name in ("dense", "iterative", "one-shot")
+        for name in QUALITY
         for row in sorted(parts[name], key=lambda row: (str(row["cell"].get("method")), row["cell"].get("share", 0)))
     ]
     speed = [
@@ -377,9 +376,9 @@ def pruning(rows: Rows) -> dict[str, Any]:
         for row in sorted(parts["speed"], key=lambda row: (row["cell"]["model"], row["cell"]["share"]))
     ]
     head = ["share taken out", "parameters", "stored (MB)"]
-    measured = [row for name in ("dense", "iterative", "one-shot") for row in parts[name]]
+    measured = [row for name in QUALITY for row in parts[name]]
     return {
-        "pruned": made(["how", "method", *head, "held-out loss"], quality, measured, "pruning"),
+        "pruned": made(["how", "method", head[0], "steps", *head[1:], "held-out loss"], quality, measured, "pruning"),
         "pruned_speed": made(["model", *head, "first token (ms)", "each next (ms)"], speed, parts["speed"], "pruning"),
     }
 
