@@ -68,11 +68,11 @@ def asset(name: str) -> Path:
     return Path(folder) / name
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama3_tokenizer() -> Tokenizer:
     return Tokenizer(asset("llama3_tokenizer.model"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama2_tokenizer() -> Tokenizer:
     return Tokenizer(asset("llama2_tokenizer.model"))
