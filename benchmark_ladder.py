@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from data.tiny import train
-from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, perplexity, pruning, quantization
+from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, perplexity, pruning, quantization, tables
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError
@@ -344,13 +344,6 @@ def first_of(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, A
     return next((other for other in rows if other["cell"]["text"] == row["cell"]["text"]), None)
 
 
-def cell_text(row: dict[str, Any], name: str, form: str) -> str:
-    """A median as text: x where memory ran out, - where it was not measured."""
-    if name not in row["metrics"]:
-        return "-" if row["metrics"] else "x"
-    return format(row["metrics"][name]["median"], form)
-
-
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """The ladder of each model, and what came of its drafts, as Markdown."""
     models = dict.fromkeys(row["cell"]["model"] for row in rows)
@@ -364,16 +357,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head += ["weights (MB)", "peak (MB)", "perplexity", "held by"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in sorted(rows, key=lambda row: row["cell"]["row"]):
-        cell, run = row["cell"], row["metrics"].get("runtime_s")
+        cell = row["cell"]
         columns = [str(cell["row"]), cell["name"], str(cell["changes"] or "-"), cell["text"]]
-        columns.append(f"{run['median']:.3f} ({run['min']:.3f} to {run['max']:.3f})" if run else "x")
-        columns += [cell_text(row, "tokens_per_s", ",.0f"), faster(row, base_of(rows, row))]
+        columns.append(tables.spread(row["metrics"], "runtime_s", ".3f"))
+        columns += [tables.median(row["metrics"], "tokens_per_s", ",.0f"), faster(row, base_of(rows, row))]
         columns.append(faster(row, first_of(rows, row)))
         n_tokens = cell["prompts"] * cell["output_len"]
-        same = cell_text(row, "tokens_equal", ",.0f")
+        same = tables.median(row["metrics"], "tokens_equal", ",.0f")
         columns.append(same if same in ("x", "-") else f"{same} of {n_tokens:,}")
-        columns += [cell_text(row, "weights_mb", ",.1f"), cell_text(row, "peak_memory_mb", ",.0f")]
-        columns += [cell_text(row, "perplexity_x", ".4f"), f"`{row['series']['test'][0].rpartition('::')[2]}`"]
+        columns += [
+            tables.median(row["metrics"], "weights_mb", ",.1f"),
+            tables.median(row["metrics"], "peak_memory_mb", ",.0f"),
+        ]
+        columns += [
+            tables.median(row["metrics"], "perplexity_x", ".4f"),
+            f"`{row['series']['test'][0].rpartition('::')[2]}`",
+        ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join([*lines, "", *notes(rows), ""])
 
@@ -381,8 +380,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """On what the ladder was measured."""
     row = rows[0]
-    n_runs = sorted({other["metrics"]["runtime_s"]["n"] for other in rows if other["metrics"]})
-    runs = " to ".join(str(n) for n in dict.fromkeys((n_runs[0], n_runs[-1]))) if n_runs else "no"
+    runs = tables.counts(other["metrics"]["runtime_s"]["n"] for other in rows if other["metrics"])
     texts = {other["cell"]["text"]: other["cell"] for other in rows}
     work = [f"{text}: {c['prompts']} x ({c['input_len']} + {c['output_len']}) tokens" for text, c in texts.items()]
     found = [

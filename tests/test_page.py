@@ -325,33 +325,29 @@ def test_table_3_has_every_combination_and_x_where_memory_ran_out(tmp_path):
     assert all((line[3] == "x") == (line[1] == "yes") for line in lean) and "x" not in {line[3] for line in plain}
 
 
+def section_of(tmp_path, rows: list[dict], name: str) -> tuple[Element, list[list[str]]]:
+    """A section of the page of these rows, and the texts of its first table, line by line."""
+    page = Page(results_page.render(read_folder(write(tmp_path / "r", rows)))).top
+    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == name)
+    lines = section.all("tbody")[0].all("tr")
+    return section, [[cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in lines]
+
+
 def test_quantized_weights_stand_beside_plain_ones(tmp_path):
-    page = Page(results_page.render(read_folder(write(tmp_path / "r", generations())))).top
-    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "formats")
-    lines = [
-        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
-    ]
+    _, lines = section_of(tmp_path, generations(), "formats")
     assert [line[0].split(", ")[-1] for line in lines] == ["bf16", "int8", "int4"]
     assert [line[-1] for line in lines] == ["1.00", "0.500", "-"] and lines[2][1] == "x"
 
 
 def test_kernels_stand_beside_their_twins(tmp_path):
-    page = Page(results_page.render(read_folder(write(tmp_path / "r", operations())))).top
-    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "kernels")
-    lines = [
-        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
-    ]
+    section, lines = section_of(tmp_path, operations(), "kernels")
     assert len(section.all("table")) == 2 and len(lines) == 1
     assert lines[0][0] == "product, int8" and lines[0][2].startswith("2") and lines[0][3].startswith("5")
     assert lines[0][4:] == ["2.50", "-", "20.5", "0.750"]
 
 
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
-    page = Page(results_page.render(read_folder(write(tmp_path / "r", rungs())))).top
-    section = next(part for part in page.all("section") if part.attrs["aria-labelledby"] == "ladder")
-    lines = [
-        [cell.text() for cell in line.all() if cell.tag in ("th", "td")] for line in section.all("tbody")[0].all("tr")
-    ]
+    section, lines = section_of(tmp_path, rungs(), "ladder")
     assert [line[:3] for line in lines] == [
         ["1", "no cache", "-"], ["2", "KV cache", "1"], ["3", "int8", "2"], ["4", "lookup", "2"]
     ]  # fmt: skip
