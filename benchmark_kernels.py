@@ -10,13 +10,16 @@
     prefill  what lies between the products of a prompt (llama/kernels/prefill.py)
     train    what lies between those of a lean training step (llama/kernels/train_ops.py); plain: the same function
              without its library
+    gpu      kernels/triton_ops.py, on a GPU and in place of the others there: what lies between the products of a
+             decode step, a hundred times over, and products with int8 and int4 weights; plain: the operations of
+             model.py, slabs of rows. Both are recorded as CUDA graphs, as a step is
 
 Both take turns in shuffled order, in one process. Activations are written anew before each run, as by the operation
 before; weights come from memory: more of them pass by before they come again than a cache holds, or the caches are
 filled with others first. Before anything is timed, results are compared. What proves equality is the test that each
 row names.
 
-Where a machine has no kernels, their plain twins are measured alone. There are none for GPUs.
+Where a machine has no kernels, their plain twins are measured alone.
 """
 
 from __future__ import annotations
@@ -39,17 +42,22 @@ from llama import KVCache, ModelArgs, Transformer, bench, cli, floors, lean_loss
 from llama import device as devices
 from llama.cells import random_codes
 from llama.config import PRESETS
-from llama.decoding import EagerStep
+from llama.decoding import EagerStep, record
 from llama.errors import InputError
-from llama.kernels import decode_step, train_ops
+from llama.kernels import decode_step, gpu, train_ops
 from llama.lora import LoRAConfig
 from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.quantization import Quantization
 
 RESULTS = Path(__file__).parent / "reports" / "results" / "kernels.jsonl"
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-PARTS = ("decode", "prefill", "train")
+PARTS = {"cpu": ("decode", "prefill", "train"), "cuda": ("gpu",)}
+NEEDS = {
+    "cpu": "Linux, AVX-512 with bfloat16, AMX except for train, and a C compiler",
+    "cuda": f"Triton, and compute capability {'.'.join(map(str, gpu.OLDEST))}",
+}
 ROWS = (1, 16)  # of x in a decode step: one sequence, and as many as the kernel takes at once
+GRAPH_CALLS = 100  # of an operation that is far shorter than a replay takes to begin
 READ_BYTES = 1 << 28  # that a run goes through, where weights are read: caches hold 100 MB at most
 QUANTIZED = {"int8": Quantization(8), "int4": Quantization(4)}
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05
@@ -64,8 +72,8 @@ class Operation:
     """An operation in two forms, of the same operands.
 
     operands: given to both, as fresh copies. moved: bytes that it cannot avoid to read and write. count: how often one
-    call of the kernel does it. is_cold: its operands are in no cache when it runs. kernel: None where this machine has
-    none.
+    call of the kernel does it, plain_count: one of plain. is_cold: its operands are in no cache when it runs. kernel:
+    None where this machine has none.
     """
 
     part: str
@@ -77,6 +85,7 @@ class Operation:
     moved: int
     operands: tuple[Tensor | None, ...] = ()
     count: int = 1
+    plain_count: int = 1
     is_cold: bool = False
     weights: str | None = None
     rows: int | None = None
@@ -92,9 +101,10 @@ def main(
     *,
     model: str = "llama3.2-1b",
     tokens: int = 512,
-    parts: str = "decode,prefill,train",
+    parts: str | None = None,
     repeats: int = 11,
     seed: int = 1,
+    device: str = "auto",
     results: str | None = None,
 ) -> None:
     """Measure each kernel beside the plain PyTorch that it equals.
@@ -102,51 +112,62 @@ def main(
     Args:
         model: whose shapes: llama3.2-1b, llama3.2-3b, llama3.1-8b, llama2-7b, tiny or tiny-draft.
         tokens: of a training step and of a prompt.
-        parts: of decode, prefill and train.
+        parts: of decode, prefill and train on a CPU, gpu on a GPU; default: all of the device.
         repeats: timed runs of each form.
         seed: of operands, and of the order of the runs.
+        device: auto, cpu, cuda or cuda:N.
         results: file that the measured rows are appended to; default: reports/results/kernels.jsonl.
     """
     cli.require_one_of("model", model, PRESETS)
     cli.require_at_least(1, tokens=tokens, repeats=repeats)
-    args, wanted = PRESETS[model], cli.choices("parts", parts, PARTS)
+    place, dtype = devices.resolve(device)
+    dtype = BF16 if place.type == "cpu" else dtype
+    args, known = PRESETS[model], PARTS[place.type]
+    wanted = known if parts is None else cli.choices("parts", parts, known)
     if tokens > args.trained_context:
         raise InputError(f"--tokens={tokens}: more positions than the {args.trained_context:,} of {model}")
     path = Path(results) if results is not None else RESULTS
     bench.require_writable(path)
-    if without := [part for part in wanted if library_of(part) is None]:
-        print(
-            f"no kernels here for {', '.join(without)} (they need Linux, AVX-512 with bfloat16, AMX except for train, "
-            "and a C compiler): only their plain twins are measured"
-        )
+    if without := [part for part in wanted if library_of(part, place) is None]:
+        needs = f"they need {NEEDS[place.type]}"
+        print(f"no kernels here for {', '.join(without)} ({needs}): only their plain twins are measured")
     rows = []
     with torch.no_grad():
-        for operation, runs in measure(args, tokens, wanted, repeats, seed):
+        for operation, runs in measure(args, tokens, wanted, repeats, seed, place, dtype):
             for engine, values in runs.items():
                 metrics = {name: bench.spread([run[name] for run in values]) for name in values[0]}
                 cell = operation.cell(model, engine)
-                rows.append(bench.append_row(path, "kernels", cell, metrics, CPU, "bfloat16", seed))
+                name = str(dtype).removeprefix("torch.")
+                rows.append(bench.append_row(path, "kernels", cell, metrics, place, name, seed))
     print(table(rows))
     print(f"rows appended to {path.name}")
 
 
-def library_of(part: str) -> Any:
+def library_of(part: str, device: torch.device) -> Any:
     """The kernels of a part; None where this machine has none."""
+    if part == "gpu":
+        return gpu.ops(device)
     return train_ops.library() if part == "train" else decode_step.library()
 
 
 def measure(
-    args: ModelArgs, tokens: int, wanted: Sequence[str], repeats: int, seed: int
+    args: ModelArgs,
+    tokens: int,
+    wanted: Sequence[str],
+    repeats: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Operation, dict[str, list[dict[str, float]]]]]:
     """Each operation with the runs of each of its forms, "kernel" and "plain". Call under torch.no_grad()."""
     generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).bfloat16()
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    reader = Transformer.random(some_blocks(args, 16), BF16, seed=seed).eval()
+    reader = Transformer.random(some_blocks(args, 16), dtype, device, seed).eval()
     with tqdm(desc="operations", unit="", file=sys.stderr) as bar:
-        for part in (part for part in PARTS if part in wanted):
+        for part in (part for part in PARTS[device.type] if part in wanted):
             if part == "train":  # last: this cannot be taken back, and only a lean step is done like this
                 devices.return_freed_memory()
             for group in groups_of(part, args, reader, tokens, draw, seed):
@@ -158,8 +179,8 @@ def groups_of(
     part: str, args: ModelArgs, reader: Transformer, tokens: int, draw: Draw, seed: int
 ) -> Iterator[list[Operation]]:
     """The operations of a part; those in one list are compared with each other."""
-    if part == "decode":
-        yield from decode_operations(args, reader, draw, seed)
+    if part in ("decode", "gpu"):
+        yield from (decode_operations if part == "decode" else gpu_operations)(args, reader, draw, seed)
     else:
         operations = prefill_operations if part == "prefill" else train_operations
         yield from ([operation] for operation in operations(args, tokens, draw))
@@ -194,8 +215,8 @@ def time_of(operation: Operation, side: str, reader: Transformer) -> float:
     if operation.is_cold:
         floors.read_bandwidth(reader)
     function = getattr(operation, side)
-    seconds = bench.measure(lambda: function(*fresh), CPU)[1].seconds
-    return seconds / operation.count if side == "kernel" else seconds
+    seconds = bench.measure(lambda: function(*fresh), reader.norm.weight.device)[1].seconds
+    return seconds / (operation.count if side == "kernel" else operation.plain_count)
 
 
 def require_same(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -408,6 +429,112 @@ def loss_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operation]:
     yield trained(gradient, "softmax_gradient_", shape, "test_softmax", z, lse, labels)
 
 
+# gpu: what a decode step has between its products, and products with codes
+
+
+def without_ops(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A product with codes as it is on a device that has no Triton."""
+
+    def plain(*operands: Tensor) -> Any:
+        ops, gpu.ops = gpu.ops, lambda device: None
+        try:
+            return function(*operands)
+        finally:
+            gpu.ops = ops
+
+    return plain
+
+
+def recorded(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`work` as a CUDA graph, as a step is: what Python takes to launch it does not count. On a CPU, work itself."""
+    return work if device.type == "cpu" else record(work, device)[0].replay
+
+
+def gpu_operations(args: ModelArgs, reader: Transformer, draw: Draw, seed: int) -> Iterator[list[Operation]]:
+    """For 1 and for 16 rows, what is fused, and the products of a block; those in 16 bits, the first, are PyTorch's."""
+    device, dtype = reader.norm.weight.device, reader.dtype
+    models = {str(dtype).removeprefix("torch."): reader}
+    for name, config in QUANTIZED.items():
+        models[name] = random_codes(some_blocks(args, config.bits), config, device, dtype, seed)
+    for rows in ROWS:
+        yield from ([operation] for operation in fused_operations(args, device, rows, draw))
+        yield [gpu_products(name, model, rows, draw) for name, model in models.items()]
+
+
+def repeated(
+    name: str, rows: int, equality: str, kernel: Callable | None, plain: Callable, *operands: Tensor
+) -> Operation:
+    """An operation on rows that the one before left in the caches, GRAPH_CALLS times a run."""
+    device, shape = operands[0].device, f"x [{rows}, {operands[0].shape[-1]}]"
+    once = compared("gpu", name, shape, equality, kernel, plain, *operands)
+
+    def many(function: Callable) -> Callable[[], Any]:
+        return recorded(lambda: [function(*operands) for _ in range(GRAPH_CALLS)], device)
+
+    forms = {"plain": many(plain), "kernel": None if kernel is None else many(kernel)}
+    counts = {"count": GRAPH_CALLS, "plain_count": GRAPH_CALLS}
+    return dataclasses.replace(once, **forms, **counts, operands=(), rows=rows)
+
+
+def fused_operations(args: ModelArgs, device: torch.device, rows: int, draw: Draw) -> Iterator[Operation]:
+    """Beside the operations of model.py and cache.py that each takes the place of."""
+    ops, dim, (H, K, D) = gpu.ops(device), args.dim, (args.n_heads, args.n_kv_heads, args.head_dim)
+    norm = RMSNorm(dim, args.norm_eps).to(device, draw(1).dtype)
+    cache = KVCache(args, rows, 2, norm.weight.dtype, device, n_layers=1)
+    pos = torch.ones(rows, 1, dtype=torch.int64, device=device)
+    freqs_cis = rope_table(pos, rope_frequencies(args).to(device))
+
+    def norm_kernel(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, delta, weight, args.norm_eps)
+
+    def norm_plain(x: Tensor, delta: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + delta
+        return total, norm(total)
+
+    def rotate_kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rotated = ops.rotate_and_store(q, k, v, freqs_cis, pos, cache.k[0], cache.v[0])
+        return rotated, cache.k[0, :, :, 1], cache.v[0, :, :, 1]
+
+    def rotate_plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = (apply_rope(x.unflatten(-1, (-1, D)), freqs_cis).transpose(1, 2) for x in (q, k))
+        keys, values = cache.update(0, k, v.unflatten(-1, (-1, D)).transpose(1, 2), pos)
+        return q, keys[:, :, 1], values[:, :, 1]
+
+    def form(kernel: Callable) -> Callable | None:
+        return None if ops is None else kernel
+
+    x = draw(rows, 1, dim)
+    weight = norm.weight.detach()
+    yield repeated(
+        "sum and RMSNorm", rows, "test_add_rms_norm", form(norm_kernel), norm_plain, x, draw(*x.shape), weight
+    )
+    q, k, v = (draw(rows, 1, heads * D) for heads in (H, K, K))
+    yield repeated("RoPE into the cache", rows, "test_rotate_and_store", form(rotate_kernel), rotate_plain, q, k, v)
+    gate, up = draw(rows, 1, args.ffn_dim), draw(rows, 1, args.ffn_dim)
+    swiglu = form(lambda gate, up: ops.silu_mul(gate, up))
+    yield repeated("SwiGLU", rows, "test_silu_mul", swiglu, lambda gate, up: F.silu(gate) * up, gate, up)
+
+
+def gpu_products(weights: str, model: Transformer, rows: int, draw: Draw) -> Operation:
+    """The seven products of each block, one after the other; 16-bit ones have no kernel of ours."""
+    args, device, is_quantized = model.args, model.norm.weight.device, weights in QUANTIZED
+    layers = [[module for module in block.modules() if hasattr(module, "in_features")] for block in model.layers]
+    inputs = {size: draw(rows, size) for size in (args.dim, args.ffn_dim)}
+
+    def work() -> list[Tensor]:
+        return [matrix(inputs[matrix.in_features]) for layer in layers for matrix in layer]
+
+    kernel = None
+    if is_quantized and gpu.ops(device) is not None:
+        require_same(f"products of a block, {weights}", work(), without_ops(work)())
+        kernel = recorded(work, device)
+    moved = sum(tensor.nbytes for matrix in layers[0] for tensor in matrix.state_dict().values())
+    about = {"count": args.n_layers, "plain_count": args.n_layers, "weights": weights, "rows": rows}
+    plain = without_ops(lambda: recorded(work, device))()
+    shape = f"x [{rows}, {args.dim}]"
+    return Operation("gpu", "products of a block", shape, "test_products", plain, kernel, moved, **about)
+
+
 # What was measured
 
 
@@ -422,7 +549,7 @@ def paired(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[st
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Every operation in both forms, and which kernels do not pay; as Markdown, made from rows of one model."""
-    titles = "part | operation | operands | kernel (ms) | plain (ms) | x as fast | x as F.linear in bf16"
+    titles = "part | operation | operands | kernel (ms) | plain (ms) | x as fast | x as F.linear in 16 bits"
     lines = [f"| {titles} | moved (MB) | GB/s | of reading | held equal by |", "|" + "---|" * 11]
     slower = []
     for cell, sides in paired(rows):

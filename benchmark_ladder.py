@@ -47,12 +47,14 @@ N_PROMPTS = 8  # of the model's own text
 QUESTIONS = tuple(
     f'Question: What is the past tense of "{verb}"?\nAnswer:' for verb in ("speak", "swim", "drink", "buy")
 )
-STEPS = {"native": "C step", "captured": "CUDA graph", "eager": "auto"}  # what "auto" decoding comes to
+# What "auto" decoding comes to.
+STEPS = {"native": "C step", "fused and captured": "Triton", "captured": "CUDA graph", "eager": "auto"}
 # By what a change is held: the same tokens, the same logits, or a bound on the error.
 TESTS = {
     "no cache": "tests/test_checkpoint.py::test_logits_equal_transformers",
     "KV cache": "tests/test_generation.py::test_cache_on_equals_off_over_a_thousand_tokens",
     "C step": "tests/test_decoding.py::test_native_step_is_as_exact_as_the_eager_one",
+    "Triton": "tests/test_gpu_kernels.py::test_fused_step_is_as_exact_as_the_eager_one",
     "CUDA graph": "tests/test_decoding.py::test_captured_step_equals_eager",
     "auto": "tests/test_decoding.py::test_without_a_compiler_generation_goes_on",
     "int8": "tests/test_quantization.py::test_int8_loses_at_most_half_a_step",

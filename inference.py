@@ -187,14 +187,16 @@ def encode(llama: Llama, text: str, chat: bool, alpaca: bool) -> list[int]:
 
 
 def describe(llama: Llama, directory: Path) -> str:
-    """One line: what was loaded, how large, where and in which precision."""
+    """What was loaded, how large, where and in which precision; and a warning where the weights slow decoding down."""
     dtype, config = str(llama.model.dtype).removeprefix("torch."), quantization.quantization_of(llama.model)
     dtype += f" over int{config.bits} weights" if config is not None else ""
     place = f"{llama.device.type} ({bench.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
+    line = f"{directory}, {size}\n"
     if directory == EMBEDDED:
-        return f"embedded model, {size}; --ckpt_dir loads real weights\n"
-    return f"{directory}, {size}\n"
+        line = f"embedded model, {size}; --ckpt_dir loads real weights\n"
+    reason = quantization.slow_reason(llama.model)
+    return line if reason is None else f"{line}warning: {reason}\n"
 
 
 def show_batch(llama: Llama, prompts: list[Prompt], options: dict) -> None:

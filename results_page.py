@@ -499,7 +499,7 @@ def ladder(rows: Sequence[Row]) -> Html:
 
 def kernels(rows: Sequence[Row]) -> Html:
     """Every operation in both forms, by the part of the work that it belongs to."""
-    head = ["operation", "operands", "kernel (ms)", "plain (ms)", "x as fast", "x as F.linear in bf16", "GB/s"]
+    head = ["operation", "operands", "kernel (ms)", "plain (ms)", "x as fast", "x as F.linear in 16 bits", "GB/s"]
     head += ["of reading"]
     names = ("plain_over_kernel_x", "linear_over_kernel_x", "moved_gb_s", "of_reading_x")
     parts = []

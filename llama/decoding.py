@@ -4,7 +4,8 @@ A step is called with the newest tokens of each row and their positions, both [B
 to its cache and returns logits [B, T, V]. Plain decoding has T = 1, speculative decoding verifies several at once:
 
     EagerStep      Transformer.forward, the slow twin of the others
-    CapturedStep   the same, recorded once for each T as a CUDA graph and replayed: no launch overhead, no Triton
+    FusedStep      kernels/fused_step.py: on a GPU, what lies between the products in a few Triton kernels
+    CapturedStep   one of these, recorded once for each T as a CUDA graph and replayed: no launch overhead, no Triton
     NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
                    go through kernels/prefill.py there
 
@@ -16,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llama.cache import KVCache
 from llama.errors import EnvironmentFailure
-from llama.kernels import prefill
-from llama.kernels.decode_step import NativeStep, supports
+from llama.kernels import decode_step, fused_step, prefill
+from llama.kernels.decode_step import NativeStep
+from llama.kernels.fused_step import FusedStep
 from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")
@@ -31,6 +34,8 @@ DECODING = ("auto", "eager", "compiled")
 # 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
 PREFILL_TOKENS = 1024
 Step = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
+WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
 
 
 class EagerStep:
@@ -42,6 +47,20 @@ class EagerStep:
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, T, V]."""
         return self.model(tokens, pos, self.cache)
+
+
+def record(work: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """`work` as a CUDA graph and the result that each replay computes anew. It runs some times before, not after."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
 
 
 @dataclass(frozen=True)
@@ -56,8 +75,6 @@ class _Recording:
 
 class CapturedStep:
     """A step recorded as a CUDA graph at its first call with each T. Such a call overwrites the logits of the last."""
-
-    WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
 
     def __init__(self, step: Step) -> None:
         self._step = step
@@ -75,15 +92,7 @@ class CapturedStep:
 
     def _record(self, tokens: Tensor, pos: Tensor) -> _Recording:
         """The calls before recording write the same keys and values to the same slots as the replay after it."""
-        side = torch.cuda.Stream(tokens.device)
-        side.wait_stream(torch.cuda.current_stream(tokens.device))
-        with torch.cuda.stream(side):
-            for _ in range(self.WARM_UP):
-                self._step(tokens, pos)
-        torch.cuda.current_stream(tokens.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(tokens, pos)
+        graph, logits = record(lambda: self._step(tokens, pos), tokens.device)
         return _Recording(graph, tokens, pos, logits)
 
 
@@ -96,13 +105,18 @@ class Decoder:
 
     @property
     def name(self) -> str:
-        """What a step of this model will be: native, captured, eager, compiled, or compiled and captured."""
-        ways = {"compiled": self.decoding == "compiled", "captured": self._captures, "native": self._is_native}
+        """What a step of this model will be: native, eager, captured, or fused or compiled, and captured."""
+        ways = {"compiled": self.decoding == "compiled", "fused": self._is_fused}
+        ways |= {"captured": self._captures, "native": self._is_native}
         return " and ".join(way for way, is_used in ways.items() if is_used) or "eager"
 
     @property
     def _is_native(self) -> bool:
-        return self.decoding == "auto" and supports(self.model)
+        return self.decoding == "auto" and decode_step.supports(self.model)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.decoding == "auto" and fused_step.supports(self.model)
 
     @property
     def _captures(self) -> bool:
@@ -113,7 +127,7 @@ class Decoder:
         if self._captures or self.decoding == "compiled":
             return self._start_prepared(batch_size, max_len)
         cache = self._new_cache(batch_size, max_len)
-        return cache, NativeStep(self.model, cache) if self._is_native else EagerStep(self.model, cache)
+        return cache, self._new_step(cache)
 
     def _start_prepared(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
         """A recorded or compiled step holds addresses: weights that were swapped make another one."""
@@ -124,7 +138,7 @@ class Decoder:
             return cache, step
         self._kept = None  # frees its memory first
         cache = self._new_cache(batch_size, max_len)
-        step = EagerStep(self.model, cache)
+        step = self._new_step(cache)
         step = self._compile(step) if self.decoding == "compiled" else step
         step = CapturedStep(step) if self._captures else step
         self._kept = (key, cache, step)
@@ -133,6 +147,11 @@ class Decoder:
     def _new_cache(self, batch_size: int, max_len: int) -> KVCache:
         device = self.model.tok_embeddings.weight.device
         return KVCache(self.model.args, batch_size, max_len, self.model.dtype, device)
+
+    def _new_step(self, cache: KVCache) -> Step:
+        if self._is_native:
+            return NativeStep(self.model, cache)
+        return FusedStep(self.model, cache) if self._is_fused else EagerStep(self.model, cache)
 
     def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
         """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
@@ -149,7 +168,7 @@ class Decoder:
             states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
         return torch.cat(states)
 
-    def _compile(self, step: EagerStep) -> Step:
+    def _compile(self, step: Step) -> Step:
         if not torch._dynamo.is_dynamo_supported():
             raise EnvironmentFailure("torch.compile does not work here; use --decoding=auto")
         return torch.compile(step, fullgraph=True, dynamic=False)

@@ -11,7 +11,8 @@ A decode step spends its time on reading weights, so half or a quarter of the by
 
 Tables (embedding and head, mostly one and the same) have int8 also in an int4 model: their rows are looked up and
 multiplied alike, and the head is what the logits hang on. Norms keep their precision, and say what dtype the model
-computes in. No weight is ever widened as a whole: a slab of rows at a time is, in the dtype of x, and multiplied.
+computes in. No weight is ever widened as a whole: in a decode step its codes are (kernels/decode_step.py on a CPU,
+kernels/triton_ops.py on a GPU), and else a slab of rows at a time is, in the dtype of x, and multiplied.
 
 Layout of int4: each 32 columns of a row are 16 bytes; byte j holds column j in its low nibble and column j + 16 in its
 high one; nibble c stands for code c - 8. So one shift and two masks give 32 codes in order.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.errors import InputError
+from llama.kernels import gpu
 from llama.model import TokenEmbedding, Transformer
 from llama.surgery import FrozenLinear, replace_modules
 
@@ -105,6 +107,9 @@ class _Int8(FrozenLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """(x codes^T) * scales: every code is exact in the dtype of x, so only the sum is rounded."""
+        ops = gpu.ops(x.device)
+        if ops is not None and ops.multiplies(x):
+            return ops.int8_linear(x, self.weight, self.scales)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS and self.in_features % 32 == 0:
             # PyTorch's own kernel, with the scales left to fp32: it would round them to 8 bits.
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
@@ -161,7 +166,10 @@ class Int4Linear(FrozenLinear):
         self.register_buffer("scales", scales)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x w^T, a slab of rows of w at a time."""
+        """x w^T; except for a few rows of x on a GPU with Triton, a slab of rows of w at a time."""
+        ops = gpu.ops(x.device)
+        if ops is not None and ops.multiplies(x):
+            return ops.int4_linear(x, self.weight, self.scales, self.group_size)
         y = x.new_empty(len(x), self.out_features)
         slab = _new_slab(x, self.in_features)
         for rows in _slabs(self.out_features, slab):
@@ -322,6 +330,18 @@ def quantization_of(model: nn.Module) -> Quantization | None:
     if Int4Linear in kinds:
         return Quantization(4, kinds[Int4Linear].group_size)
     return Quantization(8) if kinds else None
+
+
+def slow_reason(model: Transformer) -> str | None:
+    """Why decoding with these weights is slower than with those that they were made from; None where it is not."""
+    config, device = quantization_of(model), model.norm.weight.device
+    if config is None or device.type == "cpu" or gpu.ops(device) is not None:
+        return None
+    return (
+        f"int{config.bits} weights save memory here and no time: without Triton, which needs compute capability "
+        f"{'.'.join(map(str, gpu.OLDEST))}, they are widened before each product; decoding is faster from the "
+        "checkpoint that they were made from"
+    )
 
 
 def _matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:

@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, one thread each, b
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the GPU's kernels run on the CPU
+
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 
 ROOT = Path(__file__).parent.parent

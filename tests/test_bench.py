@@ -111,6 +111,7 @@ def test_a_cell_counts_neither_loading_nor_warm_up_nor_floors(monkeypatch):
     assert calls == [32, 32, 32]
 
 
+@pytest.mark.slow
 def test_benchmark_measures_every_cell(tmp_path):
     """A whole small benchmark, by its command line."""
     flags = "--model=tiny-draft --batch_sizes=1,3 --input_len=20 --output_len=4 --repeats=2 --device=cpu".split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import random
@@ -10,14 +11,14 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_model
 
 import benchmark_kernels
 from benchmark_kernels import Operation, compared, table, take_turns
 from llama import cli, floors, tables
 from llama.config import PRESETS
 from llama.errors import InputError
-from llama.kernels import decode_step, train_ops
+from llama.kernels import decode_step, gpu, train_ops
 
 TINY = PRESETS["tiny"]
 TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora_up_ lora_outer logsumexp".split()
@@ -130,7 +131,7 @@ def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
     for is_cold, n_reads in ((False, 3), (True, 9)):
         one = compared("train", "x", "", "test", takes(2.0), takes(5.0), torch.ones(4), is_cold=is_cold)
         reads.clear()
-        (runs,) = take_turns([one], None, 3, random.Random(0))
+        (runs,) = take_turns([one], random_model(), 3, random.Random(0))
         assert len(reads) == n_reads
         assert {run["run_s"] for run in runs["kernel"]} == {2.0} and {run["run_s"] for run in runs["plain"]} == {5.0}
         assert {(run["plain_over_kernel_x"], run["of_reading_x"]) for run in runs["kernel"]} == {(2.5, 32 / 2.0 / 4.0)}
@@ -188,6 +189,7 @@ def test_figures_as_text():
         ("--tokens=200000", "--tokens=200000: more positions than the 131,072 of llama3.2-1b"),
         ("--repeats=0", "--repeats=0: expected at least 1"),
         ("--parts=decode,decode", "--parts=decode,decode: expected a choice of decode,prefill,train, each once"),
+        ("--parts=gpu", "--parts=gpu: expected a choice of decode,prefill,train, each once"),
         ("--parts=all", "--parts=all: expected a choice of"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
     ],
@@ -195,3 +197,32 @@ def test_figures_as_text():
 def test_bad_flags_are_refused_before_anything_is_measured(flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
         cli.call(benchmark_kernels.main, flags.split())
+
+
+def test_kernels_of_a_gpu_are_measured_beside_what_they_equal(monkeypatch):
+    """On a CPU by Triton's interpreter: each is called, its results are compared, and its row says what it moves."""
+    pytest.importorskip("triton")
+    from llama.kernels import triton_ops
+
+    called = Recorder(triton_ops)
+    monkeypatch.setattr(gpu, "ops", lambda device: called)
+    monkeypatch.setitem(triton_ops.ROW_TILES, "few", (64, 256))  # the interpreter takes as long for a small tile
+    monkeypatch.setattr(benchmark_kernels, "GRAPH_CALLS", 2)
+    monkeypatch.setattr(benchmark_kernels, "ROWS", (1,))
+    monkeypatch.setitem(benchmark_kernels.PARTS, "cpu", ("gpu",))
+    args = dataclasses.replace(PRESETS["tiny-draft"], n_layers=1)
+    with torch.no_grad():
+        found = list(benchmark_kernels.measure(args, 16, ("gpu",), 2, 1, torch.device("cpu"), torch.float16))
+    assert called.names >= {"add_rms_norm", "rotate_and_store", "silu_mul", "int8_linear", "int4_linear"}
+    shown = [(one.name, one.weights, sorted(runs)) for one, runs in found]
+    both, name = ["kernel", "plain"], "products of a block"
+    assert shown[:3] == [(fused, None, both) for fused in ("sum and RMSNorm", "RoPE into the cache", "SwiGLU")]
+    assert shown[3:] == [(name, "float16", ["plain"]), (name, "int8", both), (name, "int4", both)]
+    sources = (ROOT / "tests" / "test_gpu_kernels.py").read_text()
+    assert all(f"def {one.equality}(" in sources for one, _ in found)
+    moved = {one.name: one.moved for one, _ in found[:3]}
+    assert moved == {
+        "sum and RMSNorm": 5 * args.dim * 2,  # two read, two written, and the weight
+        "RoPE into the cache": 2 * (args.n_heads + 2 * args.n_kv_heads) * args.head_dim * 2,
+        "SwiGLU": 3 * args.ffn_dim * 2,
+    }

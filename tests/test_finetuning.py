@@ -585,6 +585,7 @@ def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
     assert losses[-1][0] < losses[0][0] - 0.2
 
 
+@pytest.mark.slow
 def test_a_newcomers_path(tmp_path):
     """The README's commands, in processes of their own: train the embedded model a little, then ask it."""
     root = tmp_path / "first"

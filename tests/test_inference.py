@@ -331,3 +331,11 @@ def test_an_adapter_belongs_to_its_base_in_every_dtype(tmp_path, monkeypatch, ca
         flags = (f"--adapter={tmp_path / 'a'}", f"--dtype={dtype}", "--prompt=a", "--max_gen_len=1")
         code, _, err = call(monkeypatch, capsys, *flags)
         assert code == 0, err
+
+
+def test_weights_that_make_decoding_slower_are_warned_of(tiny, monkeypatch):
+    """In the lines above the text, in words; where they are fast, nothing."""
+    plain = inference.describe(tiny, TINY)
+    assert len(plain.splitlines()) == 1
+    monkeypatch.setattr(inference.quantization, "slow_reason", lambda model: "int8 weights save memory here")
+    assert inference.describe(tiny, TINY) == plain + "warning: int8 weights save memory here\n"

@@ -1,0 +1,254 @@
+"""What lies between the matrix products of a decode step, and products with int8 and int4 weights, in Triton.
+
+    add_rms_norm       x + delta and its RMSNorm                  2 kernels and 4 passes fewer a call than in PyTorch
+    rotate_and_store   queries rotated; keys rotated and values, both into the cache
+    silu_mul           silu(gate) * up
+    int8_linear        x w^T of a few rows with weights that stay int8: each code is read once and widened in registers
+    int4_linear        the same with two codes a byte
+
+They compute in fp32 and round where PyTorch's operations do, so that a step of them differs from the eager one by what
+sums in another order differ. Each wrapper names the plain PyTorch that it equals.
+
+Import this module where Triton is; `gpu.ops` does, and says where that is. TRITON_INTERPRET=1 runs it on a CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLAT_BLOCK = 1024  # values of an element-wise operation that one program takes
+# Rows and columns of the weight that one program multiplies at a time with one row of x: 8 KB that are on their way
+# at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
+ROW_TILES, MANY = {"few": (4, 2048), "many": (8, 1024)}, 8192
+# With more rows of x: what a tile of the matrix units holds, rows of the weight and columns at a time.
+MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
+
+
+@triton.jit
+def _add_rms_norm(x, delta, weight, total, normed, eps, dim: tl.constexpr, BLOCK: tl.constexpr):
+    """One row a program."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    places = tl.program_id(0).to(tl.int64) * dim + columns
+    value = tl.load(x + places, inside, 0.0)
+    if delta is not None:
+        value = (value.to(tl.float32) + tl.load(delta + places, inside, 0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + places, value, inside)
+    wide = value.to(tl.float32)
+    rounded = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)).to(value.dtype)
+    scale = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    tl.store(normed + places, (rounded.to(tl.float32) * scale).to(value.dtype), inside)
+
+
+@triton.jit
+def _silu_mul(gate, up, y, size, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    g = tl.load(gate + places, inside, 0.0)
+    wide = g.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(g.dtype).to(tl.float32)
+    tl.store(y + places, (silu * tl.load(up + places, inside, 0.0).to(tl.float32)).to(g.dtype), inside)
+
+
+@triton.jit
+def _rotate_head(source, target, freqs_cis, D: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.arange(0, BLOCK)
+    inside = pair < D // 2
+    cos = tl.load(freqs_cis + 2 * pair, inside, 0.0)
+    sin = tl.load(freqs_cis + 2 * pair + 1, inside, 0.0)
+    x0 = tl.load(source + 2 * pair, inside, 0.0).to(tl.float32)
+    x1 = tl.load(source + 2 * pair + 1, inside, 0.0).to(tl.float32)
+    tl.store(target + 2 * pair, x0 * cos - x1 * sin, inside)
+    tl.store(target + 2 * pair + 1, x0 * sin + x1 * cos, inside)
+
+
+@triton.jit
+def _rotate_and_store(
+    q, k, v, freqs_cis, pos, rotated, keys, values, row_stride, head_stride,
+    T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head of one token a program: the H query heads, then the K key heads, then the K value heads."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    row, t = token // T, token % T
+    angles = freqs_cis + token * D
+    if head < H:
+        _rotate_head(q + (token * H + head) * D, rotated + ((row * H + head) * T + t) * D, angles, D, BLOCK)
+    else:
+        head = (head - H) % K
+        source = (token * K + head) * D
+        slot = row.to(tl.int64) * row_stride + head * head_stride + tl.load(pos + token) * D
+        if tl.program_id(1) < H + K:
+            _rotate_head(k + source, keys + slot, angles, D, BLOCK)
+        else:
+            columns = tl.arange(0, 2 * BLOCK)
+            tl.store(values + slot + columns, tl.load(v + source + columns, columns < D, 0.0), columns < D)
+
+
+@triton.jit
+def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """y [1, N]: products in fp32, each thread adding up its own columns before any thread asks another."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    codes += rows.to(tl.int64)[:, None] * K
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        code = tl.load(codes + columns[None, :], (rows < N)[:, None] & (columns < K)[None, :], 0)
+        sums += code.to(tl.float32) * tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
+    scale = tl.load(scales + rows, rows < N, 0.0)
+    tl.store(y + rows, (tl.sum(sums, 1) * scale).to(y.dtype.element_ty), rows < N)
+
+
+@triton.jit
+def _int8_tile(
+    x, codes, scales, y, M, N, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """y [M, N] on the matrix units: a code is exact in every dtype of x, and sums are fp32."""
+    m = tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    codes += rows.to(tl.int64)[None, :] * K
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        code = tl.load(codes + columns[:, None], (columns < K)[:, None] & (rows < N)[None, :], 0)
+        part = tl.load(x + m[:, None] * K + columns[None, :], (m < M)[:, None] & (columns < K)[None, :], 0.0)
+        sums = tl.dot(part, code.to(part.dtype), sums)
+    sums *= tl.load(scales + rows, rows < N, 0.0)[None, :]
+    places = m.to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(y + places, sums.to(y.dtype.element_ty), (m < M)[:, None] & (rows < N)[None, :])
+
+
+@triton.jit
+def _nibbles(packed, scales, start, K: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr):
+    """Weights [rows, BLOCKS, 16] twice, fp32; `packed` and `scales` are the addresses of some rows, [rows, 1, 1].
+
+    A block is 16 bytes: byte j has column j of 32 in its low nibble and column j + 16 in its high one.
+    """
+    block = (start + tl.arange(0, BLOCKS))[None, :, None]
+    byte = tl.load(packed + block * 16 + tl.arange(0, 16)[None, None, :], block < K // 32, 0).to(tl.int32)
+    scale = tl.load(scales + block // (GROUP // 32), block < K // 32, 0.0).to(tl.float32)
+    return ((byte & 15) - 8).to(tl.float32) * scale, ((byte >> 4) - 8).to(tl.float32) * scale
+
+
+@triton.jit
+def _int4_row(
+    x, packed, scales, y, N, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """y [1, N], with sums as in _int8_row."""
+    BLOCKS: tl.constexpr = BLOCK_K // 32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None, None]
+    packed += row * (K // 2)
+    scales += row * (K // GROUP)
+    sums = tl.zeros([BLOCK_N, BLOCKS, 16], tl.float32)
+    for start in range(0, K // 32, BLOCKS):
+        low, high = _nibbles(packed, scales, start, K, GROUP, BLOCKS)
+        block = (start + tl.arange(0, BLOCKS))[None, :, None]
+        place = x + block * 32 + tl.arange(0, 16)[None, None, :]
+        sums += low * tl.load(place, block < K // 32, 0.0).to(tl.float32)
+        sums += high * tl.load(place + 16, block < K // 32, 0.0).to(tl.float32)
+    tl.store(y + n, tl.sum(tl.sum(sums, 2), 1).to(y.dtype.element_ty), n < N)
+
+
+@triton.jit
+def _int4_tile(
+    x, packed, scales, y, M, N, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] on the matrix units, the weights rounded to the dtype of x as the plain product rounds them."""
+    BLOCKS: tl.constexpr = BLOCK_K // 32
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None, None]
+    packed += row * (K // 2)
+    scales += row * (K // GROUP)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K // 32, BLOCKS):
+        low, high = _nibbles(packed, scales, start, K, GROUP, BLOCKS)
+        block = (start + tl.arange(0, BLOCKS))[None, :, None]
+        place = x + m[:, None, None] * K + block * 32 + tl.arange(0, 16)[None, None, :]
+        here = (m < M)[:, None, None] & (block < K // 32)
+        x_low = tl.reshape(tl.load(place, here, 0.0), [BLOCK_M, BLOCKS * 16])
+        x_high = tl.reshape(tl.load(place + 16, here, 0.0), [BLOCK_M, BLOCKS * 16])
+        sums = tl.dot(x_low, tl.trans(tl.reshape(low.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])), sums)
+        sums = tl.dot(x_high, tl.trans(tl.reshape(high.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])), sums)
+    places = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y + places, sums.to(y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
+
+
+def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, **settings) -> None:
+    with torch.cuda.device_of(arguments[0]):  # unlike PyTorch's operations, Triton's run on the current device
+        kernel[grid](*arguments, **settings)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + delta and model.RMSNorm of s, both like x [..., dim]; None adds nothing, and s is x itself."""
+    dim = x.shape[-1]
+    normed = torch.empty_like(x)
+    total = x if delta is None else torch.empty_like(x)
+    block = triton.next_power_of_2(dim)
+    _launch(_add_rms_norm, (x.numel() // dim,), x, delta, weight, total, normed, eps, dim, block, num_warps=8)
+    return total, normed
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """F.silu(gate) * up, of one shape."""
+    y = torch.empty_like(gate)
+    _launch(_silu_mul, (triton.cdiv(gate.numel(), FLAT_BLOCK),), gate, up, y, gate.numel(), FLAT_BLOCK)
+    return y
+
+
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, pos: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Queries after model.apply_rope, [B, H, T, D]; keys after it and values go to their slots, as KVCache.update does.
+
+    q [B, T, H * D], k and v [B, T, K * D] as their projections return them; freqs_cis fp32 [B, T, P, 2]; pos int64
+    [B, T], within the slots; keys and values [B, K, S, D], a layer of the cache.
+    """
+    (B, T, width), (_, K, _, D) = q.shape, keys.shape
+    H = width // D
+    rotated = q.new_empty(B, H, T, D)
+    places = (rotated, keys, values, *keys.stride()[:2])
+    sizes = (T, H, K, D, triton.next_power_of_2(D // 2))
+    _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos, *places, *sizes, num_warps=1)
+    return rotated
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether int8_linear and int4_linear take x [M, K]: one row, or some of 16 bits where tiles are compiled well.
+
+    Before sm_80 Triton has no matrix units to compile tl.dot for, nor with fp32, and registers spill by the kilobyte.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    has_tiles = x.dtype != torch.float32 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return len(x) == 1 or (1 < len(x) <= MOST_ROWS and has_tiles)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """quantization.Int8Linear: x [M, K] that `multiplies`, with codes int8 [N, K] and scales fp32 [N], is y [M, N]."""
+    return _product(_int8_row, _int8_tile, x, codes, scales, ())
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """quantization.Int4Linear: as int8_linear, with packed codes uint8 [N, K / 2] and scales [N, K / group_size]."""
+    return _product(_int4_row, _int4_tile, x, packed, scales, (group_size,))
+
+
+def _product(
+    row: triton.JITFunction, tile: triton.JITFunction, x: Tensor, weight: Tensor, scales: Tensor, group: tuple[int, ...]
+) -> Tensor:
+    (M, K), N = x.shape, len(weight)
+    y = x.new_empty(M, N)
+    x = x.contiguous()
+    if M == 1:
+        sizes = ROW_TILES["many" if N >= MANY else "few"]
+        _launch(row, (triton.cdiv(N, sizes[0]),), x, weight, scales, y, N, K, *group, *sizes)
+    else:
+        sizes = (MOST_ROWS, TILE_ROWS, TILE_COLUMNS)
+        grid = (triton.cdiv(N, TILE_ROWS),)
+        _launch(tile, grid, x, weight, scales, y, M, N, K, *group, *sizes, num_warps=2, num_stages=4)
+    return y
