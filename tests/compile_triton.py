@@ -18,13 +18,13 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from llama.kernels import triton_ops
 
-CAPABILITIES = {75: "*fp16", 80: "*bf16", 90: "*bf16"}  # Turing, Ampere, Hopper, with the 16 bits that each has
+CAPABILITIES = {75: "*fp16", 80: "*bf16", 90: "*fp16"}  # Turing, Ampere, Hopper; Turing has no bfloat16
 SIZES = ("N", "size", "row_stride", "head_stride")  # which 16 divides, as Triton finds out at a launch
 K = 2048
 
 
-def launches(half: str) -> list[tuple[str, dict[str, str], dict[str, int], dict[str, int]]]:
-    """Kernel, types of its arguments, constants and settings, for Llama 3.2 1B."""
+def launches(half: str) -> list[tuple[str, dict[str, str], dict[str, int | None], dict[str, int]]]:
+    """Kernel, types of its arguments, constants (a 1 and a None are such too) and settings, for Llama 3.2 1B."""
 
     def of(names: str, **others: str) -> dict[str, str]:
         return dict.fromkeys(names.split(), half) | others
@@ -34,8 +34,10 @@ def launches(half: str) -> list[tuple[str, dict[str, str], dict[str, int], dict[
     )
     found = [
         ("_add_rms_norm", of("x delta weight total normed", eps="fp32"), {"dim": K, "BLOCK": K}, {"num_warps": 8}),
+        ("_add_rms_norm", of("x weight total normed", eps="fp32"), {"delta": None, "dim": K, "BLOCK": K}, {}),
         ("_silu_mul", of("gate up y", size="i32"), {"BLOCK": triton_ops.FLAT_BLOCK}, {}),
         ("_rotate_and_store", stored, {"H": 32, "K": 8, "D": 64, "BLOCK": 32}, {"num_warps": 1}),
+        ("_rotate_and_store", stored, {"T": 1, "H": 32, "K": 8, "D": 64, "BLOCK": 32}, {"num_warps": 1}),
     ]
     for name, weight, group in (
         ("_int8", {"codes": "*i8", "scales": "*fp32"}, {}),
@@ -50,7 +52,7 @@ def launches(half: str) -> list[tuple[str, dict[str, str], dict[str, int], dict[
 
 
 def build(
-    name: str, capability: int, types: dict[str, str], constants: dict[str, int], settings: dict[str, int]
+    name: str, capability: int, types: dict[str, str], constants: dict[str, int | None], settings: dict[str, int]
 ) -> dict[str, Any]:
     """What the compiler and the assembler make of a kernel."""
     kernel = getattr(triton_ops, name)
