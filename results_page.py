@@ -32,6 +32,8 @@ PARTS = ROOT / "reports" / "page"
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
 QUANTIZED = ("int8", "int4")
+# Ways to the same share, in the order of their columns, and how each is drawn.
+WAYS = {"one-shot": "a", "one-round": "c", "iterative": "b"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
 OTHERS = {"tiny": "The embedded models"}  # an experiment without a section of its own stands under its name
 Section = tuple[str, str, Html]  # an anchor, a title, and what stands under it
@@ -65,7 +67,8 @@ def write(path: Path, text: str) -> None:
 
 def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
-    known = ("replay", "inference", "benchmark_finetuning", "finetuning", "loading", "formats", "ladder", "kernels")
+    known = ["replay", "inference", "benchmark_finetuning", "finetuning", "loading", "formats", "ladder", "kernels"]
+    known += ["pruning"]
     found = {name: rows.get(name, []) for name in known}
     sections: list[Section] = [
         ("replay", "Cached against uncached, as it ran", replays(found["replay"])),
@@ -77,6 +80,7 @@ def render(rows: dict[str, list[Row]]) -> str:
         ("formats", "Generation with quantized weights", formats(found["formats"])),
         ("ladder", "The ladder: one change a row", ladder(found["ladder"])),
         ("kernels", "Kernels: each beside the plain PyTorch that it equals", kernels(found["kernels"])),
+        ("pruning", "Pruning: size against quality and speed", pruning(found["pruning"])),
         *[
             (name, OTHERS.get(name, name.replace("_", " ").capitalize()), plain(rows[name]))
             for name in rows
@@ -517,6 +521,70 @@ def kernels(rows: Sequence[Row]) -> Html:
         parts += [table(f"{found[0].cell['model']}: {found[0].cell['part']}", head, body), provenance(found)]
     note = tag("p", "Point at an operation to see the test that holds both forms equal.")
     return joined([*parts, note]) if parts else NOT_MEASURED
+
+
+def pruning(rows: Sequence[Row]) -> Html:
+    """Loss by share for each method, the ways to the same size beside each other; then the speed of what is smaller."""
+    about = (
+        "Iterative: cut a little, fine-tune, again. One-shot: the same cut at once, then the steps of all those rounds "
+        "together; one-round: then the steps of one of them."
+    )
+    parts = []
+    quality = [row for row in rows if row.has("loss_nats")]
+    dense = _chosen(quality, method="none")
+    methods = dict.fromkeys(row.cell["method"] for row in quality if row not in dense)
+    for method in methods:
+        found = _chosen(quality, method=method)
+        parts += [loss_by_share(method, found), provenance([*found, *dense])]
+    if dense:
+        values = [joined([figure(row, "loss_nats"), f" after {row.cell['steps']} steps"]) for row in dense]
+        parts.append(tag("p", "The dense model, in nats: ", joined(values, ", "), "."))
+    for found in group([row for row in rows if row.has("tpot_s")], "model"):
+        parts += [speed_by_size(found), provenance(found)]
+    return joined([tag("p", about), *parts]) if parts else NOT_MEASURED
+
+
+def loss_by_share(method: str, rows: Sequence[Row]) -> Html:
+    """What each way comes to at each share: one-shot with the steps of all rounds, with those of one, and iterative."""
+    ways = {way: found for way in WAYS if (found := _chosen(rows, part=way))}
+    head = ["share", "parameters", "zeros", *[f"{way} (nats)" for way in ways]]
+    body, curves = [], []
+    for share in sorted({row.cell["share"] for row in rows}):
+        here = [_chosen(found, share=share) for found in ways.values()]
+        one = next(found[0] for found in here if found)
+        values = [figure(found[0], "loss_nats") if found else Html("-") for found in here]
+        body.append([str(share), figure(one, "parameters"), figure(one, "zeros"), *values])
+    for way, found in ways.items():
+        ordered = sorted(found, key=lambda row: row.cell["share"])
+        curves.append(Line(way, [Point.of(row.cell["share"], row, "loss_nats") for row in ordered], WAYS[way]))
+    title = f"{method}: validation loss (nats)"
+    about = f"Validation loss by the share that {method} pruning took, for {', '.join(ways)}; as in the table."
+    chart = charts.lines(f"pruning-{method}", title, about, "share pruned", curves)
+    caption = f"{rows[0].cell['model']}: {method}"
+    return joined([table(caption, head, body, narrow="stay"), tag("div", chart, class_="charts")])
+
+
+def speed_by_size(rows: Sequence[Row]) -> Html:
+    """First token and decode step of a model with fewer and fewer hidden units, over those of the whole one."""
+    ordered = sorted(rows, key=lambda row: row.cell["share"])
+    whole, model = ordered[0], str(ordered[0].cell["model"])
+    head = ["share", "parameters", "stored (MB)", "first token (ms)", "x as fast", "each next (ms)", "x as fast"]
+    body = []
+    for row in ordered:
+        values = [str(row.cell["share"]), figure(row, "parameters"), figure(row, "stored_mb")]
+        for name in ("ttft_s", "tpot_s"):
+            key = f"metrics.{name}.median"
+            values += [spread(row, name, 1e3), ratio(whole, key, row, key)]
+        body.append(values)
+    lines = [Line("each next", [Point.of(row.median("stored_mb"), row, "tpot_s") for row in ordered[::-1]], "a")]
+    lines += [
+        Line("least", [Point.of(row.median("stored_mb"), row, "floor_tpot_s") for row in ordered[::-1]], "a floor")
+    ]
+    about = (
+        "Seconds of a decode step by the size of the checkpoint, and the least that reading it takes; as in the table."
+    )
+    chart = charts.lines(f"pruning-{model.replace('.', '-')}", "A decode step (s)", about, "stored (MB)", lines)
+    return joined([table(f"{model}: speed", head, body), tag("div", chart, class_="charts")])
 
 
 def plain(rows: Sequence[Row]) -> Html:

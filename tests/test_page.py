@@ -157,6 +157,23 @@ def operations() -> list[dict]:
     ]
 
 
+def cuts() -> list[dict]:
+    """Two shares, of which one way was not measured for the larger; the dense model; and the speed of both sizes."""
+    place, rows = {"model": "x", "method": "dimensions", "batch_size": 4, "lr": 0.001}, []
+    for part, share, loss in (("iterative", 0.5, 0.75), ("one-shot", 0.5, 0.625), ("iterative", 0.25, 0.5)):
+        metrics = {"parameters": 1000 * (1 - share), "stored_mb": 2 * (1 - share), "zeros": 0, "loss_nats": loss}
+        rows.append(made_row("pruning", {**place, "part": part, "share": share, "steps": 12}, metrics))
+    dense = {**place, "part": "dense", "method": "none", "share": 0.0, "steps": 0}
+    rows.append(made_row("pruning", dense, {"parameters": 1000, "stored_mb": 2.0, "zeros": 0, "loss_nats": 0.375}))
+    for share, step in ((0.5, 0.002), (0.0, 0.003)):
+        metrics = {"parameters": 1000 * (1 - share), "stored_mb": 2 * (1 - share), "ttft_s": 0.5 - share / 2}
+        metrics |= {"tpot_s": [step, step / 2, step * 2], "floor_tpot_s": step / 2}
+        rows.append(
+            made_row("pruning", {"model": "x", "part": "speed", "method": "dimensions", "share": share}, metrics)
+        )
+    return rows
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
@@ -189,6 +206,7 @@ def results(request, tmp_path):
             *rungs(),
             *generations(),
             *operations(),
+            *cuts(),
             *strange(),
         ],
     )
@@ -346,6 +364,17 @@ def test_kernels_stand_beside_their_twins(tmp_path):
     assert lines[0][4:] == ["2.50", "-", "20.5", "0.750"]
 
 
+def test_ways_of_pruning_stand_beside_each_other(tmp_path):
+    """In order of their share whatever that of the rows is, what was not measured as a dash, ratios to the whole."""
+    section, lines = section_of(tmp_path, cuts(), "pruning")
+    assert [line[0] for line in lines] == ["0.25", "0.5"]
+    assert [line[3:] for line in lines] == [["-", "0.500"], ["0.625", "0.750"]]
+    assert "The dense model, in nats: 0.375 after 0 steps." in section.text()
+    speed = [[cell.text() for cell in line.all("td")] for line in section.all("tbody")[1].all("tr")]
+    assert [(line[-3], line[-1]) for line in speed] == [("1.00", "1.00"), ("2.00", "1.50")]
+    assert len(section.all("svg")) == 2
+
+
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
     section, lines = section_of(tmp_path, rungs(), "ladder")
     assert [line[:3] for line in lines] == [
@@ -361,7 +390,7 @@ def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
 def test_without_rows_it_says_not_measured(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "empty", [])))).top
     sections = page.all("section")
-    assert len(sections) == 9 and all("Not measured yet." in section.text() for section in sections)
+    assert len(sections) == 10 and all("Not measured yet." in section.text() for section in sections)
     assert not page.all("table") and not page.all("svg") and "Nothing has been measured yet." in page.text()
 
 
