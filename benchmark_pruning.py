@@ -29,6 +29,7 @@ from data import text
 from llama import Llama, Transformer, bench, checkpoint, cli, floors, pruning
 from llama import device as devices
 from llama.config import PRESETS
+from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 from llama.training import Settings
 
@@ -76,14 +77,19 @@ def main(
     wanted, chosen = check_flags(parts, methods, share, rounds, steps, batch_size, model, repeats)
     path = Path(results) if results is not None else RESULTS
     bench.require_writable(path)
+    newest(path)  # a file that cannot be read is refused before anything is measured
     target, dtype = devices.resolve(device, "bfloat16" if devices.resolve(device)[0].type == "cpu" else "auto")
     quality = Quality(share, rounds, steps, batch_size, lr, target, seed)
-    measured = [("float32", *row) for part in wanted if part != "speed" for row in quality.measure(part, chosen)]
-    if "speed" in wanted:
-        name = str(dtype).removeprefix("torch.")
-        measured += [(name, *row) for row in speed(model, share, rounds, repeats, target, dtype, seed)]
-    for precision, cell, metrics in measured:
-        bench.append_row(path, "pruning", cell, metrics, target, precision, seed)
+    for part in wanted:
+        if part == "speed":
+            name, measured = (
+                str(dtype).removeprefix("torch."),
+                speed(model, share, rounds, repeats, target, dtype, seed),
+            )
+        else:
+            name, measured = "float32", quality.measure(part, chosen)
+        for cell, metrics in measured:
+            bench.append_row(path, "pruning", cell, metrics, target, name, seed)
     rows = newest(path)
     print(quality_table(rows), speed_table(rows), sep="\n")
     plot(rows, Path(figure) if figure is not None else FIGURE)
@@ -97,8 +103,8 @@ def check_flags(
     cli.require_at_least(1, rounds=rounds, steps=steps, batch_size=batch_size, repeats=repeats)
     cli.require_one_of("model", model, PRESETS)
     for method in chosen:
-        pruning.check(PRESETS[model], method, share)
-        pruning.check(PRESETS["tiny"], method, share)
+        pruning.check(PRESETS[model], method, share, rounds)
+        pruning.check(PRESETS["tiny"], method, share, rounds)
     return wanted, chosen
 
 
@@ -219,9 +225,23 @@ def time_generation(llama: Llama, prompts: list[list[int]]) -> dict[str, float]:
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
-    """The last row of each cell."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({json.dumps(row["cell"]): row for row in rows}.values())
+    """The last row of each part, method, share and model, of those from the device of the very last one.
+
+    A run with other steps or another rate takes the place of the one before. Raises InputError naming a damaged line.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            cell = row["cell"]
+            if row["experiment"] != "pruning" or not row["metrics"]:
+                raise ValueError
+            key = (cell["part"], cell["method"], cell["share"], cell["model"], cell.get("steps") == 0)
+            rows.pop((key, row["device"]["name"]), None)
+            rows[key, row["device"]["name"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}:{number}: is no row of this benchmark; choose another --results") from None
+    return [row for (_, device), row in rows.items() if device == next(reversed(rows))[1]]
 
 
 def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -244,7 +264,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
         columns = " | ".join([f"{m['loss_nats']:.3f}"] * len(kinds))
         lines.append(f"| 0 | {row['cell']['steps']} | {columns} | {m['parameters']:,.0f} |")
     cut = [row for row in rows if row["cell"]["part"] in ("one-round", "one-shot", "iterative")]
-    longest = {row["cell"]["share"]: row["cell"]["steps"] for row in sorted(cut, key=lambda row: row["cell"]["steps"])}
+    longest = {row["cell"]["share"]: row["cell"]["steps"] for row in pick(cut)}
     for share, steps in sorted(longest.items()):
         columns = []
         for method, part in kinds:

@@ -23,7 +23,7 @@ import torch
 from data import text
 from llama import Transformer, bench, checkpoint, cli, files, pruning, quantization
 from llama import device as devices
-from llama.errors import InputError
+from llama.errors import InputError, NonFinite
 from llama.quantization import Quantization
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import Settings
@@ -31,6 +31,7 @@ from llama.training import Settings
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 N_WORST = 3  # matrices that are named
 CONTEXT = 512  # tokens of a row of a text file
+ROUNDS = 8  # of --iterative, where --rounds does not say
 STEPS_A_ROUND = 20  # of --iterative, where --steps does not say
 
 
@@ -103,7 +104,7 @@ def prune(
     method: str = "dimensions",
     share: float = 0.5,
     iterative: bool = False,
-    rounds: int = 8,
+    rounds: int | None = None,
     steps: int | None = None,
     max_loss_increase: float | None = None,
     data: str | None = None,
@@ -122,7 +123,7 @@ def prune(
             magnitude sets the smallest weights of each matrix to zero, which makes it neither.
         share: of the hidden units, or of the weights, that goes.
         iterative: cut in equal parts and fine-tune after each; without it, cut once and fine-tune then.
-        rounds: how many parts.
+        rounds: with --iterative, how many parts; default: 8.
         steps: fine-tuning steps of all weights in total; default: none without --iterative, 20 a round with it.
         max_loss_increase: with --iterative, stop before the validation loss has risen by more nats a token than this.
         data: a text file in UTF-8 to fine-tune on; its last tenth validates. Models with the embedded model's tokenizer
@@ -133,12 +134,12 @@ def prune(
         seed: of the order of the rows.
         device: auto, cpu, cuda or cuda:N.
     """
-    steps = check_flags(share, iterative, rounds, steps, max_loss_increase, batch_size, lr, seed)
+    rounds, steps = check_flags(iterative, rounds, steps, max_loss_increase, batch_size, lr, seed)
     directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
     files.require_new(out_dir)
     target, _ = devices.resolve(device, "float32")
     args = checkpoint.read_args(directory)
-    pruning.check(args, method, share)
+    pruning.check(args, method, share, rounds)
     tokenizer_file = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
     source = load_text(tokenizer_file, data, batch_size, seed)
     if source is None and steps:
@@ -154,13 +155,14 @@ def prune(
         line += f", validation loss {before:.4f}"
     print(line)
     if steps == 0:
-        model, gone = pruning.cut(model, method, share, args.ffn_dim), share
+        model, gone = pruning.cut(model, method, share, args.ffn_dim), pruning.gone(method, share, args.ffn_dim)
     else:
         settings = Settings(optimizer="adamw", lr=lr, schedule="cosine", warmup_steps=2, clip_norm=1.0)
         limit = math.inf if max_loss_increase is None else before + max_loss_increase
-        model, gone = shrink(model, method, share, rounds if iterative else 1, steps, settings, source, limit)
+        model, gone = shrink(model, method, share, rounds, steps, settings, source, limit)
     pruning.remove_masks(model.to(dtype))
-    print(f"{'reached' if gone == share else 'kept':<10} share {gone:g} of --share={share:g}")
+    is_whole = gone == pruning.gone(method, share, args.ffn_dim)
+    print(f"{'reached' if is_whole else 'kept':<10} share {gone:g} of --share={share:g}")
     if method == "magnitude":
         zeros, n_all = pruning.count_zeros(model)
         print(f"zeros      {zeros:,} of {n_all:,} weights in {len(pruning.projections(model))} matrices")
@@ -173,16 +175,18 @@ def prune(
 
 
 def check_flags(
-    share: float,
     iterative: bool,
-    rounds: int,
+    rounds: int | None,
     steps: int | None,
     max_loss_increase: float | None,
     batch_size: int,
     lr: float,
     seed: int,
-) -> int:
-    """How many steps there will be. Raises InputError for what is out of range or would have no effect."""
+) -> tuple[int, int]:
+    """How many rounds and steps there will be. Raises InputError for what is out of range or would have no effect."""
+    if rounds is not None and not iterative:
+        raise InputError(f"--rounds={rounds}: needs --iterative; without it there is one cut")
+    rounds = (ROUNDS if rounds is None else rounds) if iterative else 1
     cli.require_at_least(1, batch_size=batch_size, rounds=rounds)
     cli.require_at_least(0, seed=seed)
     if steps is None:
@@ -192,7 +196,7 @@ def check_flags(
     if max_loss_increase is not None and (not iterative or not 0 <= max_loss_increase < math.inf):
         raise InputError(f"--max_loss_increase={max_loss_increase:g}: expected 0 or more, with --iterative")
     Settings(lr=lr)
-    return steps
+    return rounds, steps
 
 
 def load_text(tokenizer_file: Path, data: str | None, batch_size: int, seed: int) -> text.Text | None:
@@ -227,7 +231,15 @@ def shrink(
         pruning.fine_tune(rest, source.window, numbers, settings)
 
     kept: tuple[Transformer, float] | None = None
-    for number, cut in enumerate(pruning.gradually(model, method, share, rounds, fine_tune, source.loss), 1):
+    cuts = pruning.gradually(model, method, share, rounds, fine_tune, source.loss)
+    for number in range(1, rounds + 1):
+        try:
+            cut = next(cuts)
+        except NonFinite as error:
+            if kept is None or limit == math.inf:
+                raise
+            print(f"stopped    round {number}: {error}")
+            return kept
         found = (
             f"share {cut.share:g}: loss {cut.loss_cut:.4f} cut, {cut.loss:.4f} after {steps * number // rounds} steps"
         )

@@ -299,13 +299,13 @@ def append_rows(path: Path, llama: Llama, place: dict, found: list[Comparison], 
 
 def describe_draft(counts: Counts) -> str:
     """What came of the draft, and a warning where it was not worth it."""
+    if counts.rounds == 0:
+        return "[draft: not asked, for every text ended with its first token]"
     line = (
-        f"[draft: {counts.accepted} of {counts.proposed} proposed tokens accepted, "
-        f"acceptance {counts.acceptance:.2f}, {counts.tokens_per_round:.2f} tokens a round]"
+        f"[draft: {counts.accepted} of {counts.proposed} proposed tokens accepted, acceptance {counts.acceptance:.2f}, "
+        f"{counts.tokens_per_round:.2f} tokens a round, expected speed-up {counts.expected_speedup:.2f}]"
     )
-    if counts.pays:
-        return line
-    return f"{line}\nwarning: the draft hardly pays here, expected speed-up {counts.expected_speedup:.2f}; leave it out"
+    return line if counts.pays else f"{line}\nwarning: the draft hardly pays here; leave it out"
 
 
 def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[int], stops: list[int]) -> str:

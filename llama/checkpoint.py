@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -442,11 +441,11 @@ def _convert(
 
 
 def _check_codes(stored: Tensor, place: str, dtype: torch.dtype | None) -> None:
-    """Scales are finite numbers that the largest code does not carry beyond `dtype`; any code is one."""
+    """Scales are numbers that the largest code does not carry beyond fp32, nor beyond `dtype`; any code is one."""
     if not stored.is_floating_point():
         return
     largest = stored.abs().amax().item() * {torch.float32: 127, torch.bfloat16: 8}[stored.dtype]
-    if not math.isfinite(largest):
+    if not largest <= torch.finfo(torch.float32).max:
         raise InputError(f"{place}: holds scales that are no finite numbers; quantize the original again")
     if dtype == torch.float16 and largest > torch.finfo(dtype).max:
         raise InputError(f"{place}: values exceed float16; use --dtype=bfloat16 or float32")

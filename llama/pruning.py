@@ -21,6 +21,7 @@ that it cannot describe a model with fewer of the same size, and attention has a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,10 +106,11 @@ def smallest(weight: Tensor, n: int) -> Tensor:
 def zero_smallest(model: Transformer, share: float) -> Transformer:
     """Set this share of each matrix, its smallest weights, to zero for good, and return the model.
 
-    Zeros that are there already count. Each matrix for itself: how large the weights of one are compared with those of
-    another says little, because RMSNorm before it, or its partner in the same product, undoes any factor.
+    Zeros that are there already count, and stay, also where they are more than that. Each matrix for itself: how large
+    the weights of one are compared with those of another says little, because RMSNorm before it, or its partner in the
+    same product, undoes any factor.
     """
-    return _mask(model, lambda weight: ~smallest(weight, round(share * weight.numel())))
+    return _mask(model, lambda weight: ~smallest(weight, round(share * weight.numel())) & (weight != 0))
 
 
 def keep_zeros(model: Transformer) -> Transformer:
@@ -141,8 +143,8 @@ def remove_masks(model: nn.Module) -> nn.Module:
 
 
 def kept_units(ffn_dim: int, share: float) -> int:
-    """How many of the hidden units stay: the multiple of UNITS next to (1 - share) * ffn_dim."""
-    return round(ffn_dim * (1 - share) / UNITS) * UNITS
+    """How many of the hidden units stay: the multiple of UNITS next to (1 - share) * ffn_dim, the larger of two."""
+    return math.floor(ffn_dim * (1 - share) / UNITS + 0.5) * UNITS
 
 
 @torch.no_grad()
@@ -179,28 +181,52 @@ def keep_units(model: Transformer, n_units: int) -> Transformer:
 # Either
 
 
-def check(args: ModelArgs, method: str, share: float) -> None:
-    """Raise InputError where this share of such a model cannot be cut; method: magnitude or dimensions."""
+def check(args: ModelArgs, method: str, share: float, rounds: int = 1) -> None:
+    """Raise InputError where this share of such a model cannot be cut so; method: magnitude or dimensions."""
     if method not in METHODS:
         raise InputError(f"--method={method}: expected one of {', '.join(METHODS)}")
     if not 0 < share < 1:
         raise InputError(f"--share={share:g}: expected a number between 0 and 1, such as 0.5")
+    if method == "magnitude":
+        least = args.dim * min(args.n_kv_heads * args.head_dim, args.ffn_dim)  # weights of the smallest matrix
+        if not 0 < round(share * least) < least:
+            left = "none" if share > 0.5 else "all"
+            raise InputError(f"--share={share:g}: {left} of the {least:,} weights of a matrix would be left")
+        return
     kept = kept_units(args.ffn_dim, share)
-    if method == "dimensions" and not 0 < kept < args.ffn_dim:
+    if not 0 < kept < args.ffn_dim:
         left = f"{'none' if kept == 0 else 'all'} of {args.ffn_dim} hidden units would be left"
         raise InputError(f"--share={share:g}: {left}; they go in groups of {UNITS}")
+    most = math.floor(share * args.ffn_dim / UNITS + 1e-9)
+    if rounds > most:
+        raise InputError(
+            f"--rounds={rounds}: hidden units go in groups of {UNITS}; this share is at most {most} of them"
+        )
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise InputError for a quantized model: its codes are not the sizes of weights."""
+    """Raise InputError for a quantized model, whose codes are not the sizes of weights, and for what is no number."""
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
             raise InputError(f"{name} is quantized ({value.dtype}); prune the original, then quantize the result")
+        if not value.isfinite().all():
+            raise InputError(f"{name}: holds values that are not finite; the checkpoint is damaged")
 
 
 def cut(model: Transformer, method: str, share: float, ffn_dim: int) -> Transformer:
-    """`model`, which may have been cut before, with this share of the whole gone; the whole had `ffn_dim` units."""
-    return zero_smallest(model, share) if method == "magnitude" else keep_units(model, kept_units(ffn_dim, share))
+    """`model`, which may have been cut before, with this share of the whole gone; the whole had `ffn_dim` units.
+
+    Zeros that its matrices have are held from then on, by either method.
+    """
+    if method == "magnitude":
+        return zero_smallest(model, share)
+    smaller = keep_units(model, kept_units(ffn_dim, share))
+    return keep_zeros(smaller) if count_zeros(smaller)[0] else smaller
+
+
+def gone(method: str, share: float, ffn_dim: int) -> float:
+    """What `cut` takes when asked for this share: hidden units go in whole groups."""
+    return share if method == "magnitude" else 1 - kept_units(ffn_dim, share) / ffn_dim
 
 
 @dataclass(frozen=True)
@@ -227,11 +253,11 @@ def gradually(
     """
     whole = model.args.ffn_dim
     for number in range(1, rounds + 1):
-        gone = share if number == rounds else share * number / rounds
-        model = cut(model, method, gone, whole)
+        part = share if number == rounds else share * number / rounds
+        model = cut(model, method, part, whole)
         before = validate(model)
         fine_tune(model, number)
-        yield Cut(gone, model, before, validate(model))
+        yield Cut(gone(method, part, whole), model, before, validate(model))
 
 
 def fine_tune(

@@ -106,7 +106,7 @@ class _Int8(FrozenLinear):
         self.register_buffer("scales", scales)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """(x codes^T) * scales: every code is exact in the dtype of x, so only the sum is rounded."""
+        """(x codes^T) * scales: every code is exact in the dtype of x, so only the sum is rounded; in fp16 x w^T."""
         ops = gpu.ops(x.device)
         if ops is not None and ops.multiplies(x):
             return ops.int8_linear(x, self.weight, self.scales)
@@ -114,14 +114,13 @@ class _Int8(FrozenLinear):
             # PyTorch's own kernel, with the scales left to fp32: it would round them to 8 bits.
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
             return y.mul_(self.scales)
-        # Codes reach 127, and a sum of products with them the end of fp16's range; those of codes / 128 do not.
-        unit = 1 / 128 if x.dtype == torch.float16 else 1.0
+        if x.dtype == torch.float16:  # whose range ends at 65504: a sum of products with codes is beyond where y is not
+            return _product_of_slabs(self, x)
         y = x.new_empty(len(x), self.out_features)
         slab = _new_slab(x, self.in_features)
         for rows in _slabs(self.out_features, slab):
-            part = slab[: rows.stop - rows.start]
-            torch.mm(x, torch.mul(self.weight[rows], unit, out=part).t(), out=y[:, rows])
-        return y.mul_(self.scales / unit)
+            torch.mm(x, slab[: rows.stop - rows.start].copy_(self.weight[rows]).t(), out=y[:, rows])
+        return y.mul_(self.scales)
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """dy w, summed over slabs in fp32 or wider."""
@@ -170,11 +169,7 @@ class Int4Linear(FrozenLinear):
         ops = gpu.ops(x.device)
         if ops is not None and ops.multiplies(x):
             return ops.int4_linear(x, self.weight, self.scales, self.group_size)
-        y = x.new_empty(len(x), self.out_features)
-        slab = _new_slab(x, self.in_features)
-        for rows in _slabs(self.out_features, slab):
-            torch.mm(x, self.widen(rows, slab[: rows.stop - rows.start]).t(), out=y[:, rows])
-        return y
+        return _product_of_slabs(self, x)
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """dy w, summed over slabs in fp32 or wider."""
@@ -199,6 +194,14 @@ def _new_slab(x: Tensor, n_columns: int) -> Tensor:
 def _slabs(n_rows: int, slab: Tensor) -> Iterator[slice]:
     for start in range(0, n_rows, len(slab)):
         yield slice(start, min(start + len(slab), n_rows))
+
+
+def _product_of_slabs(layer: _Int8 | Int4Linear, x: Tensor) -> Tensor:
+    y = x.new_empty(len(x), layer.out_features)
+    slab = _new_slab(x, layer.in_features)
+    for rows in _slabs(layer.out_features, slab):
+        torch.mm(x, layer.widen(rows, slab[: rows.stop - rows.start]).t(), out=y[:, rows])
+    return y
 
 
 def _sum_of_slabs(layer: _Int8 | Int4Linear, dy: Tensor) -> Tensor:

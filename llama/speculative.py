@@ -150,6 +150,8 @@ class PromptLookup:
     """
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 2) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise InputError(f"min_ngram {min_ngram} and max_ngram {max_ngram}: expected 1 <= min_ngram <= max_ngram")
         self.sizes = range(max_ngram, min_ngram - 1, -1)
 
     def check(self, target: Transformer) -> None:
@@ -194,7 +196,7 @@ class Counts:
 
     rounds: int = 0
     proposed: int = 0
-    accepted: int = 0
+    accepted: int = 0  # and used: none behind a stop token
     rejected: int = 0  # those that ended a run; the ones behind them were not looked at
     cost: float = 0.0  # of the rounds, in steps of plain decoding, by the formula
 
@@ -306,7 +308,7 @@ class Speculation:
         while True:
             new = verify(logits, proposal, sampling)
             if not is_first:
-                self._count([len(row) - 1 for row in new], proposal, room, length)
+                self._count(new, stops, proposal, room, length)
             values = _logprobs(logits, new) if logprobs else [[] for _ in new]
             kept = _keep(texts, room, new, stops)
             yield kept, [v[: len(row)] for v, row in zip(values, kept, strict=True)], logits
@@ -320,14 +322,18 @@ class Speculation:
             places = [[*range(len(text) - 1, len(text) - 1 + tokens.shape[1])] for text in texts]
             logits = step(tokens, torch.tensor(places, device=logits.device))
 
-    def _count(self, accepted: list[int], proposal: Proposal, room: list[int], length: DraftLength) -> None:
+    def _count(
+        self, new: list[list[int]], stops: Sequence[int], proposal: Proposal, room: list[int], length: DraftLength
+    ) -> None:
         """Add a round of the rows that have not ended."""
-        results = [(a, len(row)) for a, row, left in zip(accepted, proposal.tokens, room, strict=True) if left]
-        kept, stopped = sum(a for a, _ in results), sum(a < n for a, n in results)
-        length.observe(kept, stopped)
+        rows = [(row[:-1], len(drafted)) for row, drafted, left in zip(new, proposal.tokens, room, strict=True) if left]
+        results = [(len(accepted), n) for accepted, n in rows]
+        stopped = sum(a < n for a, n in results)
+        length.observe(sum(a for a, _ in results), stopped)
         self.counts.rounds += len(results)
         self.counts.proposed += sum(n for _, n in results)
-        self.counts.accepted += kept
+        # A stop token takes the place of the one that a round has beside the accepted ones.
+        self.counts.accepted += sum(_first(accepted, stops) for accepted, _ in rows)
         self.counts.rejected += stopped
         self.counts.cost += sum(1 + n * length.cost for _, n in results)
 
@@ -408,11 +414,16 @@ def _keep(texts: list[list[int]], room: list[int], tokens: list[list[int]], stop
     kept = []
     for row, (text, drawn) in enumerate(zip(texts, tokens, strict=True)):
         new = drawn[: room[row]]
-        end = next((i for i, token in enumerate(new) if token in stops), None)
-        room[row] = room[row] - len(new) if end is None else 0
+        end = _first(new, stops)
+        room[row] = room[row] - len(new) if end == len(new) else 0
         text += new[:end]
         kept.append(new[:end])
     return kept
+
+
+def _first(tokens: list[int], stops: Sequence[int]) -> int:
+    """Tokens before the first stop token."""
+    return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
 
 def _step_bytes(decoder: Decoder) -> float:

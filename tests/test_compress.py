@@ -388,6 +388,10 @@ DAMAGE = {
         lambda d: edit_tensors(d, lambda s: s[f"{WQ}.scales"].fill_(torch.inf)),
         r"wq\.scales: holds scales that are no finite numbers",
     ),
+    "a scale beyond fp32": (
+        lambda d: edit_tensors(d, lambda s: s[f"{WQ}.scales"].fill_(3e38)),
+        r"wq\.scales: holds scales that are no finite numbers",
+    ),
     "norm": (
         lambda d: edit_tensors(d, lambda s: s.update({"norm.weight": torch.ones(64, dtype=torch.int8)})),
         r"norm\.weight: holds torch\.int8",

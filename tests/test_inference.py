@@ -219,7 +219,9 @@ def test_a_draft_changes_no_text_and_its_figures_are_printed(monkeypatch, capsys
     body = call(monkeypatch, capsys, *flags)[1].split("\n[")[0]
     code, out, err = call(monkeypatch, capsys, *flags, f"--draft={draft}", "--draft_tokens=3")
     assert (code, err) == (0, "") and out.split("\n[")[0] == body
-    figures = re.search(r"\n\[draft: (\d+) of (\d+) .*, acceptance (0\.\d\d), ([1-4]\.\d\d) tokens a round\]\n", out)
+    figures = re.search(
+        r"\n\[draft: (\d+) of (\d+) .*, acceptance (0\.\d\d), ([1-4]\.\d\d) tokens a round, expected", out
+    )
     accepted, proposed, acceptance, tokens = map(float, figures.groups())
     assert accepted < proposed and acceptance > 0 and tokens > 1
 
@@ -230,12 +232,14 @@ def test_compare_with_a_draft_compares_with_plain_decoding(monkeypatch, capsys):
     n = len(inference.SAMPLE_PROMPTS)
     assert code == 0 and out.count("tokens    equal (") == out.count("times as fast with the draft\n") == n
     assert f"{n} of {n} prompts give equal tokens with the draft on and off" in out
-    assert re.search(r"\n\[draft: .* tokens a round\]", out)
+    assert re.search(r"\n\[draft: .* tokens a round, expected speed-up \d\.\d\d\]", out)
 
 
 def test_a_draft_that_does_not_pay_is_said_to():
-    assert "warning" not in inference.describe_draft(Counts(10, 20, 10, 5, 12.0))
-    assert "expected speed-up 0.92; leave it out" in inference.describe_draft(Counts(10, 20, 1, 10, 12.0))
+    assert inference.describe_draft(Counts(10, 20, 10, 5, 12.0)).endswith("expected speed-up 1.67]")
+    slow = inference.describe_draft(Counts(10, 20, 1, 10, 12.0))
+    assert "expected speed-up 0.92]\nwarning: the draft hardly pays here; leave it out" in slow
+    assert "warning" not in inference.describe_draft(Counts())
 
 
 def test_help_lists_every_flag(monkeypatch, capsys):

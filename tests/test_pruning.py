@@ -22,7 +22,7 @@ from data import text
 from llama import Llama, bench, checkpoint, cli, lora, pruning, snapshot
 from llama.config import PRESETS
 from llama.decoding import Decoder
-from llama.errors import InputError
+from llama.errors import InputError, NonFinite
 from llama.tokenizer import Tokenizer
 from llama.training import Batch, Settings, Trainer
 
@@ -389,16 +389,63 @@ def test_the_loss_bound_stops_before_it_is_passed(base, tmp_path, monkeypatch, c
     assert code == 2 and "the first round passes it" in err and not (tmp_path / "none").exists()
 
 
+def test_a_round_that_diverges_leaves_the_last_good_one(base, tmp_path, monkeypatch, capsys):
+    """With a bound, which a loss that is no number passes; without one the run fails, and nothing is written."""
+    losses = [1.0, 1.3, 1.1, NonFinite("the loss is not finite"), 1.2]  # before; cut and tuned; cut; as written
+
+    def loss(*_):
+        found = losses.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(text.Text, "loss", loss)
+    flags = (f"--ckpt_dir={base / 'base'}", f"--data={base / 'text.txt'}", "--iterative", "--rounds=2", "--steps=2")
+    flags += ("--share=0.5", "--batch_size=1", "--device=cpu", f"--out_dir={tmp_path / 'out'}")
+    code, out, err = call(monkeypatch, capsys, "prune", *flags, "--max_loss_increase=0.3")
+    assert code == 0 and "stopped    round 2: the loss is not finite" in out, err
+    assert "kept       share 0.166667 of --share=0.5" in out and checkpoint.load(tmp_path / "out").args.ffn_dim == 160
+    losses[:] = [1.0, 1.3, 1.1, NonFinite("the loss is not finite")]
+    code, _, err = call(monkeypatch, capsys, "prune", *flags[:-1], f"--out_dir={tmp_path / 'none'}")
+    assert code == 4 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("method", pruning.METHODS)
+def test_zeros_of_a_sparse_model_are_not_filled_in(method):
+    """More of them than the cut asks for, or a cut of another kind: training moves the others alone."""
+    model = pruning.remove_masks(pruning.zero_smallest(random_model(), 0.8))
+    before = pruning.count_zeros(model)[0]
+
+    def fine_tune(rest, number):
+        pruning.fine_tune(rest, window, range(3), Settings(optimizer="adamw", lr=1e-3))
+
+    (cut,) = pruning.gradually(model, method, 0.5, 1, fine_tune, lambda rest: 0.0)
+    zeros, n_all = pruning.count_zeros(cut.model)
+    assert zeros == before if method == "magnitude" else 0.6 < zeros / n_all < 0.9
+
+
+def test_weights_that_are_no_numbers_are_not_pruned(base, tmp_path, monkeypatch, capsys):
+    model = checkpoint.load(base / "base")
+    model.layers[1].attention.wq.weight.data[3, 4] = float("nan")
+    checkpoint.save(model, tmp_path / "broken", "meta", TINY / "tokenizer.model")
+    flags = (f"--ckpt_dir={tmp_path / 'broken'}", "--method=magnitude", f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    code, _, err = call(monkeypatch, capsys, "prune", *flags)
+    assert code == 2 and "layers.1.attention.wq.weight: holds values that are not finite" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_text_it_cuts_and_measures_nothing(base, tmp_path, monkeypatch, capsys):
     checkpoint.save(random_model(), tmp_path / "other", "meta", TINY / "tokenizer.model")
     (tmp_path / "other" / "tokenizer.model").write_bytes(
         b"".join((TINY / "tokenizer.model").read_bytes().splitlines(True)[:-1])  # another one
     )
     flags = (f"--ckpt_dir={tmp_path / 'other'}", "--method=dimensions", "--share=0.25", "--device=cpu")
+    iterative = (f"--out_dir={tmp_path / 'no'}", "--iterative", "--rounds=1")
     code, out, err = call(monkeypatch, capsys, "prune", *flags, f"--out_dir={tmp_path / 'out'}")
     assert code == 0 and "loss" not in out, err
-    assert checkpoint.load(tmp_path / "out").args.ffn_dim == 128  # 144 is no multiple of 32
-    code, _, err = call(monkeypatch, capsys, "prune", *flags, f"--out_dir={tmp_path / 'no'}", "--iterative")
+    assert checkpoint.load(tmp_path / "out").args.ffn_dim == 160  # 144 is no multiple of 32
+    assert "reached    share 0.166667 of --share=0.25" in out
+    code, _, err = call(monkeypatch, capsys, "prune", *flags, *iterative)
     assert code == 2 and err == "error: --data is missing; fine-tuning takes a text file, and so does --iterative\n"
 
 
@@ -409,13 +456,17 @@ BAD = {
     "nan": ("--share=nan", r"--share=nan"),
     "everything": ("--share=0.95", r"none of 192 hidden units would be left"),
     "nothing": ("--share=0.05", r"all of 192 hidden units would be left"),
+    "every weight": ("--method=magnitude --share=0.99999", r"none of the 2,048 weights of a matrix would be left"),
+    "no weight": ("--method=magnitude --share=0.00001", r"all of the 2,048 weights of a matrix would be left"),
+    "a round for nothing": ("--iterative --rounds=4", r"--rounds=4: .* groups of 32; this share is at most 3 of them"),
+    "rounds of one": ("--rounds=3", r"--rounds=3: needs --iterative"),
     "method": ("--method=luck", r"--method=luck: expected one of magnitude, dimensions"),
     "no directory": ("--ckpt_dir=nowhere", r"nowhere does not exist"),
     "no data": ("--data=nowhere.txt", r"--data=nowhere.txt is not a file"),
     "steps": ("--iterative --steps=3", r"--steps=3: expected at least 8"),
     "bound": ("--max_loss_increase=0.1", r"with --iterative"),
     "lr": ("--lr=-1", r"lr: -1"),
-    "rounds": ("--rounds=0", r"--rounds=0"),
+    "rounds": ("--iterative --rounds=0", r"--rounds=0"),
     "flag": ("--shares=0.5", r"did you mean --share\?"),
 }
 
@@ -533,6 +584,33 @@ def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
             [line] = [line for line in quality.splitlines() if line.startswith(f"| {cell['share']:g} | {steps} |")]
             assert f" {m['loss_nats']:.3f} " in line
     assert " - " not in quality and (work / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_are_of_one_device_and_its_newest_runs(measured, tmp_path):
+    """A second run with other steps takes the place of the first; rows of another device do not mix with these."""
+    _, rows = measured
+    again = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "one-shot"]))
+    for row in again:
+        row["cell"]["steps"] *= 2
+        row["metrics"]["loss_nats"]["median"] = 0.001
+    gpu = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "speed"]))
+    for row in gpu:
+        row["device"]["name"] = "another"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu, *again]))
+    newest = benchmark_pruning.newest(path)
+    assert len(newest) == len(rows) and {row["device"]["name"] for row in newest} == {rows[0]["device"]["name"]}
+    assert benchmark_pruning.quality_table(newest).count(" 0.001 ") == len(again)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu]))
+    assert benchmark_pruning.newest(path) == gpu
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"experiment": "ladder", "cell": {}}', '{"experiment": "pruning"}'])
+def test_a_damaged_results_file_is_refused_before_anything_is_measured(measured, tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(measured[1][0]) + f"\n{line}\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: is no row of this benchmark"):
+        benchmark_pruning.main(parts="dense", results=str(path), figure=str(tmp_path / "f.png"), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,19 @@ def test_other_dtypes_round_like_a_linear_of_theirs(config, dtype):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_fp16_overflows_only_where_the_result_does(config, rows):
+    """4,096 weights of 0.01 by activations of 100 are 4,096; by their codes, all the largest, far beyond the range."""
+    w = torch.full((3, 4096), 0.01)
+    layer = Int8Linear(*quantize_rows(w))
+    if config.bits == 4:
+        codes, scales = quantize_groups(w, config.group_size)
+        layer = Int4Linear(pack(codes), scales, config.group_size)
+    y = layer(torch.full((rows, 4096), 100.0, dtype=torch.float16))
+    assert y.dtype is torch.float16 and ((y - 4096).abs() <= 16).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_a_model_keeps_its_keys_and_its_scales(config):
     """model.to(dtype) changes what it computes in, never codes or scales."""
     model = random_model()

@@ -173,6 +173,25 @@ def test_counts_are_right_for_known_drafts(llama, k, right):
     assert counts.pays == (right > 0)
 
 
+def test_tokens_behind_a_stop_token_do_not_count(llama):
+    """Rounds of 1 + 3 tokens after the first token: what a plain run would have taken a step for, and no more."""
+    answers = llama.generate([PROMPT], 25, 0, stop_tokens=[])[0]
+    places = [i for i in range(1, 17) if answers[0][i] not in answers[0][:i]]
+    assert {(i - 1) % 4 for i in places} == {0, 1, 2, 3}  # in every place of a round
+    for place in places:
+        speculation = Speculation(Scripted(answers, [PROMPT], right=3), 3)
+        kept = llama.generate([PROMPT], 25, 0, stop_tokens=[answers[0][place]], speculation=speculation)[0]
+        counts = speculation.counts
+        assert kept == [answers[0][:place]] and counts.rounds == (place + 3) // 4
+        assert counts.rounds + counts.accepted == place and counts.tokens_per_round == place / counts.rounds
+
+
+def test_a_lookup_that_could_find_nothing_is_refused():
+    for sizes in ((1, 2), (2, 0)):
+        with pytest.raises(InputError, match="expected 1 <= min_ngram <= max_ngram"):
+            PromptLookup(*sizes)
+
+
 def test_itself_is_always_accepted_also_after_pauses(llama, monkeypatch):
     """Every k in turn, 0 for rounds in which the draft falls behind; sampled too, where p = q accepts everything."""
     pattern = [3, 0, 0, 5, 0, 1, 8, 0, 0, 0, 0, 2, 2]
