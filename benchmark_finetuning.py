@@ -157,7 +157,7 @@ def main(
     print(report(rows))
     image = Path(figure) if figure is not None else FIGURES / f"finetuning-{label}-{resolved.type}.png"
     plot(rows, image)
-    print(f"rows appended to {path.name}; plot in {image.name}")
+    print(f"rows appended to {path}; plot in {image}")
 
 
 def check_flags(

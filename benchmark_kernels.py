@@ -140,7 +140,7 @@ def main(
                 name = str(dtype).removeprefix("torch.")
                 rows.append(bench.append_row(path, "kernels", cell, metrics, place, name, seed))
     print(table(rows))
-    print(f"rows appended to {path.name}")
+    print(f"rows appended to {path}")
 
 
 def library_of(part: str, device: torch.device) -> Any:

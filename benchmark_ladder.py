@@ -153,7 +153,7 @@ def main(
     print(report(rows))
     image = Path(figure) if figure is not None else FIGURES / f"ladder-{model}-{target.type}.png"
     plot(rows, image)
-    print(f"rows appended to {path.name}; plot in {image.name}")
+    print(f"rows appended to {path}; plot in {image}")
 
 
 def check_flags(model: str, input_len: int, output_len: int, repeats: int, max_tokens: int | None) -> None:

@@ -313,6 +313,8 @@ def resolve(given: dict[str, Any]) -> Options:
 
 def saved_options(root: Path, given: dict[str, Any]) -> Options:
     """The settings of the run in `root`. Raises InputError naming each flag that would change the training."""
+    if not (root / "settings.json").is_file():
+        raise InputError(f"--out_dir={root} holds no run to resume; leave out --resume to start one")
     saved = files.read_json(root / "settings.json").get("options")
     if not isinstance(saved, dict):
         raise InputError(f"{root / 'settings.json'}:options: is missing; the run cannot be resumed")
@@ -428,8 +430,8 @@ def train(options: Options, root: Path, resume: bool) -> None:
     """A whole run: from the start or from its newest snapshot to the exported model."""
     if options.results is not None:
         bench.require_writable(Path(options.results))
+    run = Run(options, root)  # before anything is written: what cannot be trained leaves no directory
     with snapshot.lock(root), StopSignal().caught() as stop:
-        run = Run(options, root)
         run.restore() if resume else run.begin()
         run.loop(stop)
         run.finish()
@@ -474,6 +476,7 @@ class Run:
         self.log = Log(root / "loss.jsonl")
         self.step_seconds: list[float] = []
         self.tokens = 0
+        self.peak_bytes = 0  # of the steps alone, over what the process took before it loaded the model
         print(self.describe())
 
     def _prepare_data(self) -> None:
@@ -616,17 +619,18 @@ class Run:
     def loop(self, stop: StopSignal) -> None:
         """All windows that are left. Raises Stopped, after saving, where a signal came."""
         trainer, options = self.trainer, self.options
-        bench.reset_peak_memory(self.device)
         with tqdm(total=self.total, initial=trainer.progress.windows, unit="step", desc="training") as bar:
             while trainer.progress.windows < self.total:
                 number = trainer.progress.windows
                 sizes = (options.batch_size, options.accumulation, options.seed)
                 window = alpaca.window(self.rows, number, *sizes, self.tokenizer.pad_id)
+                bench.reset_peak_memory(self.device)
                 began = time.perf_counter()
                 report = trainer.step(window, stop)
                 if report is None:
                     break
                 self.step_seconds.append(time.perf_counter() - began)
+                self.peak_bytes = max(self.peak_bytes, bench.peak_memory_bytes(self.device) - self.baseline)
                 self.tokens += report.tokens
                 self.log.append(self._row(report, [name for batch in window for name in batch.names]))
                 self._check_movement(report)
@@ -657,12 +661,8 @@ class Run:
             "samples": names,
         }
 
-    def peak_mb(self) -> float:
-        """The most memory so far, over what the process took before it loaded the model."""
-        return (bench.peak_memory_bytes(self.device) - self.baseline) / bench.MB
-
     def _status(self, report: Report) -> str:
-        peak = self.peak_mb()
+        peak = self.peak_bytes / bench.MB
         skipped = f", {self.trainer.progress.skipped} skipped" if self.trainer.progress.skipped else ""
         rate = self.tokens / sum(self.step_seconds)
         return f"loss {report.loss:.3f}, lr {report.lr:.2g}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB{skipped}"
@@ -696,15 +696,17 @@ class Run:
 
     def finish(self) -> None:
         """Compare before and after, say whether it learned, and write what the run was for."""
-        peak = self.peak_mb()
         after, answers = self.evaluate(), self.answers(self.asked)
         self.show_answers(answers)
         lines = verdict(self.options, self.model.args.vocab_size, self.before, after, self.movement.share())
         if self.trainer.progress.skipped:
             lines.append(f"{self.trainer.progress.skipped} of {self.total} steps overflowed in fp16 and were skipped.")
-        lines.append(f"Peak memory {peak:,.0f} MB; {self.expected.peak / bench.MB:,.0f} MB were expected of a step.")
+        if self.step_seconds:  # there is nothing to measure in a run that was resumed after its last step
+            peak, expected = self.peak_bytes / bench.MB, self.expected.peak / bench.MB
+            lines.append(f"Peak memory of a step {peak:,.0f} MB; {expected:,.0f} MB were expected.")
         lines += self.export()
-        self.write_summary(after, answers, peak)
+        if self.step_seconds or not (self.root / "summary.json").exists():
+            self.write_summary(after, answers)
         print("\n".join(lines))
 
     def show_answers(self, answers: list[dict[str, Any]]) -> None:
@@ -713,7 +715,8 @@ class Run:
             print(f"\n> {instruction}\n\n{cli.side_by_side('before', 'after')}\n{'-' * (2 * cli.COLUMN + 3)}")
             print(cli.side_by_side(before["text"], after["text"]))
         ended = [sum(answer["ended"] for answer in found) for found in (self.answers_before, answers)]
-        print(f"\n{ended[0]} of {len(answers)} answers ended by themselves before, {ended[1]} after.")
+        kinds = f"{len(INSTRUCTIONS)} to the questions above, {len(answers) - len(INSTRUCTIONS)} held out"
+        print(f"\n{ended[0]} of {len(answers)} answers ({kinds}) ended by themselves before, {ended[1]} after.")
         if self.references:
             right = [self.count_right(found) for found in (self.answers_before, answers)]
             print(f"{right[0]} of {len(self.references)} held-out answers were the reference before, {right[1]} after.")
@@ -755,7 +758,7 @@ class Run:
     def _save_merged(self, path: Path, hf: bool) -> None:
         checkpoint.save(self.model, path, "hf" if hf else "meta", tokenizer_file(self.options))
 
-    def write_summary(self, after: Evaluation, answers: list[dict[str, Any]], peak_mb: float) -> None:
+    def write_summary(self, after: Evaluation, answers: list[dict[str, Any]]) -> None:
         """summary.json and loss.png."""
         summary = {
             "steps": self.trainer.progress.steps,
@@ -763,7 +766,7 @@ class Run:
             "label_tokens": self.trainer.progress.label_tokens,
             "moved_share": self.movement.share(),
             "tokens_per_s": self.tokens / sum(self.step_seconds) if self.step_seconds else None,
-            "peak_memory_mb": peak_mb,
+            "peak_memory_mb": self.peak_bytes / bench.MB if self.step_seconds else None,
             "expected_peak_memory_mb": self.expected.peak / bench.MB,
             "answers": [
                 {"instruction": instruction, "before": before["text"], "after": now["text"]}

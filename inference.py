@@ -301,9 +301,11 @@ def describe_draft(counts: Counts) -> str:
     """What came of the draft, and a warning where it was not worth it."""
     if counts.rounds == 0:
         return "[draft: not asked, for every text ended with its first token]"
+    seen = counts.accepted + counts.rejected
     line = (
-        f"[draft: {counts.accepted} of {counts.proposed} proposed tokens accepted, acceptance {counts.acceptance:.2f}, "
-        f"{counts.tokens_per_round:.2f} tokens a round, expected speed-up {counts.expected_speedup:.2f}]"
+        f"[draft: {counts.proposed} tokens proposed, {counts.accepted} accepted of {seen} up to the first wrong one "
+        f"(acceptance {counts.acceptance:.2f}), {counts.tokens_per_round:.2f} tokens a round, "
+        f"expected speed-up {counts.expected_speedup:.2f}]"
     )
     return line if counts.pays else f"{line}\nwarning: the draft hardly pays here; leave it out"
 

@@ -73,7 +73,7 @@ def main(
         row = append_row(path, llama, cell, found, seed)
         spent = row["metrics"]["runtime_s"]["median"]
         print(f"KV cache {'on ' if use_cache else 'off'} {len(found[0][0])} tokens in {spent:.2f} s")
-    print(f"rows appended to {path.name}; make page puts them into reports/index.html")
+    print(f"rows appended to {path}; make page puts them into reports/index.html")
 
 
 def random_model(

@@ -50,7 +50,7 @@ def main(*, results: str | None = None, page: str | None = None) -> None:
     rows = read_folder(Path(results) if results is not None else RESULTS)
     path = Path(page) if page is not None else PAGE
     write(path, render(rows))
-    print(f"{sum(map(len, rows.values()))} rows of {len(rows)} experiments in {path.name}")
+    print(f"{sum(map(len, rows.values()))} rows of {len(rows)} experiments in {path}")
 
 
 def write(path: Path, text: str) -> None:

@@ -142,7 +142,7 @@ def fingerprint(ckpt_dir: str | Path) -> str:
 def _open_source(ckpt_dir: str | Path) -> Source:
     directory = Path(ckpt_dir)
     if not directory.is_dir():
-        raise InputError(f"checkpoint directory {directory} does not exist; pass --ckpt_dir")
+        raise InputError(f"checkpoint directory {directory} does not exist; check its name")
     has_meta, has_hf = (directory / "params.json").exists(), (directory / "config.json").exists()
     if has_meta == has_hf:
         found = (

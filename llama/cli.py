@@ -11,6 +11,7 @@ finite, 1 a bug, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -65,7 +66,7 @@ def call_command(commands: dict[str, Callable[..., None]], argv: list[str]) -> N
     if argv and argv[0] in commands:
         call(commands[argv[0]], argv[1:], f"{script} {argv[0]}")
     elif argv and argv[0] in ("-h", "--help"):
-        fire.Fire(commands, command=["--help"], name=script)
+        _show_help(commands, script)
     else:
         raise InputError(f"expected a command: {', '.join(f'{script} {name}' for name in commands)}; see --help")
 
@@ -77,10 +78,17 @@ def call(main: Callable[..., None], argv: list[str], script: str | None = None) 
     script = script or os.path.basename(sys.argv[0])
     if any(arg in ("-h", "--help") for arg in argv):
         main.__annotations__ = kinds  # plain types read better than 'str | None'
-        fire.Fire(main, command=["--help"], name=script)
+        _show_help(main, script)
         return
     parsers = {name: functools.partial(_convert, name, kind) for name, kind in kinds.items()}
     fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=_normalise(argv, kinds), name=script)
+
+
+def _show_help(component: Any, script: str) -> None:
+    """What fire writes for --help, but on stdout, where it can be searched, and without the line that says so."""
+    with contextlib.redirect_stderr(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        fire.Fire(component, command=["--help"], name=script)
+    print(text.getvalue().partition("\n\n")[2] if text.getvalue().startswith("INFO:") else text.getvalue(), end="")
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -126,7 +126,7 @@ class StreamDecoder:
 def find_tokenizer(ckpt_dir: str | Path) -> Path:
     """The tokenizer.model of a checkpoint directory. Raises InputError where there is none."""
     if not Path(ckpt_dir).is_dir():
-        raise InputError(f"checkpoint directory {ckpt_dir} does not exist; pass --ckpt_dir")
+        raise InputError(f"checkpoint directory {ckpt_dir} does not exist; check its name")
     for path in (Path(ckpt_dir) / place for place in TOKENIZER_PLACES):
         if path.is_file():
             return path

@@ -333,7 +333,7 @@ def test_a_quantized_model_drafts_for_its_original(tiny, embedded, name):
 def test_inference_takes_it_as_a_draft(embedded, monkeypatch, capsys):
     flags = [f"--draft={embedded['int8']}", "--compare", "--prompt=The little fox", "--max_gen_len=8", "--device=cpu"]
     code, out, err = call(monkeypatch, capsys, inference, *flags)
-    assert code == 0 and "1 of 1 prompts give equal tokens" in out and "tokens accepted" in out, err
+    assert code == 0 and "1 of 1 prompts give equal tokens" in out and "tokens proposed" in out, err
 
 
 # Damage

@@ -219,11 +219,11 @@ def test_a_draft_changes_no_text_and_its_figures_are_printed(monkeypatch, capsys
     body = call(monkeypatch, capsys, *flags)[1].split("\n[")[0]
     code, out, err = call(monkeypatch, capsys, *flags, f"--draft={draft}", "--draft_tokens=3")
     assert (code, err) == (0, "") and out.split("\n[")[0] == body
-    figures = re.search(
-        r"\n\[draft: (\d+) of (\d+) .*, acceptance (0\.\d\d), ([1-4]\.\d\d) tokens a round, expected", out
+    wanted = (
+        r"\n\[draft: (\d+) tokens proposed, (\d+) accepted of (\d+) up to .* \(acceptance (0\.\d\d)\), ([1-4]\.\d\d) "
     )
-    accepted, proposed, acceptance, tokens = map(float, figures.groups())
-    assert accepted < proposed and acceptance > 0 and tokens > 1
+    proposed, accepted, seen, acceptance, tokens = map(float, re.search(wanted, out).groups())
+    assert accepted < seen <= proposed and acceptance == pytest.approx(accepted / seen, abs=0.006) and tokens > 1
 
 
 def test_compare_with_a_draft_compares_with_plain_decoding(monkeypatch, capsys):
