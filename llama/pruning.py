@@ -40,6 +40,7 @@ from llama.training import Batch, Settings, Trainer
 
 METHODS = ("magnitude", "dimensions")
 UNITS = 32  # kept hidden units are a multiple of this: the tiles of the kernels
+SPARSE = 0.01  # a share of zeros that only pruning gives; every large model in 16 bits has some
 
 
 class _OnlyKept(Function):
@@ -214,14 +215,8 @@ def require_plain(model: nn.Module) -> None:
 
 
 def cut(model: Transformer, method: str, share: float, ffn_dim: int) -> Transformer:
-    """`model`, which may have been cut before, with this share of the whole gone; the whole had `ffn_dim` units.
-
-    Zeros that its matrices have are held from then on, by either method.
-    """
-    if method == "magnitude":
-        return zero_smallest(model, share)
-    smaller = keep_units(model, kept_units(ffn_dim, share))
-    return keep_zeros(smaller) if count_zeros(smaller)[0] else smaller
+    """`model`, which may have been cut before, with this share of the whole gone; the whole had `ffn_dim` units."""
+    return zero_smallest(model, share) if method == "magnitude" else keep_units(model, kept_units(ffn_dim, share))
 
 
 def gone(method: str, share: float, ffn_dim: int) -> float:
@@ -249,12 +244,16 @@ def gradually(
 ) -> Iterator[Cut]:
     """Cut `share` of a model in equal parts, and after each part call fine_tune(model, round). `model` is used up.
 
-    One round is one-shot pruning. Each cut looks at the weights as the training before has left them.
+    One round is one-shot pruning. Each cut looks at the weights as the training before has left them. The zeros of a
+    model that was pruned by magnitude before are held.
     """
-    whole = model.args.ffn_dim
+    whole, (n_zeros, n_all) = model.args.ffn_dim, count_zeros(model)
+    is_sparse = n_zeros >= SPARSE * n_all
     for number in range(1, rounds + 1):
         part = share if number == rounds else share * number / rounds
         model = cut(model, method, part, whole)
+        if is_sparse and method == "dimensions":
+            model = keep_zeros(model)
         before = validate(model)
         fine_tune(model, number)
         yield Cut(gone(method, part, whole), model, before, validate(model))

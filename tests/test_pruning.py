@@ -424,6 +424,14 @@ def test_zeros_of_a_sparse_model_are_not_filled_in(method):
     assert zeros == before if method == "magnitude" else 0.6 < zeros / n_all < 0.9
 
 
+def test_a_few_zeros_do_not_make_a_model_sparse():
+    """A dense model of 16 bits has some; what is left of it has plain layers, and so the fast step."""
+    model = random_model()
+    model.layers[0].attention.wq.weight.data[3, :4] = 0
+    (cut,) = pruning.gradually(model, "dimensions", 0.5, 1, lambda rest, number: None, lambda rest: 0.0)
+    assert {type(module) for module in pruning.projections(cut.model).values()} == {torch.nn.Linear}
+
+
 def test_weights_that_are_no_numbers_are_not_pruned(base, tmp_path, monkeypatch, capsys):
     model = checkpoint.load(base / "base")
     model.layers[1].attention.wq.weight.data[3, 4] = float("nan")
