@@ -525,12 +525,12 @@ def gpu_products(weights: str, model: Transformer, rows: int, draw: Draw) -> Ope
         return [matrix(inputs[matrix.in_features]) for layer in layers for matrix in layer]
 
     kernel = None
-    if is_quantized and gpu.ops(device) is not None:
+    if is_quantized and gpu.ops(device) is not None and gpu.ops(device).multiplies(inputs[args.dim]):
         require_same(f"products of a block, {weights}", work(), without_ops(work)())
         kernel = recorded(work, device)
     moved = sum(tensor.nbytes for matrix in layers[0] for tensor in matrix.state_dict().values())
     about = {"count": args.n_layers, "plain_count": args.n_layers, "weights": weights, "rows": rows}
-    plain = without_ops(lambda: recorded(work, device))()
+    plain = recorded(without_ops(work), device)
     shape = f"x [{rows}, {args.dim}]"
     return Operation("gpu", "products of a block", shape, "test_products", plain, kernel, moved, **about)
 

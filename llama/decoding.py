@@ -51,15 +51,15 @@ class EagerStep:
 
 def record(work: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
     """`work` as a CUDA graph and the result that each replay computes anew. It runs some times before, not after."""
-    side = torch.cuda.Stream(device)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            work()
+    with torch.cuda.device(device):  # a graph is recorded on the current one
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                work()
+        with torch.cuda.graph(graph, stream=side):
+            result = work()
     torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
     return graph, result
 
 

@@ -341,9 +341,8 @@ def slow_reason(model: Transformer) -> str | None:
     if config is None or device.type == "cpu" or gpu.ops(device) is not None:
         return None
     return (
-        f"int{config.bits} weights save memory here and no time: without Triton, which needs compute capability "
-        f"{'.'.join(map(str, gpu.OLDEST))}, they are widened before each product; decoding is faster from the "
-        "checkpoint that they were made from"
+        f"int{config.bits} weights save memory here and no time: {gpu.why_not(device)}, so they are widened before "
+        "each product; decoding is faster from the checkpoint that they were made from"
     )
 
 

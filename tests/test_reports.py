@@ -420,3 +420,10 @@ def test_empty_results_build_with_not_measured(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, capsys, f"--results={tmp_path / 'rows'}", f"--out_dir={again}")[0] == 0
     for phase in report.PHASES:
         assert (again / f"{phase}.pdf").read_bytes() == (tmp_path / "out" / f"{phase}.pdf").read_bytes()
+
+
+def test_rows_were_measured_with_code_that_is_kept():
+    """Each committed row names a commit; one with changes beside it could not be measured again."""
+    for path in (ROOT / "reports" / "results").glob("*.jsonl"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert re.fullmatch(r"[0-9a-f]{12}", json.loads(line)["commit"]), f"{path.name}:{number}"

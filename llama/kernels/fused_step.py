@@ -24,8 +24,7 @@ def supports(model: Transformer) -> bool:
     if gpu.ops(model.norm.weight.device) is None or model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
     blocks = [each for block in model.layers for each in (block, *block.children())]
-    norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
-    return all(_is_plain(module) for module in (model, model.norm, *blocks, *norms))
+    return all(_is_plain(module) for module in (model, model.norm, *blocks))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -43,9 +42,16 @@ class FusedStep:
         self._freqs_cis = rope_table(self._slots[None], model.rope_freqs)[0, :, 0]  # of every slot, [S, P, 2]
 
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """Logits [B, T, V]. A position outside the slots is a device assert, as a token outside the vocabulary is."""
+        """Logits [B, T, V]. A position outside the slots is a device assert, as a token outside the vocabulary is.
+
+        Raises ValueError for another number of rows than the cache has, and under autograd.
+        """
         ops, model, cache = self._ops, self.model, self.cache
-        freqs_cis = self._freqs_cis[pos]
+        if torch.is_grad_enabled():
+            raise ValueError("a fused step is for inference: run under torch.no_grad()")
+        if len(tokens) != cache.k.shape[1]:
+            raise ValueError(f"the cache was made for {cache.k.shape[1]} sequences, not {len(tokens)}")
+        freqs_cis = self._freqs_cis.index_select(0, pos.flatten())  # which a negative one cannot pass, unlike [pos]
         mask = self._slots <= pos[:, None, :, None]  # [B, 1, T, S]
         x, delta = model.tok_embeddings(tokens), None
         for block, keys, values in zip(model.layers, cache.k, cache.v, strict=True):

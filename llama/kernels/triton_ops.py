@@ -6,8 +6,8 @@
     int8_linear        x w^T of a few rows with weights that stay int8: each code is read once and widened in registers
     int4_linear        the same with two codes a byte
 
-They compute in fp32 and round where PyTorch's operations do, so that a step of them differs from the eager one by what
-sums in another order differ. Each wrapper names the plain PyTorch that it equals.
+They compute in fp32 and round where PyTorch's operations do, but that int4 weights are not rounded for a single row of
+bfloat16. Each wrapper names the plain PyTorch that it equals. All tensors are contiguous, except the cache's.
 
 Import this module where Triton is; `gpu.ops` does, and says where that is. TRITON_INTERPRET=1 runs it on a CPU, slowly.
 """
@@ -20,9 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 FLAT_BLOCK = 1024  # values of an element-wise operation that one program takes
-# Rows and columns of the weight that one program multiplies at a time with one row of x: 8 KB that are on their way
-# at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
+# Rows and columns of the weight that one program multiplies at a time with one row of x: 8,192 codes that are on their
+# way at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
 ROW_TILES, MANY = {"few": (4, 2048), "many": (8, 1024)}, 8192
+SINGLE_ROWS = (
+    4  # of x, up to which reading the codes anew for each moves less than widening them once: 5 bytes a weight
+)
 # With more rows of x: what a tile of the matrix units holds, rows of the weight and columns at a time.
 MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
 
@@ -89,8 +92,12 @@ def _rotate_and_store(
 
 @triton.jit
 def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y [1, N]: products in fp32, each thread adding up its own columns before any thread asks another."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """A row of y: products in fp32, each thread adding up its own columns before any thread asks another.
+
+    Programs of the same rows of the weight follow each other, so that a second row of x finds these in a cache.
+    """
+    x += tl.program_id(0) * K
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     codes += rows.to(tl.int64)[:, None] * K
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -98,7 +105,7 @@ def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BL
         code = tl.load(codes + columns[None, :], (rows < N)[:, None] & (columns < K)[None, :], 0)
         sums += code.to(tl.float32) * tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
     scale = tl.load(scales + rows, rows < N, 0.0)
-    tl.store(y + rows, (tl.sum(sums, 1) * scale).to(y.dtype.element_ty), rows < N)
+    tl.store(y + tl.program_id(0) * N + rows, (tl.sum(sums, 1) * scale).to(y.dtype.element_ty), rows < N)
 
 
 @triton.jit
@@ -121,35 +128,29 @@ def _int8_tile(
 
 
 @triton.jit
-def _nibbles(packed, scales, start, K: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr):
-    """Weights [rows, BLOCKS, 16] twice, fp32; `packed` and `scales` are the addresses of some rows, [rows, 1, 1].
-
-    A block is 16 bytes: byte j has column j of 32 in its low nibble and column j + 16 in its high one.
-    """
-    block = (start + tl.arange(0, BLOCKS))[None, :, None]
-    byte = tl.load(packed + block * 16 + tl.arange(0, 16)[None, None, :], block < K // 32, 0).to(tl.int32)
-    scale = tl.load(scales + block // (GROUP // 32), block < K // 32, 0.0).to(tl.float32)
-    return ((byte & 15) - 8).to(tl.float32) * scale, ((byte >> 4) - 8).to(tl.float32) * scale
-
-
-@triton.jit
 def _int4_row(
     x, packed, scales, y, N, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """y [1, N], with sums as in _int8_row."""
-    BLOCKS: tl.constexpr = BLOCK_K // 32
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, N - 1).to(tl.int64)[:, None, None]
+    """A row of y, with sums as in _int8_row.
+
+    Of 16 bytes, which stand for 32 columns, byte j has column j in its low nibble and column j + 16 in its high one.
+    """
+    x += tl.program_id(0) * K
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     packed += row * (K // 2)
     scales += row * (K // GROUP)
-    sums = tl.zeros([BLOCK_N, BLOCKS, 16], tl.float32)
-    for start in range(0, K // 32, BLOCKS):
-        low, high = _nibbles(packed, scales, start, K, GROUP, BLOCKS)
-        block = (start + tl.arange(0, BLOCKS))[None, :, None]
-        place = x + block * 32 + tl.arange(0, 16)[None, None, :]
-        sums += low * tl.load(place, block < K // 32, 0.0).to(tl.float32)
-        sums += high * tl.load(place + 16, block < K // 32, 0.0).to(tl.float32)
-    tl.store(y + n, tl.sum(tl.sum(sums, 2), 1).to(y.dtype.element_ty), n < N)
+    sums = tl.zeros([BLOCK_N, BLOCK_K // 2], tl.float32)
+    for start in range(0, K // 2, BLOCK_K // 2):
+        place = start + tl.arange(0, BLOCK_K // 2)
+        inside, block = place < K // 2, place // 16
+        low = block * 32 + place % 16
+        byte = tl.load(packed + place[None, :], inside[None, :], 0).to(tl.int32)
+        scale = tl.load(scales + (block // (GROUP // 32))[None, :], inside[None, :], 0.0).to(tl.float32)
+        x_low = tl.load(x + low, inside, 0.0).to(tl.float32)[None, :]
+        x_high = tl.load(x + low + 16, inside, 0.0).to(tl.float32)[None, :]
+        sums += (((byte & 15) - 8).to(tl.float32) * x_low + ((byte >> 4) - 8).to(tl.float32) * x_high) * scale
+    tl.store(y + tl.program_id(0) * N + n, tl.sum(sums, 1).to(y.dtype.element_ty), n < N)
 
 
 @triton.jit
@@ -159,21 +160,24 @@ def _int4_tile(
 ):  # fmt: skip
     """y [M, N] on the matrix units, the weights rounded to the dtype of x as the plain product rounds them."""
     BLOCKS: tl.constexpr = BLOCK_K // 32
-    m = tl.arange(0, BLOCK_M)
+    m, j = tl.arange(0, BLOCK_M), tl.arange(0, 16)[None, None, :]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None, None]
     packed += row * (K // 2)
     scales += row * (K // GROUP)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K // 32, BLOCKS):
-        low, high = _nibbles(packed, scales, start, K, GROUP, BLOCKS)
         block = (start + tl.arange(0, BLOCKS))[None, :, None]
-        place = x + m[:, None, None] * K + block * 32 + tl.arange(0, 16)[None, None, :]
+        byte = tl.load(packed + block * 16 + j, block < K // 32, 0).to(tl.int32)
+        scale = tl.load(scales + block // (GROUP // 32), block < K // 32, 0.0).to(tl.float32)
         here = (m < M)[:, None, None] & (block < K // 32)
+        place = x + m[:, None, None] * K + block * 32 + j
         x_low = tl.reshape(tl.load(place, here, 0.0), [BLOCK_M, BLOCKS * 16])
         x_high = tl.reshape(tl.load(place + 16, here, 0.0), [BLOCK_M, BLOCKS * 16])
-        sums = tl.dot(x_low, tl.trans(tl.reshape(low.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])), sums)
-        sums = tl.dot(x_high, tl.trans(tl.reshape(high.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])), sums)
+        low = (((byte & 15) - 8).to(tl.float32) * scale).to(x_low.dtype)
+        high = (((byte >> 4) - 8).to(tl.float32) * scale).to(x_low.dtype)
+        sums = tl.dot(x_low, tl.trans(tl.reshape(low, [BLOCK_N, BLOCKS * 16])), sums)
+        sums = tl.dot(x_high, tl.trans(tl.reshape(high, [BLOCK_N, BLOCKS * 16])), sums)
     places = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y + places, sums.to(y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
 
@@ -213,19 +217,20 @@ def rotate_and_store(
     rotated = q.new_empty(B, H, T, D)
     places = (rotated, keys, values, *keys.stride()[:2])
     sizes = (T, H, K, D, triton.next_power_of_2(D // 2))
-    _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos, *places, *sizes, num_warps=1)
+    _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos.contiguous(), *places, *sizes, num_warps=1)
     return rotated
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether int8_linear and int4_linear take x [M, K]: one row, or some of 16 bits where tiles are compiled well.
-
-    Before sm_80 Triton has no matrix units to compile tl.dot for, nor with fp32, and registers spill by the kilobyte.
-    """
+    """Whether int8_linear and int4_linear take x [M, K]: up to SINGLE_ROWS of them, or MOST_ROWS where it has tiles."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    has_tiles = x.dtype != torch.float32 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
-    return len(x) == 1 or (1 < len(x) <= MOST_ROWS and has_tiles)
+    return 1 <= len(x) <= (MOST_ROWS if _has_tiles(x) else SINGLE_ROWS)
+
+
+def _has_tiles(x: Tensor) -> bool:
+    """Before sm_80 Triton compiles tl.dot to no matrix units, nor with fp32, and registers spill by the kilobyte."""
+    return x.dtype != torch.float32 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -244,9 +249,9 @@ def _product(
     (M, K), N = x.shape, len(weight)
     y = x.new_empty(M, N)
     x = x.contiguous()
-    if M == 1:
+    if M == 1 or not _has_tiles(x):
         sizes = ROW_TILES["many" if N >= MANY else "few"]
-        _launch(row, (triton.cdiv(N, sizes[0]),), x, weight, scales, y, N, K, *group, *sizes)
+        _launch(row, (M, triton.cdiv(N, sizes[0])), x, weight, scales, y, N, K, *group, *sizes)
     else:
         sizes = (MOST_ROWS, TILE_ROWS, TILE_COLUMNS)
         grid = (triton.cdiv(N, TILE_ROWS),)
