@@ -200,9 +200,7 @@ def check(args: ModelArgs, method: str, share: float, rounds: int = 1) -> None:
         raise InputError(f"--share={share:g}: {left}; they go in groups of {UNITS}")
     most = math.floor(share * args.ffn_dim / UNITS + 1e-9)
     if rounds > most:
-        raise InputError(
-            f"--rounds={rounds}: hidden units go in groups of {UNITS}; this share is at most {most} of them"
-        )
+        raise InputError(f"--rounds={rounds}: this share is {most} groups of {UNITS} hidden units; use --rounds={most}")
 
 
 def require_plain(model: nn.Module) -> None:

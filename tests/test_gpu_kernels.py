@@ -177,7 +177,7 @@ def changed(kind: str):
 
 
 STEPS = [(1, 1, "plain"), (3, 1, "plain"), (2, 4, "plain"), (1, 1, "int8"), (2, 2, "int8"), (1, 1, "int4-g128")]
-STEPS += [(2, 2, "int4-g32"), (2, 1, "pruned"), (2, 1, "lora")]
+STEPS += [pytest.param(2, 2, "int4-g32", marks=pytest.mark.slow), (2, 1, "pruned"), (2, 1, "lora")]
 
 
 @pytest.mark.parametrize(("batch_size", "n_tokens", "kind"), STEPS)
@@ -202,7 +202,7 @@ def test_fused_step_is_as_exact_as_the_eager_one(ops, device, batch_size, n_toke
             assert (fused - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_generation_takes_the_fused_step(ops, device, speculate, monkeypatch):
     """From prompts to tokens, of several at once too; equal to those of the eager step, which has no such kernels."""
     calls = []

@@ -386,6 +386,7 @@ def test_what_verify_draws_has_the_targets_distribution(draft, temperature, top_
     assert share == pytest.approx(likely, abs=0.01) and (draft != "equal" or share == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["another", "lookup"])
 def test_whole_generations_have_the_targets_distribution(draft):
     """20,000 generations over 16 words: the joint distribution of the two tokens after the first."""
