@@ -338,15 +338,16 @@ def prefill_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operatio
 # train: between the products of a lean step
 
 
-def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of train_ops as it is on a machine that has no kernels."""
+def without(module: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as it is where `module.name`, which finds the kernels, finds none."""
 
     def plain(*operands: Tensor | None) -> Any:
-        library, train_ops.library = train_ops.library, lambda: None
+        find = getattr(module, name)
+        setattr(module, name, lambda *_: None)
         try:
             return function(*operands)
         finally:
-            train_ops.library = library
+            setattr(module, name, find)
 
     return plain
 
@@ -356,7 +357,9 @@ def trained(
 ) -> Operation:
     """An operation of train_ops beside itself without its library."""
     kernel = function if train_ops.library() is not None else None
-    return compared("train", name, shape, equality, kernel, without_library(function), *operands, is_cold=is_cold)
+    return compared(
+        "train", name, shape, equality, kernel, without(train_ops, "library", function), *operands, is_cold=is_cold
+    )
 
 
 def train_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operation]:
@@ -430,19 +433,6 @@ def loss_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operation]:
 
 
 # gpu: what a decode step has between its products, and products with codes
-
-
-def without_ops(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A product with codes as it is on a device that has no Triton."""
-
-    def plain(*operands: Tensor) -> Any:
-        ops, gpu.ops = gpu.ops, lambda device: None
-        try:
-            return function(*operands)
-        finally:
-            gpu.ops = ops
-
-    return plain
 
 
 def recorded(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -526,11 +516,11 @@ def gpu_products(weights: str, model: Transformer, rows: int, draw: Draw) -> Ope
 
     kernel = None
     if is_quantized and gpu.ops(device) is not None and gpu.ops(device).multiplies(inputs[args.dim]):
-        require_same(f"products of a block, {weights}", work(), without_ops(work)())
+        require_same(f"products of a block, {weights}", work(), without(gpu, "ops", work)())
         kernel = recorded(work, device)
     moved = sum(tensor.nbytes for matrix in layers[0] for tensor in matrix.state_dict().values())
     about = {"count": args.n_layers, "plain_count": args.n_layers, "weights": weights, "rows": rows}
-    plain = recorded(without_ops(work), device)
+    plain = recorded(without(gpu, "ops", work), device)
     shape = f"x [{rows}, {args.dim}]"
     return Operation("gpu", "products of a block", shape, "test_products", plain, kernel, moved, **about)
 

@@ -1,4 +1,4 @@
-"""Compile every kernel of triton_ops as its launches ask for it, for three GPUs and without one; print JSON.
+"""Compile what the wrappers of triton_ops launch, for four kinds of GPU and without one; print JSON.
 
 Run by test_gpu_kernels.py, in a process of its own because the interpreter takes the place of the whole language.
 """
@@ -12,84 +12,86 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from llama.kernels import triton_ops
 
-CAPABILITIES = {70: "*fp16", 75: "*fp16", 80: "*bf16", 90: "*fp16"}  # Volta, Turing, Ampere, Hopper
-SIZES = ("N", "size", "row_stride", "head_stride")  # which 16 divides, as Triton finds out at a launch
-DIM, FFN = 2048, 8192
+# Volta, Turing, Ampere, Hopper
+CAPABILITIES = {70: torch.float16, 75: torch.float16, 80: torch.bfloat16, 90: torch.float16}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64"}
+DIM, FFN, K, D = 2048, 8192, 8, 64  # of Llama 3.2 1B
+Launch = tuple[triton.JITFunction, tuple[Any, ...], dict[str, int]]
 
 
-def launches(half: str) -> list[tuple[str, dict[str, str], dict[str, int | None], dict[str, int]]]:
-    """Kernel, types of its arguments, constants (a 1 and a None are such too) and settings, for Llama 3.2 1B."""
+def launches(half: torch.dtype) -> list[Launch]:
+    """Kernel, arguments and settings, with one token and with more."""
+    found: list[Launch] = []
+    triton_ops._launch = lambda kernel, grid, *arguments, **settings: found.append((kernel, arguments, settings))
 
-    def of(names: str, **others: str) -> dict[str, str]:
-        return dict.fromkeys(names.split(), half) | others
+    def new(*shape: int, dtype: torch.dtype = half) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    stored = of(
-        "q k v rotated keys values", freqs_cis="*fp32", pos="*i64", row_stride="i32", head_stride="i32", T="i32"
-    )
-    found = [
-        ("_add_rms_norm", of("x delta weight total normed", eps="fp32"), {"dim": DIM, "BLOCK": DIM}, {"num_warps": 8}),
-        (
-            "_add_rms_norm",
-            of("x weight total normed", eps="fp32"),
-            {"delta": None, "dim": DIM, "BLOCK": DIM},
-            {"num_warps": 8},
-        ),
-        ("_silu_mul", of("gate up y", size="i32"), {"BLOCK": triton_ops.FLAT_BLOCK}, {}),
-        ("_rotate_and_store", stored, {"H": 32, "K": 8, "D": 64, "BLOCK": 32}, {"num_warps": 1}),
-        ("_rotate_and_store", stored, {"T": 1, "H": 32, "K": 8, "D": 64, "BLOCK": 32}, {"num_warps": 1}),
-    ]
-    for name, weight, group in (
-        ("_int8", {"codes": "*i8", "scales": "*fp32"}, {}),
-        ("_int4", {"packed": "*u8", "scales": "*bf16"}, {"GROUP": 32}),
+    for delta in (None, new(2, DIM)):
+        triton_ops.add_rms_norm(new(2, DIM), delta, new(DIM), 1e-5)
+    triton_ops.silu_mul(new(2, FFN), new(2, FFN))
+    for T in (1, 2):
+        q, k, v = new(1, T, DIM), new(1, T, K * D), new(1, T, K * D)
+        freqs_cis, pos = new(1, T, D // 2, 2, dtype=torch.float32), new(1, T, dtype=torch.int64)
+        triton_ops.rotate_and_store(q, k, v, freqs_cis, pos, *new(2, 1, K, 512, D))
+    for M, N, dtype in (
+        (1, DIM, half),
+        (1, FFN, half),
+        (1, DIM, torch.float32),
+        (1, FFN, torch.float32),
+        (9, DIM, half),
     ):
-        types = of("x y", N="i32", M="i32", **weight)
-        for rows, columns in triton_ops.ROW_TILES.values():
-            for x in (half, "*fp32"):
-                tile = {"K": FFN, "BLOCK_N": rows, "BLOCK_K": columns}
-                found.append((f"{name}_row", {**types, "x": x, "y": x}, {**tile, **group}, {}))
-        tile = {"BLOCK_M": triton_ops.MOST_ROWS, "BLOCK_N": triton_ops.TILE_ROWS, "BLOCK_K": triton_ops.TILE_COLUMNS}
-        found.append((f"{name}_tile", types, {"K": DIM, **tile, **group}, {"num_warps": 2, "num_stages": 4}))
+        x = new(M, FFN, dtype=dtype)
+        triton_ops.int8_linear(x, new(N, FFN, dtype=torch.int8), new(N, dtype=torch.float32))
+        packed, scales = new(N, FFN // 2, dtype=torch.uint8), new(N, FFN // 32, dtype=torch.bfloat16)
+        triton_ops.int4_linear(x, packed, scales, 32)
     return found
 
 
-def build(
-    name: str, capability: int, types: dict[str, str], constants: dict[str, int | None], settings: dict[str, int]
-) -> dict[str, Any]:
-    """What the compiler and the assembler make of a kernel."""
-    kernel = getattr(triton_ops, name)
-    names = kernel.arg_names
-    signature = {one: "constexpr" if one in constants else types[one] for one in names}
-    aligned = [i for i, one in enumerate(names) if signature[one].startswith("*") or one in SIZES]
-    values = {(names.index(one),): value for one, value in constants.items()}
-    source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned})
+def build(capability: int, kernel: triton.JITFunction, arguments: tuple, settings: dict[str, int]) -> dict[str, Any]:
+    """What the compiler, told of the arguments what a launch tells it, and the assembler make of a kernel."""
+    signature, constants, aligned = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[i,] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            is_tensor = isinstance(value, Tensor)
+            signature[parameter.name] = TYPES[value.dtype] if is_tensor else "i32"
+            aligned |= {(i,): [["tt.divisibility", 16]]} if is_tensor or value % 16 == 0 else {}
+    source = ASTSource(kernel, signature, constants, aligned)
     asm = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings).asm
-    ptx, tile = asm["ptx"], rf"convert_layout.* tensor<{constants.get('BLOCK_N')}x\d+x"
+    rows = dict(zip(kernel.arg_names, arguments, strict=True)).get("BLOCK_N")
     arch = f"-arch=sm_{capability}{'a' if capability == 90 else ''}"
     command = [triton.knobs.nvidia.ptxas.path, arch, "-v", "-o", "/dev/null", "/dev/stdin"]
-    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    said = subprocess.run(command, input=asm["ptx"], capture_output=True, text=True, check=True).stderr
     return {
-        "kernel": name,
+        "kernel": kernel.__name__,
         "capability": capability,
         "spilled_bytes": int(said.split(" bytes spill stores")[0].split()[-1]),
         "registers": int(said.split("Used ")[1].split()[0]),
-        "reads": {kind: ptx.count(kind) for kind in ("ld.global.v4", "cp.async.cg")}
-        | {"bytes": len(re.findall(r"ld\.global\S*\.[bsu]8\b", ptx))},
-        "moved": len(re.findall(tile, asm["ttgir"])),
-        "products": ptx.count("mma.sync"),
+        "reads": {kind: asm["ptx"].count(kind) for kind in ("ld.global.v4", "cp.async.cg")}
+        | {"bytes": len(re.findall(r"ld\.global\S*\.[bsu]8\b", asm["ptx"]))},
+        "moved": len(re.findall(rf"convert_layout.* tensor<{rows}x\d+x", asm["ttgir"])),
+        "products": asm["ptx"].count("mma.sync"),
     }
 
 
 if __name__ == "__main__":
     found = []
     for capability, half in CAPABILITIES.items():
-        for name, *launch in launches(half):
-            if capability >= 80 or not name.endswith("_tile"):  # `multiplies` leaves older ones to plain products
-                found.append(build(name, capability, *launch))
+        for kernel, *launch in launches(half):
+            if capability >= 80 or not kernel.__name__.endswith("_tile"):  # older ones have none: `_has_tiles`
+                found.append(build(capability, kernel, *launch))
     print(json.dumps(found))

@@ -23,9 +23,8 @@ FLAT_BLOCK = 1024  # values of an element-wise operation that one program takes
 # Rows and columns of the weight that one program multiplies at a time with one row of x: 8,192 codes that are on their
 # way at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
 ROW_TILES, MANY = {"few": (4, 2048), "many": (8, 1024)}, 8192
-SINGLE_ROWS = (
-    4  # of x, up to which reading the codes anew for each moves less than widening them once: 5 bytes a weight
-)
+# Rows of x up to which reading the codes anew for each moves less than widening them once does: 5 bytes a weight.
+SINGLE_ROWS = 4
 # With more rows of x: what a tile of the matrix units holds, rows of the weight and columns at a time.
 MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
 
