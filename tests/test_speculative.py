@@ -90,14 +90,14 @@ def check_greedy(llama: Llama, n_prompts: int, name: str, seed: int) -> None:
     """Plain tokens for prompts one by one and four at a time, k from 1 to 8 and chosen, budgets that end in a round."""
     prompts = ragged_prompts(n_prompts, seed=seed)
     answers = llama.generate(prompts, 18, 0)[0]
-    start, sizes, lengths = 0, (4, 4, 4, 1), (*range(1, 9), None)
+    start, sizes, lengths = 0, (4, 1), (*range(1, 9), None)
     for number in range(n_prompts):
-        part = slice(start, start + sizes[number % 4])
+        part = slice(start, start + sizes[number % 2])
         if not prompts[part]:
             break
         max_gen_len = 18 - number % 5
         draft = drafts(llama, prompts[part], answers[part])[name]
-        speculation = Speculation(draft, lengths[number // 4 % len(lengths)])
+        speculation = Speculation(draft, lengths[number // 2 % len(lengths)])
         drawn = llama.generate(prompts[part], max_gen_len, 0, speculation=speculation)[0]
         assert drawn == [answer[:max_gen_len] for answer in answers[part]], (number, speculation.draft_tokens)
         assert speculation.counts.proposed > 0 or name == "lookup" or speculation.draft_tokens is None
@@ -110,7 +110,7 @@ NAMES = ["itself", "another", "always wrong", "lookup"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_equals_plain_for_any_draft(llama, name):
-    check_greedy(llama, 117, name, seed=0)
+    check_greedy(llama, 45, name, seed=0)
 
 
 @pytest.mark.slow
