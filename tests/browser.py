@@ -103,7 +103,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 10) -> None:
+    def wait_for(self, condition: str, seconds: float = 60) -> None:
         limit = time.monotonic() + seconds
         while not self.run(condition):
             assert time.monotonic() < limit, f"never became true: {condition}"

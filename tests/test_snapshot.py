@@ -199,7 +199,7 @@ def test_a_directory_under_its_name_is_always_whole(tmp_path):
     while reader.is_alive() and found.empty():
         step += 1
         snapshot.save(tmp_path, step, content(step), "run", keep=2)
-    n, problems = found.get(timeout=10)
+    n, problems = found.get(timeout=60)
     reader.join()
     assert problems == [] and n > 50 and step > 5
 
