@@ -79,26 +79,21 @@ def test_text_never_becomes_a_special_token(tokenizer, special):
         assert tokenizer.decode(ids) == text
 
 
-def encode_in_time(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids, within two seconds of this process; of three tries, for what else runs on the machine slows it too."""
-    for _ in range(3):
-        began = time.process_time()
-        ids = tokenizer.encode(text, bos=False, eos=False)
-        if time.process_time() - began < 2.0:
-            return ids
-    pytest.fail("three times it took more than two seconds")
-
-
 @pytest.mark.parametrize("text", [" ", "\n", "a", "^", "7", "\u200d", "\u0301", "日", "=", "\x00"])
 def test_a_million_of_one_character(tokenizer, text):
-    ids = encode_in_time(tokenizer, text * 1_000_000)
+    began = time.process_time()  # of this process: the tests' other worker is not the tokenizer's doing
+    ids = tokenizer.encode(text * 1_000_000, bos=False, eos=False)
+    assert time.process_time() - began < 2.0
     start = tokenizer.decode(ids[:60])
     assert start.rstrip("\ufffd") == text * len(start.rstrip("\ufffd"))
 
 
 @pytest.mark.parametrize("run", [1, 999, MAX_RUN - 1, MAX_RUN, MAX_RUN + 1])
 def test_many_long_runs_take_no_longer(tokenizer, run):
-    encode_in_time(tokenizer, ("a" * run + " ") * (1_000_000 // (run + 1)))
+    text = ("a" * run + " ") * (1_000_000 // (run + 1))
+    began = time.process_time()
+    tokenizer.encode(text, bos=False, eos=False)
+    assert time.process_time() - began < 2.0
 
 
 def test_cuts_change_ids_only_at_the_cut(llama3_tokenizer):
