@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import llama.training
 from data import alpaca
 from data.alpaca import Record, Sample
-from llama import Llama, ModelArgs, Transformer, lora
+from llama import Llama, Transformer, lora
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
 from llama.evaluation import confidence
@@ -182,9 +183,9 @@ RECORDS = [
 ]
 
 
-def both_models(tokenizer) -> tuple[Transformer, Transformer]:
-    args = ModelArgs(**{**vars(SMALL), "vocab_size": tokenizer.n_words})
-    return random_model(args).double(), random_model(args).double()
+def reader(tokenizer) -> Transformer:
+    """SMALL in fp64, with the tokenizer's vocabulary; the same weights each time."""
+    return random_model(dataclasses.replace(SMALL, vocab_size=tokenizer.n_words)).double()
 
 
 def train_ours(model: Transformer, tokenizer, n_steps: int) -> tuple[list[float], list[list[int]]]:
@@ -212,14 +213,14 @@ def train_plainly(model: Transformer, tokenizer, chosen: list[list[int]]) -> lis
 @pytest.fixture(scope="module")
 def right(tiny) -> list[float]:
     """Losses of the plain loop over an epoch."""
-    ours, plain = both_models(tiny.tokenizer)
-    return train_plainly(plain, tiny.tokenizer, train_ours(ours, tiny.tokenizer, 9)[1])
+    chosen = train_ours(reader(tiny.tokenizer), tiny.tokenizer, 9)[1]
+    return train_plainly(reader(tiny.tokenizer), tiny.tokenizer, chosen)
 
 
 @pytest.mark.slow
 def test_fifty_steps_equal_a_plain_loop(tiny):
     """Tail windows and an epoch border included (26 records, windows of 3)."""
-    ours, plain = both_models(tiny.tokenizer)
+    ours, plain = reader(tiny.tokenizer), reader(tiny.tokenizer)
     losses, chosen = train_ours(ours, tiny.tokenizer, 50)
     assert losses == pytest.approx(train_plainly(plain, tiny.tokenizer, chosen), rel=0, abs=1e-10)
     assert gap(*({name: w.detach() for name, w in model.named_parameters()} for model in (ours, plain))) <= 1e-10
@@ -251,12 +252,12 @@ def test_the_comparison_notices_every_known_bug(tiny, right, monkeypatch, name):
     scope = dict(vars(llama.training if owner is Trainer else alpaca))
     exec(indent + source.replace(old, new), scope)
     monkeypatch.setattr(owner, function, vars(scope["X"])[function] if indent else scope[function])
-    losses, _ = train_ours(both_models(tiny.tokenizer)[0], tiny.tokenizer, len(right))
+    losses, _ = train_ours(reader(tiny.tokenizer), tiny.tokenizer, len(right))
     assert max(abs(a - b) for a, b in zip(right, losses, strict=True)) > 1e-4
 
 
 def test_without_a_bug_the_comparison_notices_nothing(tiny, right):
-    losses, _ = train_ours(both_models(tiny.tokenizer)[0], tiny.tokenizer, len(right))
+    losses, _ = train_ours(reader(tiny.tokenizer), tiny.tokenizer, len(right))
     assert losses == pytest.approx(right, rel=0, abs=1e-10)
 
 
@@ -453,12 +454,19 @@ def test_bad_checkpointing_is_named(spec):
         checkpointed_layers(spec, 6)
 
 
-@pytest.mark.parametrize(("amp", "dropout"), [("none", 0.05), ("none", 0.5), ("bf16", 0.05), ("fp16", 0.5)])
+@pytest.mark.parametrize(
+    ("amp", "dropout"),
+    [
+        ("none", 0.5),
+        ("bf16", 0.05),
+        pytest.param("none", 0.05, marks=pytest.mark.slow),
+        pytest.param("fp16", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpointing_any_layers_is_bit_equal(amp, dropout):
     window = batches([samples(2), samples(1, seed=9)])
     seen = set()
-    choices = itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in range(5))
-    for layers in choices if (amp, dropout) == ("none", 0.5) else [(), (0,), (1, 3), range(4)]:
+    for layers in itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in range(5)):
         model = lora_model(dropout)
         checkpoint_layers(model, layers)
         assert [isinstance(block, CheckpointedBlock) for block in model.layers] == [i in layers for i in range(4)]
