@@ -13,10 +13,10 @@ run: .venv/run.stamp
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
 
 reports: page .venv/dev.stamp
-	.venv/bin/python report.py
+	.venv/bin/python -m reports.pdf.build
 
 page: .venv/run.stamp
-	.venv/bin/python results_page.py
+	.venv/bin/python -m reports.page.build
 
 test: .venv/dev.stamp
 	.venv/bin/ruff check .

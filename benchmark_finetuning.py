@@ -11,8 +11,8 @@ warming up are not counted, and nothing that looks into memory is on while a ste
 step of their own. Cells run as in benchmark_inference.py, those that fit into memory together in turns.
 
 mixed precision: autocast in bf16, in fp16 with loss scaling on GPUs without bf16. half: LoRA over a frozen base in 16
-bits. lean: see llama/lean.py. "x floor" is the time over that of the step's matrix products, recomputed ones included,
-at the best rate of the network's own largest products in the same round.
+bits. lean: see llama/training/lean.py. "x floor" is the time over that of the step's matrix products, recomputed ones
+included, at the best rate of the network's own largest products in the same round.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama import bench, checkpoint, cli, floors, lora, memory
+from benchmarks import hardware as floors
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
+from benchmarks.workers import Worker, limit_memory, measure_on_demand, provide_weights, rounds
+from llama import checkpoint, cli, lora
 from llama import device as devices
-from llama.cells import Worker, limit_memory, measure_on_demand, provide_weights, rounds
 from llama.config import PRESETS, ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
-from llama.tables import CHANGED, KINDS, SLOWER, arrow, counts, median, most_mb, spread
-from llama.training import Batch, Settings, Trainer, checkpoint_layers
+from llama.training import memory
+from llama.training.step import Batch, Settings, Trainer, checkpoint_layers
+from reports.formats import CHANGED, KINDS, SLOWER, arrow, counts, median, most_mb, spread
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "reports" / "results" / "benchmark_finetuning.jsonl"
@@ -147,7 +151,7 @@ def main(
     if memory_limit_gb is not None and (resolved.type != "cuda" or memory_limit_gb <= 0):
         raise InputError(f"--memory_limit_gb={memory_limit_gb}: expected more than 0, and a CUDA device to limit")
     path = Path(results) if results is not None else RESULTS
-    bench.require_writable(path)
+    row_files.require_writable(path)
     label = model if ckpt_dir is None else Path(ckpt_dir).name
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         directory = provide_weights(Path(folder), model, ckpt_dir, torch.bfloat16, seed, against is not None)
@@ -239,9 +243,9 @@ def estimates(args: ModelArgs, wanted: Sequence[Cell], seq_len: int, limit_gb: f
     for cell in wanted:
         if cell.engine == "llama":
             found = foresee(args, cell, seq_len)
-            sizes = " | ".join(f"{found.at_peak[name] / bench.MB:,.0f}" for name in names)
+            sizes = " | ".join(f"{found.at_peak[name] / devices.MB:,.0f}" for name in names)
             fits = "yes" if found.peak <= limit_gb * 1e9 else "no"
-            lines.append(f"| {cell} | {found.peak / bench.MB:,.0f} | {sizes} | {fits} |")
+            lines.append(f"| {cell} | {found.peak / devices.MB:,.0f} | {sizes} | {fits} |")
     lines.append("\nForeseen, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside.")
     return "\n".join(lines)
 
@@ -311,10 +315,10 @@ class StepRunner:
             kind = self.narrow if self.cell.amp or self.cell.half else torch.float32
             rate = max(floors.product_rate(self.trainer.model, kind).values())
             values |= {"product_tflop_s": rate / 1e12, "floor_step_s": self.flops / rate}
-        _, whole = bench.measure(self.step, self.device)
+        _, whole = stopwatch.measure(self.step, self.device)
         values["step_s"] = whole.seconds
         if whole.peak_bytes is not None:
-            values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / bench.MB
+            values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / devices.MB
         if "floor_step_s" in values:
             values["step_over_floor_x"] = whole.seconds / values["floor_step_s"]
         return values
@@ -325,10 +329,10 @@ class StepRunner:
             devices.return_freed_memory()  # as finetuning.py does
         load = self._load if self.cell.engine == "llama" else self._load_peer
         warm_libraries(self.cell, self.device, self.narrow)
-        self.baseline = bench.memory_baseline(self.device)
+        self.baseline = stopwatch.memory_baseline(self.device)
         self.fixed: dict[str, float] = {}
-        self.step, loading = bench.measure(load, self.device)
-        losses, _ = bench.measure(lambda: [self.step() for _ in range(self.plan.warm_up)], self.device)
+        self.step, loading = stopwatch.measure(load, self.device)
+        losses, _ = stopwatch.measure(lambda: [self.step() for _ in range(self.plan.warm_up)], self.device)
         self.fixed |= {"load_s": loading.seconds, "first_loss_nats": losses[0]}
 
     def _load(self) -> Callable[[], float]:
@@ -339,10 +343,10 @@ class StepRunner:
         found = memory.track_step(self.trainer, window).footprint()
         self.flops = count_flops(model.args, cell, plan.seq_len, self.narrow)
         self.fixed["step_tflop"] = self.flops / 1e12
-        self.fixed["expected_peak_memory_mb"] = foresee(model.args, cell, plan.seq_len, self.narrow).peak / bench.MB
+        self.fixed["expected_peak_memory_mb"] = foresee(model.args, cell, plan.seq_len, self.narrow).peak / devices.MB
         for name in memory.CATEGORIES:
-            self.fixed[f"{name}_at_peak_mb"] = found.at_peak[name] / bench.MB
-            self.fixed[f"{name}_most_mb"] = found.largest[name] / bench.MB
+            self.fixed[f"{name}_at_peak_mb"] = found.at_peak[name] / devices.MB
+            self.fixed[f"{name}_most_mb"] = found.largest[name] / devices.MB
         return lambda: self.trainer.step(window).loss
 
     def _load_peer(self) -> Callable[[], float]:
@@ -412,11 +416,11 @@ def append_row(
     path: Path, label: str, plan: Plan, cell: Cell, runs: list[dict[str, Any]], device: torch.device
 ) -> dict[str, Any]:
     """One row for a cell; without metrics where memory ran out."""
-    metrics = {name: bench.spread([run[name] for run in runs]) for name in (runs[0] if runs else ())}
+    metrics = {name: row_files.spread([run[name] for run in runs]) for name in (runs[0] if runs else ())}
     place = {"model": label, **dataclasses.asdict(cell), "seq_len": plan.seq_len}
     place["memory_limit_gb"] = plan.memory_limit_gb
     dtype = str(narrow_dtype(device) if cell.half else torch.float32).removeprefix("torch.")
-    return bench.append_row(path, "benchmark_finetuning", place, metrics, device, dtype, plan.seed)
+    return row_files.append_row(path, "benchmark_finetuning", place, metrics, device, dtype, plan.seed)
 
 
 # What the rows say
@@ -477,7 +481,7 @@ def details(rows: Sequence[dict[str, Any]]) -> str:
     limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
     lines.append(
         f"\nMedians (least to most) of {runs} steps of {row['cell']['model']}, {row['cell']['seq_len']} tokens a row, "
-        f"the optimizer's step included; {bench.setting(row)}{limit}; x: out of memory."
+        f"the optimizer's step included; {row_files.setting(row)}{limit}; x: out of memory."
     )
     return "\n".join(lines) + "\n"
 

@@ -30,12 +30,17 @@ from typing import Any
 
 import torch
 
-from llama import Llama, Transformer, bench, cells, checkpoint, cli, floors, quantization, tables
+from benchmarks import hardware as floors
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
+from benchmarks import workers as cells
+from llama import Llama, Transformer, checkpoint, cli, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import DECODING
 from llama.errors import EnvironmentFailure, InputError
 from llama.quantization import Quantization
+from reports import formats as tables
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "reports" / "results"
@@ -138,7 +143,7 @@ def main(
         raise InputError(f"--memory_limit_gb={memory_limit_gb}: expected more than 0, and a CUDA device to limit")
     experiment = "inference" if weights is None else "formats"  # Table 1, or a comparison that is not to change it
     path = Path(results) if results is not None else RESULTS / f"{experiment}.jsonl"
-    bench.require_writable(path)
+    row_files.require_writable(path)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         directory = cells.provide_weights(Path(folder), model, ckpt_dir, compute_dtype, seed, against is not None)
         shape = (input_len, output_len, str(resolved), name, decoding, warm_up, memory_limit_gb, seed)
@@ -268,20 +273,20 @@ class CellRunner:
 
         def at_step(step: int) -> None:
             if step == 1:
-                bench.synchronize(self.device)
+                devices.synchronize(self.device)
                 times.append(time.perf_counter())
 
         def work() -> None:
             times.append(time.perf_counter())
             self.generate(plan.output_len, at_step)
 
-        _, whole = bench.measure(work, self.device)
+        _, whole = stopwatch.measure(work, self.device)
         values |= {"runtime_s": whole.seconds, "load_s": self.load_s, "warm_up_s": self.warm_up_s}
         if len(times) == 2:
             values["ttft_s"] = times[1] - times[0]
             values["tpot_s"] = (whole.seconds - values["ttft_s"]) / (plan.output_len - 1)
         if whole.peak_bytes is not None:
-            values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / bench.MB
+            values["peak_memory_mb"] = (whole.peak_bytes - self.baseline) / devices.MB
         for name in ("runtime_s", "ttft_s", "tpot_s", "peak_memory_mb"):
             if name in values and f"floor_{name}" in values:
                 values[f"{name.rpartition('_')[0]}_over_floor_x"] = values[name] / values[f"floor_{name}"]
@@ -292,13 +297,13 @@ class CellRunner:
         plan, cell = self.plan, self.cell
         load = load_ours if cell.engine == "llama" else load_transformers
         cells.warm_libraries(self.device, self.dtype)
-        self.baseline = bench.memory_baseline(self.device)
-        (self.generate, self.llama), loading = bench.measure(
+        self.baseline = stopwatch.memory_baseline(self.device)
+        (self.generate, self.llama), loading = stopwatch.measure(
             lambda: load(plan, cell, self.device, self.dtype), self.device
         )
         self.load_s = loading.seconds
         length = plan.output_len if cell.use_cache else 2
-        _, warming = bench.measure(lambda: [self.generate(length, None) for _ in range(plan.warm_up)], self.device)
+        _, warming = stopwatch.measure(lambda: [self.generate(length, None) for _ in range(plan.warm_up)], self.device)
         self.warm_up_s = warming.seconds
 
     def _floors(self) -> dict[str, float]:
@@ -323,7 +328,7 @@ class CellRunner:
             "floor_ttft_s": prefill_s,
             "floor_tpot_s": step_s,
             "floor_runtime_s": prefill_s + (n - 1) * step_s,
-            "floor_peak_memory_mb": memory / bench.MB,
+            "floor_peak_memory_mb": memory / devices.MB,
         }
 
 
@@ -372,12 +377,12 @@ def append_row(
 ) -> dict[str, Any]:
     """One row for a cell; without metrics where memory ran out."""
     names = [name for name in runs[0] if name not in ("decoding", "weights")] if runs else []
-    metrics = {name: bench.spread([run[name] for run in runs]) for name in names}
+    metrics = {name: row_files.spread([run[name] for run in runs]) for name in names}
     place = {"model": label, **dataclasses.asdict(cell), "input_len": plan.input_len, "output_len": plan.output_len}
     decoding = runs[0].get("decoding", "peer") if runs else plan.decoding
     weights = (runs[0].get("weights") if runs else None) or cell.weights or PLAIN[plan.dtype]
     place |= {"decoding": decoding, "memory_limit_gb": plan.memory_limit_gb, "weights": weights}
-    return bench.append_row(path, experiment, place, metrics, device, plan.dtype, plan.seed)
+    return row_files.append_row(path, experiment, place, metrics, device, plan.dtype, plan.seed)
 
 
 def _formats(rows: list[dict]) -> list[str | None]:
@@ -434,7 +439,7 @@ def details(rows: list[dict]) -> str:
         lines.append(f"| {' | '.join([*columns, x_floor['peak_memory'], compared])} |")
     row = rows[0]
     runs = tables.counts(r["metrics"]["runtime_s"]["n"] for r in rows if r["metrics"])
-    where = f"{bench.setting(row)}, {row['dtype']}"
+    where = f"{row_files.setting(row)}, {row['dtype']}"
     limit = f", held to {row['cell']['memory_limit_gb']:g} GB" if row["cell"]["memory_limit_gb"] else ""
     lines.append(
         f"\nMedians (least to most) of {runs} runs of {row['cell']['model']}; {where}{limit}; x: out of memory."

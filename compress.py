@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from data import text
-from llama import Transformer, bench, checkpoint, cli, files, pruning, quantization
+from llama import Transformer, checkpoint, cli, files, pruning, quantization
 from llama import device as devices
 from llama.errors import InputError, NonFinite
 from llama.quantization import Quantization
 from llama.tokenizer import Tokenizer, find_tokenizer
-from llama.training import Settings
+from llama.training.step import Settings
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 N_WORST = 3  # matrices that are named
@@ -92,7 +92,7 @@ def sizes(directory: Path, model: Transformer, target: Path) -> str:
     before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
     name = "embedded model" if directory == EMBEDDED else str(directory)
     return (
-        f"{name}: {before / bench.MB:,.2f} MB in 16 bits, {after / bench.MB:,.2f} MB now "
+        f"{name}: {before / devices.MB:,.2f} MB in 16 bits, {after / devices.MB:,.2f} MB now "
         f"({after / before:.3f} of it), in {target}"
     )
 
@@ -211,7 +211,7 @@ def load_text(tokenizer_file: Path, data: str | None, batch_size: int, seed: int
 def size_line(model: Transformer, dtype: torch.dtype) -> str:
     """Parameters, and megabytes as stored."""
     n = model.args.n_params()
-    return f"{n:,} parameters, {n * dtype.itemsize / bench.MB:,.2f} MB"
+    return f"{n:,} parameters, {n * dtype.itemsize / devices.MB:,.2f} MB"
 
 
 def shrink(

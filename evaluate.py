@@ -6,8 +6,8 @@
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw         # chunks of 2,048, as papers count
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw --stride=512   # sliding windows
 
-How tokens are counted: llama/perplexity.py. A file's text is taken as it is, with the begin-of-text token once, before
-its first character.
+How tokens are counted: llama/evaluation/perplexity.py. A file's text is taken as it is, with the begin-of-text token
+once, before its first character.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
 from data import text
 from data.tiny import train
-from llama import Transformer, bench, checkpoint, cli, files, lora, perplexity
+from llama import Transformer, checkpoint, cli, files, lora
 from llama import device as devices
 from llama.errors import InputError
-from llama.evaluation import confidence
+from llama.evaluation import perplexity
+from llama.evaluation.intervals import confidence
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
@@ -110,7 +113,7 @@ def main(
     stride = context if stride is None else stride
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
     if results is not None:
-        bench.require_writable(Path(results))
+        row_files.require_writable(Path(results))
     settings = {"context": context, "stride": stride, "batch_size": batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
     name = "the embedded model's held-out text" if data is None else Path(data).name
@@ -168,11 +171,11 @@ def measure(
     Peak memory is counted from before the model was loaded.
     """
     devices.return_freed_memory()
-    baseline = bench.memory_baseline(device)
+    baseline = stopwatch.memory_baseline(device)
     model = load(side, device)
     perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
     work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, progress=True)
-    result, spent = bench.measure(work, device)
+    result, spent = stopwatch.measure(work, device)
     values = {
         "loss_nats": result.loss,
         "perplexity_x": result.perplexity,
@@ -181,7 +184,7 @@ def measure(
         "tokens_per_s": result.tokens / spent.seconds,
     }
     if spent.peak_bytes is not None:
-        values["peak_memory_mb"] = (spent.peak_bytes - baseline) / bench.MB
+        values["peak_memory_mb"] = (spent.peak_bytes - baseline) / devices.MB
     return result, values
 
 
@@ -211,8 +214,8 @@ def make_rows(
         if side is sides[0] and len(sides) == 2:
             place["against"] = {**sides[1].cell, "dtype": sides[1].dtype_name}
             values = values | difference(measured[0][0], measured[1][0], cell["context"])
-        metrics = {name: bench.spread([value]) for name, value in values.items()}
-        keep = bench.make_row if results is None else partial(bench.append_row, Path(results))
+        metrics = {name: row_files.spread([value]) for name, value in values.items()}
+        keep = row_files.make_row if results is None else partial(row_files.append_row, Path(results))
         rows.append(keep("perplexity", place, metrics, device, side.dtype_name, seed=0))
     return rows
 
@@ -221,7 +224,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """One measured model, or two and their difference, in Markdown."""
     lines = ["| model | loss | perplexity | scored tokens | tokens/s | peak memory |", "|" + "---|" * 6]
     for row in rows:
-        m, cell = bench.medians(row), row["cell"]
+        m, cell = row_files.medians(row), row["cell"]
         name = f"{cell['model']}{' with adapter' if cell['adapter'] else ''}, {row['dtype']}"
         peak = f"{m['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in m else "-"
         figures = (
@@ -229,7 +232,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines.append(f"| {name} | {figures} | {peak} |")
     lines.append("")
-    m, cell = bench.medians(rows[0]), rows[0]["cell"]
+    m, cell = row_files.medians(rows[0]), rows[0]["cell"]
     if "difference_nats" in m:
         lines.append(verdict(m))
     scored = "side by side, each without its first token" if cell["stride"] == cell["context"] else "sliding"
@@ -237,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append(f"{m['windows']:,.0f} windows of {cell['context']:,}, stride {cell['stride']:,}: {scored}.")
     if len(rows) > 1:
         lines.append("Peak memory of the first includes what the libraries set up once.")
-    return "\n".join([*lines, f"{bench.setting(rows[0])}.", ""])
+    return "\n".join([*lines, f"{row_files.setting(rows[0])}.", ""])
 
 
 def verdict(m: dict[str, float]) -> str:

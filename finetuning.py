@@ -28,13 +28,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
 from data import alpaca
-from llama import Llama, bench, checkpoint, cli, files, lora, memory, pruning, snapshot
+from llama import Llama, checkpoint, cli, files, lora, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
-from llama.evaluation import confidence
+from llama.evaluation.intervals import confidence
 from llama.tokenizer import Tokenizer, find_tokenizer
-from llama.training import (
+from llama.training import memory, snapshot
+from llama.training.step import (
     Evaluation,
     Movement,
     Report,
@@ -429,7 +432,7 @@ class Log:
 def train(options: Options, root: Path, resume: bool) -> None:
     """A whole run: from the start or from its newest snapshot to the exported model."""
     if options.results is not None:
-        bench.require_writable(Path(options.results))
+        row_files.require_writable(Path(options.results))
     run = Run(options, root)  # before anything is written: what cannot be trained leaves no directory
     with snapshot.lock(root), StopSignal().caught() as stop:
         run.restore() if resume else run.begin()
@@ -456,7 +459,7 @@ class Run:
         self._prepare_data()
         self.layers = self._plan_memory(dtype)
         devices.return_freed_memory()
-        self.baseline = bench.memory_baseline(self.device)
+        self.baseline = stopwatch.memory_baseline(self.device)
         self.model = checkpoint.load(directory_of(options), dtype, self.device, progress=True)
         self._check_vocabulary()
         self.base = checkpoint.fingerprint(directory_of(options))
@@ -533,16 +536,16 @@ class Run:
         name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         rows = f"{len(self.rows)} rows" if options.packing else f"{self.n_trained_on} records"
-        held = ", ".join(f"{name} {size / bench.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
+        held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         return "\n".join(
             (
-                f"model      {name}, {options.dtype} on {bench.device_name(self.device)}, seed {options.seed}",
+                f"model      {name}, {options.dtype} on {devices.device_name(self.device)}, seed {options.seed}",
                 f"training   {method if options.lora else 'all weights'}, amp {s.amp}, "
                 f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' if s.lean else ''}",
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {s.optimizer}, lr {s.lr:g} {s.schedule}, warm-up {s.warmup_steps}, "
                 f"loss averaged over {s.loss_normalization}",
-                f"memory     {self.expected.peak / bench.MB:,.0f} MB expected at the peak of a step: {held}",
+                f"memory     {self.expected.peak / devices.MB:,.0f} MB expected at the peak of a step: {held}",
                 f"data       {rows}, {len(self.held_out)} held out{about_lengths(self.cut, self.left_out)}",
                 f"steps      {self.total} of {options.accumulation} x {options.batch_size} rows; "
                 f"an epoch has {self.per_epoch}; kept in {self.root}",
@@ -624,13 +627,13 @@ class Run:
                 number = trainer.progress.windows
                 sizes = (options.batch_size, options.accumulation, options.seed)
                 window = alpaca.window(self.rows, number, *sizes, self.tokenizer.pad_id)
-                bench.reset_peak_memory(self.device)
+                devices.reset_peak_memory(self.device)
                 began = time.perf_counter()
                 report = trainer.step(window, stop)
                 if report is None:
                     break
                 self.step_seconds.append(time.perf_counter() - began)
-                self.peak_bytes = max(self.peak_bytes, bench.peak_memory_bytes(self.device) - self.baseline)
+                self.peak_bytes = max(self.peak_bytes, devices.peak_memory_bytes(self.device) - self.baseline)
                 self.tokens += report.tokens
                 self.log.append(self._row(report, [name for batch in window for name in batch.names]))
                 self._check_movement(report)
@@ -662,7 +665,7 @@ class Run:
         }
 
     def _status(self, report: Report) -> str:
-        peak = self.peak_bytes / bench.MB
+        peak = self.peak_bytes / devices.MB
         skipped = f", {self.trainer.progress.skipped} skipped" if self.trainer.progress.skipped else ""
         rate = self.tokens / sum(self.step_seconds)
         return f"loss {report.loss:.3f}, lr {report.lr:.2g}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB{skipped}"
@@ -702,7 +705,7 @@ class Run:
         if self.trainer.progress.skipped:
             lines.append(f"{self.trainer.progress.skipped} of {self.total} steps overflowed in fp16 and were skipped.")
         if self.step_seconds:  # there is nothing to measure in a run that was resumed after its last step
-            peak, expected = self.peak_bytes / bench.MB, self.expected.peak / bench.MB
+            peak, expected = self.peak_bytes / devices.MB, self.expected.peak / devices.MB
             lines.append(f"Peak memory of a step {peak:,.0f} MB; {expected:,.0f} MB were expected.")
         lines += self.export()
         if self.step_seconds or not (self.root / "summary.json").exists():
@@ -766,8 +769,8 @@ class Run:
             "label_tokens": self.trainer.progress.label_tokens,
             "moved_share": self.movement.share(),
             "tokens_per_s": self.tokens / sum(self.step_seconds) if self.step_seconds else None,
-            "peak_memory_mb": self.peak_bytes / bench.MB if self.step_seconds else None,
-            "expected_peak_memory_mb": self.expected.peak / bench.MB,
+            "peak_memory_mb": self.peak_bytes / devices.MB if self.step_seconds else None,
+            "expected_peak_memory_mb": self.expected.peak / devices.MB,
             "answers": [
                 {"instruction": instruction, "before": before["text"], "after": now["text"]}
                 for instruction, before, now in zip(INSTRUCTIONS, self.answers_before, answers, strict=False)
@@ -793,13 +796,13 @@ class Run:
         names = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
         values = {f"{name}_nats" if "loss" in name else name: summary[name] for name in names if name in summary}
         values |= {"moved_share_x": summary["moved_share"], "peak_memory_mb": summary["peak_memory_mb"]}
-        metrics = {name: bench.spread([value]) for name, value in values.items()}
-        metrics["step_s"] = bench.spread(self.step_seconds)
+        metrics = {name: row_files.spread([value]) for name, value in values.items()}
+        metrics["step_s"] = row_files.spread(self.step_seconds)
         model = "tiny" if self.options.ckpt_dir is None else Path(self.options.ckpt_dir).name
         cell = {"model": model, **{name: getattr(self.options, name) for name in ROW}}
         options, path = self.options, Path(self.options.results)
         series = {**curves, "answers": [[a["instruction"], a["before"], a["after"]] for a in summary["answers"]]}
-        bench.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, series)
+        row_files.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, series)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -807,12 +810,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| preset | held-out loss before | after | right word for word before | after | steps | a step |"]
     lines.append("|" + "---|" * 7)
     for row in rows:
-        m = bench.medians(row)
+        m = row_files.medians(row)
         right = [f"{m[name]:.0f} of {m['held_out_asked']:.0f}" for name in ("held_out_right_before", "held_out_right")]
         loss = [f"{m[name]:.3f}" for name in ("held_out_loss_before_nats", "held_out_loss_nats")]
         steps = f"{row['metrics']['step_s']['n']} | {m['step_s']:.2f} s"
         lines.append(f"| {row['cell']['preset']} | {loss[0]} | {loss[1]} | {right[0]} | {right[1]} | {steps} |")
-    return "\n".join([*lines, "", f"{bench.setting(rows[0])}.", ""])
+    return "\n".join([*lines, "", f"{row_files.setting(rows[0])}.", ""])
 
 
 def verdict(options: Options, vocab_size: int, before: Evaluation, after: Evaluation, moved: float) -> list[str]:

@@ -19,9 +19,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
 from data.alpaca import encode_prompt as encode_instruction
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, bench, checkpoint, cli, lora, quantization
+from llama import Llama, checkpoint, cli, lora, quantization
+from llama import device as devices
 from llama.errors import InputError
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary
 from llama.tokenizer import TOKENIZER_PLACES, StreamDecoder, Tokenizer, find_tokenizer
@@ -106,7 +109,7 @@ def main(
     if results is not None:
         if not compare:
             raise InputError("--results keeps what --compare finds; add --compare")
-        bench.require_writable(Path(results))
+        row_files.require_writable(Path(results))
     if draft is None and draft_tokens is not None:
         raise InputError("--draft_tokens needs --draft, a checkpoint directory or lookup")
     if temperature is None:
@@ -190,7 +193,7 @@ def describe(llama: Llama, directory: Path) -> str:
     """What was loaded, how large, where and in which precision; and a warning where the weights slow decoding down."""
     dtype, config = str(llama.model.dtype).removeprefix("torch."), quantization.quantization_of(llama.model)
     dtype += f" over int{config.bits} weights" if config is not None else ""
-    place = f"{llama.device.type} ({bench.device_name(llama.device)})"
+    place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     line = f"{directory}, {size}\n"
     if directory == EMBEDDED:
@@ -202,7 +205,7 @@ def describe(llama: Llama, directory: Path) -> str:
 def show_batch(llama: Llama, prompts: list[Prompt], options: dict) -> None:
     """Generate for all prompts at once, then print."""
     work = partial(llama.generate, [prompt.ids for prompt in prompts], **options)
-    (outputs, _), spent = bench.measure(work, llama.device)
+    (outputs, _), spent = stopwatch.measure(work, llama.device)
     for prompt, ids in zip(prompts, outputs, strict=True):
         print(f"> {prompt.text}\n{llama.tokenizer.decode(ids).strip()}\n")
     print(speed(sum(map(len, outputs)), spent, options["use_cache"]))
@@ -212,7 +215,9 @@ def show_stream(llama: Llama, prompts: list[Prompt], options: dict) -> None:
     """Generate prompt by prompt, each character as soon as it is complete."""
     for prompt in prompts:
         print(f"> {prompt.text}")
-        count, spent = bench.measure(partial(print_stream, llama, llama.stream(prompt.ids, **options)), llama.device)
+        count, spent = stopwatch.measure(
+            partial(print_stream, llama, llama.stream(prompt.ids, **options)), llama.device
+        )
         print(f"\n{speed(count, spent, options['use_cache'])}\n")
 
 
@@ -226,7 +231,7 @@ def print_stream(llama: Llama, tokens: Iterator[int]) -> int:
     return count
 
 
-def speed(n_tokens: int, spent: bench.Measurement, use_cache: bool) -> str:
+def speed(n_tokens: int, spent: stopwatch.Measurement, use_cache: bool) -> str:
     rate = n_tokens / spent.seconds
     return f"[{n_tokens} tokens in {spent.seconds:.2f} s, {rate:.1f} tokens/s, KV cache {'on' if use_cache else 'off'}]"
 
@@ -237,7 +242,7 @@ class Comparison:
 
     prompt: Prompt
     ids: dict[bool, list[int]]
-    spent: dict[bool, bench.Measurement]
+    spent: dict[bool, stopwatch.Measurement]
     verdict: str
 
 
@@ -259,7 +264,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> list[
         ids, spent = {}, {}
         for is_on, way in ways.items():
             work = partial(llama.generate, [prompt.ids], **{**options, **way})
-            (output, _), spent[is_on] = bench.measure(work, llama.device)
+            (output, _), spent[is_on] = stopwatch.measure(work, llama.device)
             ids[is_on] = output[0]
             totals[is_on] += spent[is_on].seconds
         n_equal += ids[True] == ids[False]
@@ -287,14 +292,17 @@ def append_rows(path: Path, llama: Llama, place: dict, found: list[Comparison], 
         for is_on, name in ((True, "on"), (False, "off")):
             ids, spent = comparison.ids[is_on], comparison.spent[is_on]
             series[f"text_{name}"] = [llama.tokenizer.decode(ids).strip()]
-            metrics |= {f"runtime_{name}_s": bench.spread([spent.seconds]), f"tokens_{name}": bench.spread([len(ids)])}
+            metrics |= {
+                f"runtime_{name}_s": row_files.spread([spent.seconds]),
+                f"tokens_{name}": row_files.spread([len(ids)]),
+            }
             if spent.peak_bytes is not None:
-                metrics[f"peak_memory_{name}_mb"] = bench.spread([spent.peak_bytes / bench.MB])
+                metrics[f"peak_memory_{name}_mb"] = row_files.spread([spent.peak_bytes / devices.MB])
         on, off = comparison.ids[True], comparison.ids[False]
         n_equal = next((i for i, (a, b) in enumerate(zip(on, off, strict=False)) if a != b), min(len(on), len(off)))
-        metrics["tokens_equal"] = bench.spread([n_equal])
+        metrics["tokens_equal"] = row_files.spread([n_equal])
         cell = {**place, "prompt": comparison.prompt.text}
-        bench.append_row(path, "comparison", cell, metrics, llama.device, dtype, seed, series)
+        row_files.append_row(path, "comparison", cell, metrics, llama.device, dtype, seed, series)
 
 
 def describe_draft(counts: Counts) -> str:
@@ -327,8 +335,8 @@ def verdict(llama: Llama, prompt: list[int], cached: list[int], uncached: list[i
     return f"first differ at token {same + 1}: {names}, logit margin {margin:.4f} ({reason})"
 
 
-def megabytes(spent: bench.Measurement) -> str:
-    return "not measurable here" if spent.peak_bytes is None else f"{spent.peak_bytes / bench.MB:,.0f} MB"
+def megabytes(spent: stopwatch.Measurement) -> str:
+    return "not measurable here" if spent.peak_bytes is None else f"{spent.peak_bytes / devices.MB:,.0f} MB"
 
 
 def memory_kind(llama: Llama) -> str:

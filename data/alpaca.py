@@ -19,7 +19,7 @@ import torch
 
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
-from llama.training import Batch
+from llama.training.step import Batch
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from data import alpaca
 from data.tiny import train
-from llama import perplexity
 from llama.errors import InputError
+from llama.evaluation import perplexity
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.training import Batch
+from llama.training.step import Batch
 
 LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
 VALIDATION_ROWS = 64  # at most

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from llama.cache import KVCache
 from llama.errors import EnvironmentFailure
-from llama.kernels import decode_step, fused_step, prefill
-from llama.kernels.decode_step import NativeStep
-from llama.kernels.fused_step import FusedStep
+from llama.kernels.cpu import decode_step, prefill
+from llama.kernels.cpu.decode_step import NativeStep
+from llama.kernels.gpu import fused_step
+from llama.kernels.gpu.fused_step import FusedStep
 from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+from pathlib import Path
 
 import torch
 
 from llama.errors import EnvironmentFailure, InputError
 
+MB = 1e6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,3 +97,40 @@ def _glibc() -> ctypes.CDLL | None:
         return libc if libc.mallopt and libc.malloc_trim else None
     except (OSError, AttributeError):
         return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work that was queued on the device; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new peak at the current use. False where that is not possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the resident high-water mark to the current size
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The highest memory use since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024  # "... kB", which means KiB here
+
+
+def device_name(device: torch.device) -> str:
+    """The marketing name of a GPU or CPU, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

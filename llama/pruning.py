@@ -36,7 +36,7 @@ from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import FeedForward, Transformer
 from llama.surgery import replace_modules
-from llama.training import Batch, Settings, Trainer
+from llama.training.step import Batch, Settings, Trainer
 
 METHODS = ("magnitude", "dimensions")
 UNITS = 32  # kept hidden units are a multiple of this: the tiles of the kernels

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.errors import InputError
-from llama.kernels import gpu
+from llama.kernels.gpu import available as gpu
 from llama.model import TokenEmbedding, Transformer
 from llama.surgery import FrozenLinear, replace_modules
 

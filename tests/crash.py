@@ -28,7 +28,8 @@ from conftest import SMALL, TINY, random_model
 from tqdm import tqdm
 
 import finetuning
-from llama import checkpoint, cli, lora, memory, snapshot
+from llama import checkpoint, cli, lora
+from llama.training import memory, snapshot
 
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * n} for n, word in enumerate(("ox", "fox", "red", "to", "a"), 1)

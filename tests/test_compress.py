@@ -24,15 +24,16 @@ import compress
 import evaluate
 import finetuning
 import inference
+from benchmarks.hardware import decode_bytes
 from data.tiny import train
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, checkpoint, cli, lora, perplexity, quantization
+from llama import Llama, checkpoint, cli, lora, quantization
 from llama.errors import InputError
-from llama.floors import decode_bytes
+from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, quantize
 from llama.speculative import ModelDraft, Speculation
-from llama.training import Batch, Settings, Trainer
+from llama.training.step import Batch, Settings, Trainer
 
 CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -25,10 +25,11 @@ from transformers import LlamaForCausalLM
 import finetuning
 import inference
 from data import alpaca
-from llama import checkpoint, cli, lora, snapshot
+from llama import checkpoint, cli, lora
 from llama.errors import InputError, Stopped
 from llama.tokenizer import Tokenizer
-from llama.training import Evaluation
+from llama.training import snapshot
+from llama.training.step import Evaluation
 
 
 @contextlib.contextmanager

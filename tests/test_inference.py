@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, SMALL, TINY, random_model
 
 import inference
+from benchmarks.stopwatch import Measurement
 from llama import checkpoint, cli, lora
-from llama.bench import Measurement
 from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
 from llama.speculative import Counts

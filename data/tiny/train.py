@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from benchmarks import rows as row_files
+from benchmarks import stopwatch
 from data.tiny import corpus
-from llama import Llama, bench, checkpoint, cli
+from llama import Llama, checkpoint, cli
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError
@@ -257,7 +259,7 @@ def step_seconds(stage: str, seed: int, device: torch.device, n: int = 20) -> li
     def step(number: int) -> None:
         train_step(model, optimizer, loss_function, batch(tokenizer, seed, number, corpus.BALANCED).to(device), 0.0)
 
-    return [bench.measure(functools.partial(step, i), device)[1].seconds for i in range(n + 2)][2:]
+    return [stopwatch.measure(functools.partial(step, i), device)[1].seconds for i in range(n + 2)][2:]
 
 
 def write_report(seed: int, device: torch.device) -> None:
@@ -270,12 +272,12 @@ def write_report(seed: int, device: torch.device) -> None:
             "held_out_loss_nats": [held_out_loss(model, tokenizer)],
             "held_out_story_loss_nats": [held_out_loss(model, tokenizer, {"story": 1.0})],
             "parameters": [model.args.n_params()],
-            "file_mb": [(directory / "consolidated.00.pth").stat().st_size / bench.MB],
+            "file_mb": [(directory / "consolidated.00.pth").stat().st_size / devices.MB],
             "train_steps": [sum(steps for _, steps, _ in phases)],
             "step_s": step_seconds(stage, seed, device),
         }
-        metrics = {name: bench.spread(measurements) for name, measurements in values.items()}
-        measured.append(bench.append_row(RESULTS, "tiny", {"model": preset}, metrics, device, "float32", seed))
+        metrics = {name: row_files.spread(measurements) for name, measurements in values.items()}
+        measured.append(row_files.append_row(RESULTS, "tiny", {"model": preset}, metrics, device, "float32", seed))
     llama = Llama(checkpoint.load(HERE, torch.float32), tokenizer)
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -290,7 +292,7 @@ def figures_table(measured: list[dict]) -> str:
     lines = ["| model | parameters | file | training | held-out loss | perplexity | stories: loss | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in measured:
-        value = bench.medians(row)
+        value = row_files.medians(row)
         losses = (value["held_out_loss_nats"], value["held_out_story_loss_nats"])
         cells = " | ".join(f"{loss:.3f} | {math.exp(loss):.2f}" for loss in losses)
         steps, seconds = value["train_steps"], value["step_s"]
@@ -299,7 +301,7 @@ def figures_table(measured: list[dict]) -> str:
             f"| {row['cell']['model']} | {value['parameters']:,} | {value['file_mb']:.2f} MB | {work} | {cells} |"
         )
     repeats = measured[0]["metrics"]["step_s"]["n"]
-    lines.append(f"\nTime of a step: median of {repeats}, on {bench.setting(measured[0])}.")
+    lines.append(f"\nTime of a step: median of {repeats}, on {row_files.setting(measured[0])}.")
     return "\n".join(lines) + "\n"
 
 

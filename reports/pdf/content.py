@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.bench import setting
+from benchmarks.rows import setting
 from llama.config import PRESETS, ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
 from llama.errors import InputError
 from llama.lora import LoRAConfig
-from llama.tables import CHANGED, KINDS, SLOWER, arrow, most_mb
+from reports.formats import CHANGED, KINDS, SLOWER, arrow, most_mb
 
 NOT_MEASURED, OUT_OF_MEMORY = "not measured", "x"
 STEPS = "benchmark_finetuning"
@@ -26,8 +26,8 @@ COMMANDS = {
     "comparison": "python inference.py --compare --max_gen_len=48 --results=reports/results/comparison.jsonl",
     STEPS: "python benchmark_finetuning.py --cells=course,lean,half,table2 --against=peers",
     "finetuning": "python finetuning.py --preset=learn --results=reports/results/finetuning.jsonl",
-    "ladder": "python benchmark_ladder.py",
-    "pruning": "python benchmark_pruning.py",
+    "ladder": "python -m benchmarks.ladder",
+    "pruning": "python -m benchmarks.pruning",
 }
 COUNTED = ("runtime_s", "step_s")  # what a cell was repeated for
 VARIANTS = (("plain", False, False), ("lean", True, False), ("16-bit base", False, True), ("lean, 16-bit", True, True))

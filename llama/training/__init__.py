@@ -1,0 +1,1 @@
+"""Training: what one optimizer step computes, and the run directory around it."""

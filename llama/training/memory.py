@@ -1,0 +1,343 @@
+"""Where the memory of a training step goes: by category, measured or foreseen, and what recomputation can save.
+
+    with Tracker(model) as tracker:            # real tensors, or fake ones that hold nothing
+        ...one step...
+    tracker.footprint().at_peak                # {"weights": 4943..., "activations": ..., ...}, in bytes
+
+    estimate(args, dtype, lora_config, settings, shape)     # the same without weights, data or GPU, in seconds
+    plan(profile, budget)                                   # the fewest blocks to recompute, so that it fits
+
+PyTorch's own torch.distributed._tools.mem_tracker is not used: it cannot tell the 16-bit copies that autocast makes of
+the weights from activations, and follows modules, where a loss or an optimizer is none. What kernels allocate inside
+themselves is not seen here; on a GPU it is the difference to what the allocator counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama import lora, quantization
+from llama.config import ModelArgs
+from llama.errors import InputError
+from llama.lora import LoRAConfig
+from llama.model import Transformer
+from llama.quantization import Quantization
+from llama.training.step import Batch, Settings, Trainer, checkpoint_layers
+
+# In the order in which one storage that is several things is counted.
+CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
+CUDA_BLOCK = 512  # bytes: PyTorch's allocator rounds up to it
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes at the moment of the peak, and the most that each category ever held.
+
+    weights, optimizer (state), gradients; copies: of weights, in another dtype; activations: kept for the backward
+    pass; temporary: everything else, what is recomputed in the backward pass included.
+    """
+
+    at_peak: dict[str, int]
+    largest: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+
+class Tracker(TorchDispatchMode):
+    """Follows every storage that is made or freed inside the block, with what it was used for.
+
+    marks_blocks: remember the moments at which each block of the network begins and ends, for `moments`.
+    """
+
+    def __init__(self, model: Transformer, marks_blocks: bool = False) -> None:
+        super().__init__()
+        self._model, self._marks_blocks = model, marks_blocks
+        self._events: list[tuple[int, int]] = []  # storage, + bytes where made, - bytes where freed
+        self._keys: dict[int, int] = {}  # live storages by address: number of the storage
+        self._category: list[str] = []
+        self._marks: list[tuple[Any, int]] = []
+        self._sums: dict[int, int] = {}  # sums of two gradients: number of the storage, and that of the first addend
+        for weight in model.parameters():
+            self._see(weight, "weights")
+        for buffer in model.buffers():
+            self._see(buffer, "weights")
+
+    def __enter__(self) -> Tracker:
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._see_gradient)
+            for weight in self._model.parameters()
+            if weight.requires_grad
+        ]
+        for i, block in enumerate(self._model.layers if self._marks_blocks else ()):
+            self._hooks += [
+                block.register_forward_pre_hook(lambda *_, i=i: self.mark(("forward", i))),
+                block.register_forward_hook(lambda _, __, output, i=i: self._mark_output(output, i)),
+            ]
+        self._saved = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._saved.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._saved.__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
+        if func is torch.ops.aten.copy_.default and self._is_weight(args[1]):
+            self._see(args[0], "copies")
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, "copies" if is_copy else "temporary")
+        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0 and not args[0]._is_view():
+            self._sums[self._number(result)] = self._number(args[0])
+        return result
+
+    def mark(self, name: Any) -> None:
+        """Remember this moment under a name."""
+        self._marks.append((name, len(self._events)))
+
+    def _mark_output(self, output: Tensor, i: int) -> None:
+        self.mark(("after", i))
+        output.register_hook(lambda _: self.mark(("backward", i)))  # its gradient is there: the block's turn comes
+
+    def count_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the optimizer keeps; call it after its step."""
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    self._see(tensor, "optimizer")
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._see(tensor, "activations")
+        return tensor
+
+    def _see_gradient(self, weight: Tensor) -> None:
+        if weight.grad is not None:  # it is where lean parts have moved the weight instead
+            self._see(weight.grad, "gradients")
+
+    def _number(self, tensor: Tensor) -> int | None:
+        return self._keys.get(tensor.untyped_storage()._cdata)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        number = self._number(tensor)
+        return number is not None and self._category[number] == "weights"
+
+    def _see(self, tensor: Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        number = self._keys.get(storage._cdata)
+        if number is None:
+            number, size = len(self._category), storage.nbytes()
+            if tensor.device.type == "cuda":
+                size = -(-size // CUDA_BLOCK) * CUDA_BLOCK
+            self._keys[storage._cdata] = number
+            self._category.append(category)
+            self._events.append((number, size))
+            weakref.finalize(storage, self._free, storage._cdata, number, size)
+        elif CATEGORIES.index(category) < CATEGORIES.index(self._category[number]):
+            self._category[number] = category
+
+    def _free(self, key: int, number: int, size: int) -> None:
+        if self._keys.get(key) == number:
+            del self._keys[key]
+        self._events.append((number, -size))
+
+    def _history(self) -> list[tuple[int, int]]:
+        """All events, gradients that meet added up in place.
+
+        So autograd does where it holds the only reference to the first of them, unless it is a view or, as here, a
+        dispatch mode is on; that it was the only one shows where it is freed next.
+        """
+        events = list(self._events)
+        for i in range(len(events) - 1):
+            (made, size), then = events[i], events[i + 1]
+            if size > 0 and then == (self._sums.get(made), -size):
+                events[i], events[i + 1] = events[i + 1], events[i]
+        return events
+
+    def footprint(self) -> Footprint:
+        """The peak so far. A storage counts from its beginning as what it became."""
+        live, largest = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
+        at_peak, total, peak = dict(live), 0, -1
+        for number, size in self._history():
+            category = self._category[number]
+            live[category] += size
+            total += size
+            largest[category] = max(largest[category], live[category])
+            if total > peak:
+                peak, at_peak = total, dict(live)
+        return Footprint(at_peak, largest)
+
+    def moments(self) -> dict[Any, tuple[int, int]]:
+        """For each mark, the last of its name, the bytes that were live at it and the most from it to the next one."""
+        totals = [0]
+        for _, size in self._history():
+            totals.append(totals[-1] + size)
+        ends = [place for _, place in self._marks[1:]] + [len(self._events)]
+        return {
+            name: (totals[place], max(totals[place : end + 1]))
+            for (name, place), end in zip(self._marks, ends, strict=True)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a training step: rows and tokens of a batch, how many of the tokens are labels, batches in a step."""
+
+    batch_size: int
+    tokens: int
+    labels: int
+    accumulation: int = 1
+
+    def window(self) -> list[Batch]:
+        """Batches of this shape, for trying out: id 0 everywhere."""
+        size = self.batch_size * self.tokens
+        where = torch.arange(min(self.labels, size))
+        ids = torch.zeros(self.batch_size, self.tokens, dtype=torch.int64)
+        return [Batch(ids, None, where, torch.zeros_like(where)) for _ in range(self.accumulation)]
+
+
+@contextmanager
+def fake_trainer(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    adapters: LoRAConfig | None,
+    settings: Settings,
+    layers: Sequence[int] = (),
+    quantized: Quantization | None = None,
+) -> Iterator[Trainer]:
+    """A trainer whose tensors have shapes and no content, and a world in which all tensors are like that."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    if quantized is not None:
+        quantization.lay_out(model, quantized)
+    model.to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        if adapters is not None:
+            lora.apply(model, adapters)
+        checkpoint_layers(model, layers)
+        yield Trainer(model, settings, 1)
+
+
+def track_step(trainer: Trainer, window: Sequence[Batch], marks_blocks: bool = False) -> Tracker:
+    """Follow one whole step, with the learning rate at 0: no weight changes."""
+    trainer.model.train()
+    with Tracker(trainer.model, marks_blocks) as tracker:
+        for batch in window:
+            trainer.back_propagate(batch, 1)
+        tracker.mark("update")
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.0
+        trainer.optimizer.step()
+        tracker.count_optimizer(trainer.optimizer)
+        trainer.optimizer.zero_grad()
+    return tracker
+
+
+@functools.lru_cache(maxsize=64)
+def estimate(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    adapters: LoRAConfig | None,
+    settings: Settings,
+    shape: Shape,
+    layers: tuple[int, ...] = (),
+    quantized: Quantization | None = None,
+) -> Footprint:
+    """What a training step will need, found by running it on tensors without content, as a CPU would.
+
+    Not in it: what kernels allocate inside themselves (oneDNN's copy of an operand in a layout of its own: 33 MB for
+    Llama 3.2 1B in 16 bits), what the allocator wastes, and PyTorch's own libraries.
+    """
+    with fake_trainer(args, dtype, adapters, settings, layers, quantized) as trainer:
+        return track_step(trainer, shape.window()).footprint()
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What recomputing each block saves, and the peak of each stretch of a step that recomputes none, in bytes.
+
+    savings[i]: no longer kept of block i. peaks[i]: while block i runs, forward or backward; it is lowered by the
+    savings of the blocks before it. peaks[n], of the loss, by all of them. peaks[0], which is also that of everything
+    after the backward pass, by none.
+    """
+
+    savings: tuple[int, ...]
+    peaks: tuple[int, ...]
+
+    def peak(self, layers: Sequence[int]) -> int:
+        """The peak of a step that recomputes these blocks."""
+        return max(peak - sum(self.savings[j] for j in layers if j < i) for i, peak in enumerate(self.peaks))
+
+
+def profile(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    adapters: LoRAConfig | None,
+    settings: Settings,
+    shape: Shape,
+    quantized: Quantization | None = None,
+) -> Profile:
+    """Measure the blocks, on tensors without content; see `estimate`."""
+    with fake_trainer(args, dtype, adapters, settings, quantized=quantized) as trainer:
+        # With accumulation the second batch is the one to look at: the gradients of the first are there.
+        moments = track_step(trainer, shape.window()[:2], marks_blocks=True).moments()
+    n = args.n_layers
+    stream = torch.promote_types(dtype, torch.float32) if settings.amp != "none" else dtype
+    output = shape.batch_size * shape.tokens * args.dim * stream.itemsize
+    savings = [moments["after", i][0] - moments["forward", i][0] - output for i in range(n)]
+    if adapters is not None:  # nothing below it is trained, so the first block keeps its input only to recompute it
+        savings[0] -= output
+    # Where the last product of a block needs nothing of what is recomputed, its gradient is made first, and waits.
+    waiting = 0
+    if adapters is not None and "w2" not in adapters.targets:
+        waiting = shape.batch_size * shape.tokens * args.ffn_dim * (dtype.itemsize if settings.amp == "none" else 2)
+    peaks = []
+    for i in range(n):
+        start, forward = moments["forward", i]
+        gradient_is_there, backward = moments["backward", i]
+        recomputed = gradient_is_there - savings[i] + waiting + forward - start  # the forward pass, on top of these
+        peaks.append(max(forward, backward, recomputed))
+    peaks[0] = max(peaks[0], moments["update"][1])
+    return Profile(tuple(savings), (*peaks, moments["after", n - 1][1]))
+
+
+def plan(profile: Profile, budget: float) -> list[int]:
+    """The fewest blocks whose recomputation keeps the peak within `budget` bytes.
+
+    Blocks that are chosen because of an early peak lower all later ones too, so that it is best to go through the
+    peaks in order and, where one is too high, to choose the blocks before it that save most. Raises InputError where
+    no choice is enough.
+    """
+    chosen: list[int] = []
+    for i, peak in enumerate(profile.peaks):
+        left = sorted((j for j in range(i) if j not in chosen), key=lambda j: profile.savings[j])
+        while peak - sum(profile.savings[j] for j in chosen) > budget:
+            if not left or profile.savings[left[-1]] <= 0:
+                least = profile.peak(range(len(profile.savings)))
+                where = (
+                    "after the backward pass, where no activation is left"
+                    if i == 0
+                    else "while a block or the loss runs"
+                )
+                raise InputError(
+                    f"--checkpoint_budget_gb={budget / 1e9:g}: recomputing blocks cannot bring the peak below "
+                    f"{least / 1e9:.2f} GB, which is reached {where}; use --lean, --lora or a shorter --max_seq_len"
+                )
+            chosen.append(left.pop())
+    return sorted(chosen)

@@ -1,0 +1,1 @@
+"""From measured rows to tables, charts, pages and PDFs."""

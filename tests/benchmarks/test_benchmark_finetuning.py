@@ -1,0 +1,215 @@
+"""Tables 2 and 3: every number is a row's, only steps are timed, and what is compared does the same work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from test_bench import CUDA, FakeGPU
+
+import benchmark_finetuning
+from benchmark_finetuning import COURSE, SETS, Cell, Plan, StepRunner, append_row, by_cell, table2, table3
+from benchmarks import hardware as floors
+from llama import Transformer, checkpoint, cli
+from llama import device as devices
+from llama.config import PRESETS
+from llama.errors import InputError
+
+PLAN = Plan("", 512, "cpu", 1, None, 1)
+
+
+def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict:
+    most = {f"{name}_most_mb": kinds.get(name, 0.0) for name in benchmark_finetuning.memory.CATEGORIES}
+    run = {
+        "peak_memory_mb": peak,
+        "step_s": step,
+        "step_tflop": step / 2,
+        "expected_peak_memory_mb": peak * 0.9,
+        **most,
+    }
+    return append_row(path, "x", PLAN, cell, [run] * 3, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", ["half", "course,lean,table2"])
+def test_it_measures_every_cell(tmp_path, cells):
+    """A whole small benchmark, by its command line."""
+    flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --device=cpu".split()
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    command = [sys.executable, "benchmark_finetuning.py", *flags, *paths]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = by_cell(rows)
+    assert found.keys() == {cell for name in cells.split(",") for cell in SETS[name]}
+    weights = PRESETS["tiny-draft"].weight_bytes(4) / 1e6
+    for cell, metrics in found.items():
+        value = {name: spread["median"] for name, spread in metrics.items()}
+        assert all(spread["n"] == 2 for spread in metrics.values())
+        kinds = benchmark_finetuning.memory.CATEGORIES
+        total = sum(value[f"{name}_at_peak_mb"] for name in kinds)
+        assert total == pytest.approx(value["expected_peak_memory_mb"], rel=1e-4)  # some ids are views of longer ones
+        assert value["weights_most_mb"] == pytest.approx(weights * (0.5 if cell.half else 1), rel=0.2)
+        assert value["step_s"] > 0 and value["floor_step_s"] > 0 and value["load_s"] > 0
+        assert (value["copies_most_mb"] > 0) == cell.amp
+        assert (value["gradients_most_mb"] > 0.9 * weights) == (not cell.lora and not cell.lean)
+        if cell.checkpointing:
+            plain = found[dataclasses.replace(cell, checkpointing=False)]
+            # A third more at most; much of so small a model is its output table, which nothing recomputes.
+            assert 1.05 < value["step_tflop"] / plain["step_tflop"]["median"] < 1.45
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert benchmark_finetuning.report(rows) in run.stdout
+
+
+@pytest.mark.slow
+def test_the_peers_take_the_same_step(tmp_path):
+    """Their first loss is ours, or the benchmark would end."""
+    pytest.importorskip("peft")
+    flags = "--model=tiny --cells=half,course --seq_len=24 --repeats=1 --device=cpu --against=peers".split()
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    subprocess.run([sys.executable, "benchmark_finetuning.py", *flags, *paths], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {"transformers", "peft"} < {row["cell"]["engine"] for row in rows}
+
+
+def test_one_cell_by_itself(tmp_path):
+    """What a cell's process does, in this one: every figure that the tables and the plot take, and their table."""
+    checkpoint.save(Transformer.random(PRESETS["tiny-draft"], torch.bfloat16), tmp_path / "weights")
+    rows = []
+    for cell in (Cell(lora=True, half=True, lean=True), Cell(amp=True)):
+        runner = StepRunner(Plan(str(tmp_path / "weights"), 24, "cpu", 1, None, 1), cell)
+        runs = [runner(), runner()]
+        assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)
+        assert runs[0]["step_s"] > 0 and runs[0]["step_over_floor_x"] > 0
+        rows.append(append_row(tmp_path / "rows.jsonl", "x", runner.plan, cell, runs, torch.device("cpu")))
+    assert [row["dtype"] for row in rows] == ["bfloat16", "float32"]
+    assert [row["metrics"]["copies_most_mb"]["median"] > 0 for row in rows] == [False, True]
+    benchmark_finetuning.plot(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| llama, lean + half + lora |" in benchmark_finetuning.report(rows)
+
+
+def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monkeypatch):
+    """On a device that works behind the host's back, with each of them a thousand times longer and larger."""
+    gpu = FakeGPU(monkeypatch)
+    monkeypatch.setattr(benchmark_finetuning.devices, "resolve", lambda *a: (CUDA, torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(benchmark_finetuning, "warm_libraries", lambda *a: gpu.queue(1000.0, 5000))
+    monkeypatch.setattr(floors, "product_rate", lambda *a: gpu.queue(300.0, 5000) or {"256 rows": 1e12})
+    steps = []
+
+    def load(self):
+        gpu.queue(500.0, 5000)
+        self.trainer, self.flops = SimpleNamespace(model=None), 1e12
+
+        def step():
+            steps.append(1)
+            gpu.queue(50.0 if len(steps) <= 2 else 3.0, n_bytes=70)  # the first calls compile
+            return 11.0
+
+        return step
+
+    monkeypatch.setattr(StepRunner, "_load", load)
+    runner = StepRunner(Plan("", 512, "cuda", 2, None, 1), Cell())
+    for _ in range(2):
+        values = runner()
+        assert (values["step_s"], values["peak_memory_mb"]) == (3.0, 70 / 1e6)
+        assert (values["load_s"], values["first_loss_nats"], values["step_over_floor_x"]) == (500.0, 11.0, 3.0)
+    assert len(steps) == 4
+
+
+def test_every_number_of_table_3_stands_in_a_row(tmp_path):
+    """Change any figure of a row and the table changes; out of memory is an x; other kinds of cells are not in it."""
+    rows = [made_row(tmp_path / "r", cell, 1000.0 + i, 1.25 + i) for i, cell in enumerate(COURSE)]
+    before = table3(rows)
+    assert before.count("\n") == 2 + len(COURSE)
+    for i, name in enumerate(("peak_memory_mb", "step_s")):
+        changed = json.loads(json.dumps(rows))
+        changed[i]["metrics"][name]["median"] += 1000
+        assert table3(changed) != before
+    assert table3([{**row, "metrics": {}} for row in rows]).count("| x | x |") == len(COURSE)
+    other = made_row(tmp_path / "r", Cell(lora=True, half=True), 77.0, 7.7)
+    assert table3([*rows, other]) == before and table3(rows, lean=True) == ""
+    numbers = set(re.findall(r"\d[\d,.]*", before))
+    assert numbers == {f"{1000 + i:,}" for i in range(8)} | {f"{1.25 + i:.2f}" for i in range(8)}
+
+
+def test_arrows_of_table_2_are_changes_beyond_the_threshold(tmp_path):
+    """Full fine-tuning as it is: recomputation leaves the peak where it was, mixed precision adds copies."""
+    kinds = {"weights": 100.0, "activations": 40.0, "gradients": 100.0}
+    changes = {"checkpointing": {"activations": 4.0}, "amp": {"copies": 50.0, "activations": 25.0}}
+    changes["lora"] = {"gradients": 1.0, "activations": 39.5}
+    rows = [made_row(tmp_path / "r", Cell(batch_size=2), 330.0, 2.0, **{**kinds, "activations": 80.0})]
+    for accumulation in (1, 2):
+        peaks = {"": 220.0, "checkpointing": 218.0, "amp": 219.0, "lora": 141.0}
+        for name, peak in peaks.items():
+            cell = Cell(**({name: True} if name else {}), accumulation=accumulation)
+            found = {**kinds, **changes.get(name, {})}
+            rows.append(made_row(tmp_path / "r", cell, peak, 1.3 if name else 1.0, **found))
+    text = table2(rows)
+    cells = {}
+    for line in text.splitlines()[:9]:
+        title, *values = line.strip("| ").split(" | ")
+        cells[title.split()[0]] = values
+    assert cells["parameters"] == ["= 100 to 100", "↑ 100 to 150", "= 100 to 100"]
+    assert cells["activations"] == ["↓ 40 to 4", "↓ 40 to 25", "= 40 to 40"]
+    assert cells["gradients"][2] == "↓ 100 to 1" and cells["peak"][0] == "= 220 to 218"
+    assert "| accumulation (1 x 2 to 2 x 1) |" in text and "↓ 80 to 40" in text
+    assert "not the peak: without accumulation" in text and "(220 and 218 MB)" in text
+    assert "Mixed precision raises the memory of parameters" in text
+    assert table2(rows[:3]) == ""  # pairs are missing
+
+
+def test_what_is_not_the_same_work_is_not_compared():
+    runs = [(Cell(), [{"first_loss_nats": 11.0}]), (Cell(amp=True), []), (Cell(lora=True), [{"first_loss_nats": 11.2}])]
+    with pytest.raises(InputError, match=r"first loss of llama, lora is 11.200, that of llama, plain 11.000"):
+        list(benchmark_finetuning.same_losses(iter(runs)))
+    other = (Cell(batch_size=2), [{"first_loss_nats": 9.0}])  # of other tokens
+    assert len(list(benchmark_finetuning.same_losses(iter([*runs[:2], other])))) == 3
+
+
+def test_cells_wait_side_by_side_only_where_they_fit():
+    sizes = {cell: 3.0 if cell.lora else 12.0 for cell in COURSE}
+    groups = benchmark_finetuning.side_by_side(COURSE, sizes.get, 20.0)
+    assert sorted(str(cell) for group in groups for cell in group) == sorted(map(str, COURSE))
+    assert all(sum(map(sizes.get, group)) <= 20.0 for group in groups) and len(groups) < len(COURSE)
+    peer, ours = Cell(engine="peft", lora=True, half=True), Cell(lora=True, half=True, lean=True)
+    groups = benchmark_finetuning.side_by_side([*COURSE, ours, peer], lambda cell: 3.0, 7.0)
+    assert [peer, ours] in groups
+
+
+def test_estimates_say_which_cells_fit():
+    text = benchmark_finetuning.estimates(SMALL, [Cell(), Cell(lora=True)], 64, 0.0025)
+    yes_no = [line.split(" | ")[-1].strip(" |") for line in text.splitlines()[2:4]]
+    full, adapted = (benchmark_finetuning.foresee(SMALL, cell, 64).peak for cell in (Cell(), Cell(lora=True)))
+    assert yes_no == [("yes" if peak <= 2.5e6 else "no") for peak in (full, adapted)]
+    assert f"| {full / devices.MB:,.0f} |" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model=gpt2", "--model=gpt2: expected one of llama3.2-1b"),
+        ("--cells=all", "--cells=all: expected course, lean, half, table2"),
+        ("--cells=course,course", "each at most once"),
+        ("--seq_len=1", "--seq_len=1: expected at least 2"),
+        ("--seq_len=1000000", "--seq_len=1000000: more positions than"),
+        ("--repeats=0", "--repeats=0: expected at least 1"),
+        ("--against=litgpt", "--against=litgpt: expected peers"),
+        ("--cells=lean --accumulation=2", "--accumulation=2: lean full fine-tuning has no gradients to accumulate"),
+        ("--cells=table2 --batch_size=2", "--cells=table2 sets batch_size and accumulation itself"),
+        ("--device=tpu", "device 'tpu' is"),
+        ("--device=cpu --memory_limit_gb=16", "--memory_limit_gb=16.0: expected more than 0, and a CUDA device"),
+        ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_measured(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        cli.call(benchmark_finetuning.main, ["--model=tiny", *flags.split()][(1 if "--model" in flags else 0) :])

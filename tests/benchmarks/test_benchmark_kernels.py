@@ -1,0 +1,231 @@
+"""The table of kernels: everything there is, each beside what it equals, and nothing that no row says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import re
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+from benchmarks import hardware as floors
+from benchmarks import kernels as benchmark_kernels
+from benchmarks.kernels import Operation, compared, table, take_turns
+from llama import cli
+from llama.config import PRESETS
+from llama.errors import InputError
+from llama.kernels.cpu import decode_step, train_ops
+from llama.kernels.gpu import available as gpu
+from reports import formats as tables
+
+TINY = PRESETS["tiny"]
+TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora_up_ lora_outer logsumexp".split()
+TRAIN += ["softmax_gradient_", "sgd_"]
+PREFILL = ["RMSNorm", "RoPE into the cache", "SwiGLU"]
+needs_kernels = pytest.mark.skipif(
+    train_ops.library() is None or decode_step.library() is None, reason="no CPU with AMX and a C compiler at hand"
+)
+
+
+def measure(path, *flags) -> list[dict]:
+    """The rows of a small run."""
+    cli.call(benchmark_kernels.main, ["--tokens=16", "--repeats=2", f"--results={path}", *flags])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Recorder:
+    """The kernels, and the names of those that were called."""
+
+    def __init__(self, library):
+        self.library, self.names = library, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.library, name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole small run: its rows, what it printed, and the kernels that it called."""
+    called = {module: Recorder(module.library()) for module in (train_ops, decode_step)}
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for module, recorder in called.items():
+            patch.setattr(module, "library", lambda recorder=recorder: recorder.library and recorder)
+        rows = measure(tmp_path_factory.mktemp("kernels") / "rows.jsonl", "--model=tiny")
+    return rows, out.getvalue(), {module: recorder.names for module, recorder in called.items()}
+
+
+@needs_kernels
+def test_every_kernel_is_measured_beside_what_it_equals(run):
+    """All kernels are called, each form has its row, and the figures of a row follow from each other."""
+    rows, out, called = run
+    assert called[train_ops] >= set(train_ops.SIGNATURES)
+    assert called[decode_step] >= {"decode_step", "rms_norm", "rotate_heads", "silu_mul", "read_all"}
+    cells = [row["cell"] for row in rows]
+    expected = [("prefill", name) for name in PREFILL] + [("train", name) for name in TRAIN]
+    both = [(*one, engine) for one in expected for engine in ("kernel", "plain")]
+    assert [(c["part"], c["operation"], c["engine"]) for c in cells if c["part"] != "decode"] == both
+    kinds = [(c["rows"], c["weights"], c["engine"]) for c in cells if c["part"] == "decode"]
+    assert kinds == [(n, w, e) for n in (1, 16) for w in ("bf16", "int8", "int4") for e in ("kernel", "plain")]
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        m = row["metrics"]
+        assert f"def {row['cell']['equality']}(" in sources
+        assert all(spread["n"] == 2 for spread in m.values()) and m["run_s"]["min"] > 0
+        assert m["moved_gb_s"]["max"] == pytest.approx(m["moved_mb"]["median"] / m["run_s"]["min"] / 1e3)
+        is_kernel, is_quantized = row["cell"]["engine"] == "kernel", row["cell"].get("weights") in ("int8", "int4")
+        assert ("plain_over_kernel_x" in m) == is_kernel
+        assert ("linear_over_kernel_x" in m) == (is_kernel and is_quantized)
+    assert table(rows) in out
+
+
+def moved(rows: list[dict], **wanted) -> set[float]:
+    chosen = [row for row in rows if all(row["cell"].get(name) == value for name, value in wanted.items())]
+    return {row["metrics"]["moved_mb"]["median"] for row in chosen}
+
+
+def test_bytes_are_those_of_operands_results_and_weights(run):
+    rows, T, dim, ffn = run[0], 16, TINY.dim, TINY.ffn_dim
+    n_weights, n_rows = TINY.block_linear_params(), 2 * dim + 2 * TINY.n_kv_heads * TINY.head_dim + 2 * ffn + dim
+    assert moved(rows, operation="swiglu") == {3 * T * ffn * 2 / 1e6}
+    assert moved(rows, operation="swiglu_backward") == {5 * T * ffn * 2 / 1e6}
+    assert moved(rows, operation="rms_norm") == {((2 * T + 1) * dim * 2 + T * 4) / 1e6}
+    assert moved(rows, operation="sgd_") == {dim * ffn * (4 + 2 + 4) / 1e6}
+    assert moved(rows, weights="bf16") == {n_weights * 2 / 1e6}
+    assert moved(rows, weights="int8") == {(n_weights + 4 * n_rows) / 1e6}
+    assert moved(rows, weights="int4") == {(n_weights / 2 + n_weights / 32 * 2) / 1e6}
+
+
+def test_a_machine_without_kernels_measures_the_plain_twins(tmp_path, capsys, monkeypatch):
+    for module in (train_ops, decode_step):
+        monkeypatch.setattr(module, "library", lambda: None)
+    rows = measure(tmp_path / "rows.jsonl", "--model=tiny-draft")
+    assert {row["cell"]["engine"] for row in rows} == {"plain"} and len(rows) == 6 + len(PREFILL) + len(TRAIN)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("no kernels here for decode, prefill, train (they need Linux, AVX-512")
+    assert "No kernel runs here." in out and "x as fast" in out and table(rows) in out
+
+
+def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
+    """Neither the copies nor the bandwidth count; what a run overwrites, the next one has anew; ratios are by round."""
+    clock, reads = [0.0], []
+    monkeypatch.setattr(benchmark_kernels.stopwatch.time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        def run(x):
+            assert torch.equal(x, torch.ones(4))
+            clock[0] += seconds
+            return x.zero_()
+
+        return run
+
+    def read_bandwidth(reader):
+        clock[0] += 1000.0
+        reads.append(1)
+        return {"sum": 1.0, "max": 4.0}
+
+    monkeypatch.setattr(floors, "read_bandwidth", read_bandwidth)
+    for is_cold, n_reads in ((False, 3), (True, 9)):
+        one = compared("train", "x", "", "test", takes(2.0), takes(5.0), torch.ones(4), is_cold=is_cold)
+        reads.clear()
+        (runs,) = take_turns([one], random_model(), 3, random.Random(0))
+        assert len(reads) == n_reads
+        assert {run["run_s"] for run in runs["kernel"]} == {2.0} and {run["run_s"] for run in runs["plain"]} == {5.0}
+        assert {(run["plain_over_kernel_x"], run["of_reading_x"]) for run in runs["kernel"]} == {(2.5, 32 / 2.0 / 4.0)}
+
+
+def test_nothing_is_timed_that_does_not_do_the_same():
+    def wrong(x):
+        return x * 1.1
+
+    for broken in (wrong, lambda x: x * float("nan")):
+        with pytest.raises(InputError, match="double: the kernel's result differs from that of plain PyTorch"):
+            compared("train", "double", "", "test", broken, lambda x: x, torch.ones(4))
+    assert compared("train", "double", "", "test", lambda x: x * 1.001, lambda x: x, torch.ones(4)).moved == 32
+
+
+def made_rows(kernel: float, plain: float) -> list[dict]:
+    """The two rows of an operation."""
+    one = Operation("train", "norm", "x [2]", "test_norm", lambda: None, lambda: None, 10)
+    metrics = {"run_s": kernel, "moved_mb": 77.7, "moved_gb_s": 66.6, "read_gb_s": 21.5, "of_reading_x": 3.25}
+    sides = {"kernel": {**metrics, "plain_over_kernel_x": plain / kernel}, "plain": {**metrics, "run_s": plain}}
+    about = {"dtype": "bfloat16", "threads": 2, "torch": "2", "device": {"name": "a CPU"}}
+    spreads = {
+        side: {name: {"median": v, "min": v / 2, "max": v * 2, "n": 5} for name, v in values.items()}
+        for side, values in sides.items()
+    }
+    return [{"cell": one.cell("tiny", side), "metrics": spreads[side], **about} for side in ("kernel", "plain")]
+
+
+def test_every_figure_of_the_table_stands_in_a_row_and_what_does_not_pay_is_named():
+    rows = made_rows(0.004, 0.006)
+    text = table(rows)
+    assert "| 4.000 (2.000 to 8.000) | 6.000 (3.000 to 12.000) | 1.50 | - | 77.7 | 66.6 | 3.25 | `test_norm` |" in text
+    assert "of 5 runs of tiny's shapes" in text and "No kernel is slower than its twin." in text
+    for i, name in [(0, name) for name in rows[0]["metrics"]] + [(1, "run_s")]:
+        changed = json.loads(json.dumps(rows))
+        changed[i]["metrics"][name]["median"] *= 1.5
+        assert table(changed) != text, name
+    assert "Slower than plain PyTorch here: norm (train, x [2])." in table(made_rows(0.006, 0.004))
+
+
+def test_figures_as_text():
+    metrics = {"step_s": {"median": 1.25, "min": 1.2, "max": 1.306, "n": 3}}
+    assert tables.median(metrics, "step_s", ".1f") == "1.2"
+    assert tables.spread(metrics, "step_s", ".0f", 1e3) == "1250 (1200 to 1306)"
+    for text in (tables.median, tables.spread):
+        assert [text(found, "peak_mb", ".1f") for found in (None, {}, metrics)] == ["-", "x", "-"]
+    assert [tables.counts(numbers) for numbers in ([], [5, 5], [5, 3, 4])] == ["no", "5", "3 to 5"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model=gpt2", "--model=gpt2: expected one of llama3.2-1b"),
+        ("--tokens=0", "--tokens=0: expected at least 1"),
+        ("--tokens=200000", "--tokens=200000: more positions than the 131,072 of llama3.2-1b"),
+        ("--repeats=0", "--repeats=0: expected at least 1"),
+        ("--parts=decode,decode", "--parts=decode,decode: expected a choice of decode,prefill,train, each once"),
+        ("--parts=gpu", "--parts=gpu: expected a choice of decode,prefill,train, each once"),
+        ("--parts=all", "--parts=all: expected a choice of"),
+        ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_measured(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        cli.call(benchmark_kernels.main, flags.split())
+
+
+def test_kernels_of_a_gpu_are_measured_beside_what_they_equal(monkeypatch):
+    """On a CPU by Triton's interpreter: each is called, its results are compared, and its row says what it moves."""
+    pytest.importorskip("triton")
+    from llama.kernels.gpu import triton_ops
+
+    called = Recorder(triton_ops)
+    monkeypatch.setattr(gpu, "ops", lambda device: called)
+    monkeypatch.setitem(triton_ops.ROW_TILES, "few", (64, 256))  # the interpreter takes as long for a small tile
+    monkeypatch.setattr(benchmark_kernels, "GRAPH_CALLS", 2)
+    monkeypatch.setattr(benchmark_kernels, "ROWS", (1,))
+    monkeypatch.setitem(benchmark_kernels.PARTS, "cpu", ("gpu",))
+    args = dataclasses.replace(PRESETS["tiny-draft"], n_layers=1)
+    with torch.no_grad():
+        found = list(benchmark_kernels.measure(args, 16, ("gpu",), 2, 1, torch.device("cpu"), torch.float16))
+    assert called.names >= {"add_rms_norm", "rotate_and_store", "silu_mul", "int8_linear", "int4_linear"}
+    shown = [(one.name, one.weights, sorted(runs)) for one, runs in found]
+    both, name = ["kernel", "plain"], "products of a block"
+    assert shown[:3] == [(fused, None, both) for fused in ("sum and RMSNorm", "RoPE into the cache", "SwiGLU")]
+    assert shown[3:] == [(name, "float16", ["plain"]), (name, "int8", both), (name, "int4", both)]
+    sources = (ROOT / "tests" / "llama" / "kernels" / "test_gpu_kernels.py").read_text()
+    assert all(f"def {one.equality}(" in sources for one, _ in found)
+    moved = {one.name: one.moved for one, _ in found[:3]}
+    assert moved == {
+        "sum and RMSNorm": 5 * args.dim * 2,  # two read, two written, and the weight
+        "RoPE into the cache": 2 * (args.n_heads + 2 * args.n_kv_heads) * args.head_dim * 2,
+        "SwiGLU": 3 * args.ffn_dim * 2,
+    }

@@ -1,0 +1,254 @@
+"""Every fast decode step against the eager one, and that it is really on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, TINY, random_model
+from torch import nn
+
+from llama import KVCache, Llama, ModelArgs, Tokenizer
+from llama.config import PRESETS
+from llama.decoding import CapturedStep, Decoder, EagerStep
+from llama.errors import InputError
+from llama.kernels.cpu import decode_step, native
+from llama.kernels.gpu import available as gpu
+
+TOKENIZER = Tokenizer(TINY / "tokenizer.model")
+needs_kernel = pytest.mark.skipif(decode_step.library() is None, reason="no CPU with AMX and a C compiler at hand")
+
+# Head sizes 32, 64 and 96, groups of 1, 2 and 4, a hidden size that is no power of two, tied and untied heads.
+SHAPES = {
+    "tiny": PRESETS["tiny"],
+    "heads of 32": dataclasses.replace(SMALL, dim=256, n_heads=8, n_kv_heads=2, multiple_of=96),
+    "heads of 96": ModelArgs(dim=192, n_layers=2, n_heads=2, vocab_size=208, multiple_of=32),
+}
+
+
+def full_cache(args: ModelArgs, batch_size: int, max_len: int, dtype: torch.dtype = torch.bfloat16) -> KVCache:
+    """A cache of earlier tokens, random and the same for all dtypes."""
+    cache = KVCache(args, batch_size, max_len, dtype, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    for part in (cache.k, cache.v):
+        part.copy_(torch.randn(part.shape, generator=generator).bfloat16())
+    return cache
+
+
+@needs_kernel
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 1), (3, 1), (16, 1), (19, 1), (1, 5), (4, 6)])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_native_step_is_as_exact_as_the_eager_one(shape, batch_size, n_tokens):
+    """Against the same weights in fp64 the error is at most twice that of the eager step, in logits and cache."""
+    args = SHAPES[shape]
+    model = random_model(args, std=0.05).bfloat16()
+    assert decode_step.supports(model)
+    tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7 % args.vocab_size
+    pos = torch.arange(batch_size)[:, None] * 5 % (41 - n_tokens) + torch.arange(n_tokens)
+    runs = {}
+    for name, kind in (("native", decode_step.NativeStep), ("eager", EagerStep), ("exact", EagerStep)):
+        dtype = torch.float64 if name == "exact" else torch.bfloat16
+        cache = full_cache(args, batch_size, 41, dtype)
+        logits = kind(copy.deepcopy(model).to(dtype), cache)(tokens, pos)
+        runs[name] = [part.double() for part in (logits, cache.k, cache.v)]
+    for native_part, eager, exact in zip(*runs.values(), strict=True):
+        scale = exact.abs().max()
+        error = (native_part - exact).norm()
+        assert error <= 2 * (eager - exact).norm() + 1e-6 * scale
+    written = (runs["native"][1] != full_cache(args, batch_size, 41).k.double()).any(-1).any(2).any(0)
+    assert torch.equal(written.nonzero()[:, 1], pos.flatten())  # a slot for each token, and no other
+
+
+@needs_kernel
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 2), (2, 5), (3, 9)])
+@torch.no_grad()
+def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(batch_size, n_tokens):
+    """What makes speculative decoding give plain decoding's tokens in 16 bits too."""
+    model = random_model(PRESETS["tiny"], std=0.05).bfloat16()
+    tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7
+    pos = torch.arange(batch_size)[:, None] * 4 + torch.arange(n_tokens)
+    whole, alone = full_cache(model.args, batch_size, 20), full_cache(model.args, batch_size, 20)
+    at_once = decode_step.NativeStep(model, whole)(tokens, pos)
+    step = decode_step.NativeStep(model, alone)
+    one_by_one = [step(token[:, None], p[:, None]) for token, p in zip(tokens.T, pos.T, strict=True)]
+    assert torch.equal(at_once, torch.cat(one_by_one, 1))
+    assert torch.equal(whole.k, alone.k) and torch.equal(whole.v, alone.v)
+
+
+@needs_kernel
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 1), (2, 7), (5, 48)])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, use_cache):
+    """As above, for whole sequences of which another position of each row is wanted."""
+    args = SHAPES[shape]
+    model = random_model(args, std=0.05).bfloat16()
+    tokens = (torch.arange(batch_size * length).view(batch_size, length) * 7) % args.vocab_size
+    last = (length - 1 - torch.arange(batch_size)).clamp(min=0)
+    runs = {}
+    for name, decoding in (("native", "auto"), ("eager", "eager"), ("exact", "eager")):
+        dtype = torch.float64 if name == "exact" else torch.bfloat16
+        cache = KVCache(args, batch_size, length + 3, dtype, "cpu") if use_cache else None
+        hidden = Decoder(copy.deepcopy(model).to(dtype), decoding).last_hidden(tokens, last, cache)
+        runs[name] = [part.double() for part in (hidden, *((cache.k, cache.v) if use_cache else ()))]
+    for native_part, eager, exact in zip(*runs.values(), strict=True):
+        assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
+
+
+@needs_kernel
+@torch.no_grad()
+def test_native_step_and_pytorchs_own_products_do_not_disturb_each_other():
+    """Both configure the tile registers of the same threads."""
+    model = random_model(PRESETS["tiny"], std=0.05).bfloat16()
+    tokens, x = torch.tensor([[5, 6, 7]]), torch.randn(300, 256).bfloat16()
+    plain = model(tokens), x @ x.T
+    step = decode_step.NativeStep(model, full_cache(model.args, 16, 9))
+    newest, pos = torch.arange(16)[:, None], torch.arange(16)[:, None] % 9
+    first = step(newest, pos)
+    for _ in range(3):
+        assert torch.equal(model(tokens), plain[0]) and torch.equal(x @ x.T, plain[1])
+        assert torch.equal(step(newest, pos), first)
+
+
+@needs_kernel
+def test_native_step_refuses_what_is_out_of_range():
+    model = random_model(PRESETS["tiny"]).bfloat16()
+    cache = full_cache(model.args, 2, 9)
+    before = cache.k.clone()
+    step = decode_step.NativeStep(model, cache)
+    for tokens, pos in (([0, 1], [0, 9]), ([0, 1], [-1, 0]), ([0, 4096], [0, 0]), ([-1, 0], [0, 0])):
+        with pytest.raises(IndexError, match="outside"):
+            step(torch.tensor(tokens)[:, None], torch.tensor(pos)[:, None])
+    with pytest.raises(ValueError, match="made for 2 sequences, not 1"):
+        step(torch.tensor([[0]]), torch.tensor([[0]]))
+    assert torch.equal(cache.k, before)
+
+
+@needs_kernel
+def test_native_step_leaves_every_changed_model_to_the_eager_one():
+    def changed(change):
+        model = random_model(PRESETS["tiny"]).bfloat16()
+        change(model)
+        return model
+
+    class Other(nn.Linear):
+        pass
+
+    block = "layers.1.feed_forward"
+    assert decode_step.supports(changed(lambda m: None))
+    assert not decode_step.supports(changed(lambda m: m.float()))
+    assert not decode_step.supports(changed(lambda m: m.norm.float()))
+    assert not decode_step.supports(changed(lambda m: setattr(m.get_submodule(block), "w2", Other(1024, 256, False))))
+    assert not decode_step.supports(changed(lambda m: setattr(m.get_submodule(block), "w2", nn.Linear(1024, 256))))
+    assert not decode_step.supports(changed(lambda m: m.layers[0].register_forward_hook(print)))
+    assert not decode_step.supports(random_model(SMALL).bfloat16())  # heads of 16
+
+
+@needs_kernel
+def test_generation_uses_the_native_step_by_default(monkeypatch):
+    calls = []
+    step = decode_step.NativeStep.__call__
+    monkeypatch.setattr(decode_step.NativeStep, "__call__", lambda self, *a: calls.append(1) or step(self, *a))
+    fast, slow = (
+        Llama.build(TINY, TINY / "tokenizer.model", 256, 8, device="cpu", dtype="bfloat16", decoding=decoding)
+        for decoding in ("auto", "eager")
+    )
+    assert (fast.decoder.name, slow.decoder.name) == ("native", "eager")
+    prompts = [[1, 2, 3], [4]]
+    slow.generate(prompts, 10, 0, stop_tokens=[])
+    assert not calls
+    fast.generate(prompts, 10, 0, stop_tokens=[], use_cache=False)
+    assert not calls
+    fast.generate(prompts, 10, 0, stop_tokens=[])
+    assert len(calls) == 9  # the first token comes from the prompts
+
+
+def test_without_a_compiler_generation_goes_on(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    native.load.cache_clear()
+    decode_step.library.cache_clear()
+    try:
+        llama = Llama(random_model(PRESETS["tiny"]).bfloat16(), TOKENIZER)
+        assert llama.decoder.name == "eager"
+        assert len(llama.generate([[1, 2]], 3, 0, stop_tokens=[])[0][0]) == 3
+    finally:
+        native.load.cache_clear()
+        decode_step.library.cache_clear()
+
+
+def test_kernels_are_compiled_once_and_outlive_an_unwritable_home(monkeypatch, tmp_path):
+    if decode_step.library() is None:
+        pytest.skip("no CPU with AMX and a C compiler at hand")
+    (tmp_path / "file").write_text("")
+    for home, is_shared in ((tmp_path, True), (tmp_path / "file" / "below", False)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        native._cache_directory.cache_clear()
+        native.load.cache_clear()
+        assert native.load("decode_step", decode_step.FLAGS) is not None
+        assert native._cache_directory().is_relative_to(home) == is_shared
+        assert len(list(native._cache_directory().glob("*.so"))) == 1
+    native._cache_directory.cache_clear()
+    native.load.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_step_equals_eager():
+    """Logits within 1e-4, tokens equal, one graph (fullgraph is set), and no second compilation."""
+    model = random_model(dataclasses.replace(SMALL, n_layers=1, vocab_size=4096))
+    llama, eager = (Llama(model, TOKENIZER, decoding=decoding) for decoding in ("compiled", "eager"))
+    assert llama.decoder.name == "compiled"
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert llama.generate(prompts, 8, 0, stop_tokens=[]) == eager.generate(prompts, 8, 0, stop_tokens=[])
+    steps = [each.decoder.start(3, 10)[1] for each in (llama, eager)]
+    runs = [step(torch.tensor([[1], [2], [3]]), torch.tensor([[0], [0], [0]])) for step in steps]
+    torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+@torch.no_grad()
+def test_captured_step_equals_eager():
+    """Same logits step by step, same tokens, one recording for calls of one shape, none for swapped weights."""
+    model = random_model(PRESETS["tiny"], std=0.05).cuda()
+    fast, slow = (Llama(model, TOKENIZER, decoding=decoding) for decoding in ("auto", "eager"))
+    assert fast.decoder.name == ("captured" if gpu.ops(model.norm.weight.device) is None else "fused and captured")
+    prompts = [[1, 2, 3], [4]]
+    for _ in range(2):
+        assert fast.generate(prompts, 20, 0, stop_tokens=[]) == slow.generate(prompts, 20, 0, stop_tokens=[])
+    _, step = fast.decoder.start(2, 22)
+    assert isinstance(step, CapturedStep) and fast.decoder.start(2, 22)[1] is step
+    _, eager = slow.decoder.start(2, 22)
+    for n_tokens in (1, 4, 1):
+        tokens = torch.arange(2 * n_tokens).view(2, n_tokens).cuda()
+        pos = torch.arange(n_tokens).expand(2, -1).cuda()
+        torch.testing.assert_close(step(tokens, pos), eager(tokens, pos), atol=1e-4, rtol=0)
+    model.norm.weight = nn.Parameter(model.norm.weight * 2)
+    assert fast.decoder.start(2, 22)[1] is not step
+
+
+def test_unknown_decoding_is_refused():
+    with pytest.raises(InputError, match="decoding 'fast' is unknown; use auto, eager, compiled"):
+        Llama(random_model(PRESETS["tiny"]), TOKENIZER, decoding="fast")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prefill_by_parts_equals_prefill_at_once(tiny, monkeypatch, use_cache):
+    """However many rows go through the network at once, each gets the same tokens."""
+    prompts = [list(range(300 + i, 310 + 3 * i)) for i in range(5)]
+    whole = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
+    monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", 50)
+    parts = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
+    assert whole[0] == parts[0]
+    torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), atol=1e-5, rtol=0)

@@ -1,0 +1,234 @@
+"""Decoding int8 and int4 weights: every native step and prefill against the slow twin, and that they are really on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, random_model
+from test_decoding import SHAPES, full_cache, needs_kernel
+from torch import nn
+
+from benchmarks import hardware as floors
+from llama import KVCache, Llama, Transformer
+from llama.config import PRESETS
+from llama.decoding import Decoder, EagerStep
+from llama.kernels.cpu import decode_step, prefill
+from llama.quantization import Int4Linear, Int8Embedding, Int8Linear, Quantization, quantize
+
+pytestmark = needs_kernel
+
+FORMATS = {"int8": (8, None), "int4": (4, 32), "int4 groups of 64": (4, 64), "int4 groups of 128": (4, 128)}
+WIDE = dataclasses.replace(PRESETS["tiny"], n_layers=1, vocab_size=512)
+# Untied head; a key/value width of 64, which leaves a core with one block of rows; a hidden size of 6 * 128.
+OTHER = dataclasses.replace(SHAPES["heads of 32"], n_layers=1, tie_word_embeddings=False)
+LARGER_GROUPS = [pytest.param(f"int4 groups of {n}", marks=pytest.mark.slow) for n in (64, 128)]
+SIZES = [(1, 1), (2, 1), (5, 1), (6, 1), (9, 1), (16, 1), (17, 1), (1, 7), (4, 6)]  # sequences, tokens of each
+
+
+def quantized(args, kind: str) -> Transformer:
+    return copy.deepcopy(_quantized(args, kind))
+
+
+@functools.cache
+def _quantized(args, kind: str) -> Transformer:
+    model = random_model(args, std=0.05).bfloat16()
+    quantize(model, Quantization(*FORMATS[kind]))
+    return model
+
+
+def dense(model: Transformer) -> Transformer:
+    """The same codes and scales as plain weights, in fp64."""
+    plain = Transformer(model.args).double().eval()
+    for name, module in model.named_modules():
+        if isinstance(module, (Int8Linear, Int8Embedding, Int4Linear)):
+            w = torch.empty(module.out_features, module.in_features, dtype=torch.float64)
+            plain.get_submodule(name).weight.data = module.widen(slice(None), w)
+        elif name.endswith("norm"):
+            plain.get_submodule(name).weight.data = module.weight.double()
+    return plain
+
+
+@pytest.mark.parametrize("args", [WIDE, OTHER], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["int8", "int4", *LARGER_GROUPS])
+@torch.no_grad()
+def test_native_step_is_as_exact_as_the_eager_one(kind, args):
+    """Against the dequantized model in fp64 the error is at most twice that of the eager step: 1 to 24 rows."""
+    model = quantized(args, kind)
+    assert decode_step.supports(model)
+    plain = dense(model)
+    for batch_size, n_tokens in SIZES:
+        tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7 % args.vocab_size
+        pos = torch.arange(batch_size)[:, None] * 5 % (41 - n_tokens) + torch.arange(n_tokens)
+        runs = []
+        for step, network in ((decode_step.NativeStep, model), (EagerStep, model), (EagerStep, plain)):
+            cache = full_cache(args, batch_size, 41, network.norm.weight.dtype)
+            logits = step(network, cache)(tokens, pos)
+            runs.append([part.double() for part in (logits, cache.k, cache.v)])
+        for native_part, eager, exact in zip(*runs, strict=True):
+            assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 2), (2, 5), (3, 9)])
+@pytest.mark.parametrize("kind", ["int8", "int4", *LARGER_GROUPS])
+@torch.no_grad()
+def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(kind, batch_size, n_tokens):
+    """1, 5 or 16 rows are packed in other ways each, and sum to the same."""
+    model = quantized(WIDE, kind)
+    tokens = torch.arange(batch_size * n_tokens).view(batch_size, n_tokens) * 7
+    pos = torch.arange(batch_size)[:, None] * 4 + torch.arange(n_tokens)
+    whole = full_cache(model.args, batch_size, 20)
+    at_once = decode_step.NativeStep(model, whole)(tokens, pos)
+    caches = [full_cache(model.args, batch_size, 20) for _ in range(batch_size)]
+    for row in range(batch_size):  # each row alone: one token of one sequence is the form that all others must equal
+        alone = caches[row].part(row, row + 1)
+        alone.k, alone.v = alone.k.contiguous(), alone.v.contiguous()
+        step = decode_step.NativeStep(model, alone)
+        for t in range(n_tokens):
+            logits = step(tokens[row : row + 1, t : t + 1], pos[row : row + 1, t : t + 1])
+            assert torch.equal(logits[0, 0], at_once[row, t])
+        assert torch.equal(whole.k[:, row], alone.k[:, 0]) and torch.equal(whole.v[:, row], alone.v[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@torch.no_grad()
+def test_activations_of_very_different_size_keep_their_digits(kind):
+    """One value a thousand times the others, as the residual stream of trained models has them, and zeros."""
+    model = quantized(WIDE, kind)
+    for norm in (model.layers[0].attention_norm, model.layers[0].ffn_norm, model.norm):
+        norm.weight[5], norm.weight[40:80] = 1000.0, 0.0
+    n = 64  # one rounding of the large value moves all of a row: whose luck is better shows in many rows only
+    tokens, pos, plain = torch.arange(n)[:, None] * 7, torch.full((n, 1), 30), dense(model)
+    native = decode_step.NativeStep(model, full_cache(WIDE, n, 41))(tokens, pos).double()
+    eager = EagerStep(model, full_cache(WIDE, n, 41))(tokens, pos).double()
+    exact = EagerStep(plain, full_cache(WIDE, n, 41, torch.float64))(tokens, pos)
+    assert (native - exact).norm() <= 2 * (eager - exact).norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_not_finite_stays_so_and_in_its_row(kind, value):
+    """Digits have no NaN: the row that holds one must not come out as numbers, nor touch its neighbours."""
+    model = quantized(WIDE, kind)
+    tokens, pos = torch.tensor([[1], [2], [3]]), torch.full((3, 1), 4)
+    healthy = decode_step.NativeStep(model, full_cache(WIDE, 3, 9))(tokens, pos)
+    broken = full_cache(WIDE, 3, 9)
+    broken.v[0, 1, :, 2] = value
+    logits = decode_step.NativeStep(model, broken)(tokens, pos)
+    assert logits[1].isnan().all()
+    assert torch.equal(logits[[0, 2]], healthy[[0, 2]])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4", LARGER_GROUPS[-1]])
+@torch.no_grad()
+def test_native_prefill_is_as_exact_as_the_eager_one(kind, use_cache, monkeypatch):
+    """Slabs of a size that no matrix is a multiple of."""
+    monkeypatch.setattr(prefill, "SLAB", 100 * 256)
+    model = quantized(OTHER, kind)
+    plain = dense(model)
+    for batch_size, length in ((1, 1), (2, 7), (3, 40)):
+        tokens = (torch.arange(batch_size * length).view(batch_size, length) * 7) % OTHER.vocab_size
+        last = (length - 1 - torch.arange(batch_size)).clamp(min=0)
+        runs = []
+        for network, decoding in ((model, "auto"), (model, "eager"), (plain, "eager")):
+            dtype = network.norm.weight.dtype
+            cache = KVCache(OTHER, batch_size, length + 3, dtype, "cpu") if use_cache else None
+            hidden = Decoder(network, decoding).last_hidden(tokens, last, cache)
+            runs.append([part.double() for part in (hidden, *((cache.k, cache.v) if use_cache else ()))])
+        for native_part, eager, exact in zip(*runs, strict=True):
+            assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
+
+
+def test_native_step_refuses_what_is_out_of_range():
+    model = quantized(WIDE, "int8")
+    cache = full_cache(WIDE, 2, 9)
+    before = cache.k.clone()
+    step = decode_step.NativeStep(model, cache)
+    for tokens, pos in (([0, 1], [0, 9]), ([0, 1], [-1, 0]), ([0, 512], [0, 0]), ([-1, 0], [0, 0])):
+        with pytest.raises(IndexError, match="outside"):
+            step(torch.tensor(tokens)[:, None], torch.tensor(pos)[:, None])
+    assert torch.equal(cache.k, before)
+
+
+def test_native_step_leaves_what_it_cannot_read_to_the_eager_one():
+    def changed(change, kind="int8", args=WIDE):
+        model = quantized(args, kind)
+        change(model)
+        return model
+
+    def one_plain_layer(model):
+        model.layers[0].attention.wq = nn.Linear(256, 256, False).bfloat16()
+
+    def strided(model):
+        w2 = model.layers[0].feed_forward.w2
+        w2.weight.data = w2.weight.data.t().contiguous().t()
+
+    def wide_scales(model):
+        model.layers[0].feed_forward.w2.scales = model.layers[0].feed_forward.w2.scales.double()
+
+    assert decode_step.supports(changed(lambda m: None))
+    assert not decode_step.supports(changed(lambda m: m.float()))
+    assert not decode_step.supports(changed(one_plain_layer))
+    assert not decode_step.supports(changed(strided))
+    assert not decode_step.supports(changed(wide_scales))
+    assert not decode_step.supports(changed(lambda m: m.layers[0].register_forward_hook(print)))
+    assert decode_step.supports(changed(lambda m: None, "int8", SHAPES["heads of 96"]))
+    assert not decode_step.supports(changed(lambda m: None, "int4", SHAPES["heads of 96"]))  # 192 columns
+    assert not decode_step.supports(changed(lambda m: None, "int8", SMALL))  # heads of 16
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_generation_uses_the_native_step_by_default(kind, monkeypatch):
+    calls, widened = [], []
+    library, step = decode_step.library(), decode_step.NativeStep.__call__
+    monkeypatch.setattr(decode_step.NativeStep, "__call__", lambda self, *a: calls.append(1) or step(self, *a))
+
+    class Counting:
+        def __getattr__(self, name):
+            if name == "widen_rows":
+                widened.append(1)
+            return getattr(library, name)
+
+    monkeypatch.setattr(prefill, "library", lambda: Counting())
+    model = quantized(WIDE, kind)
+    fast, slow = (Llama(model, None, 64, 2, decoding=decoding) for decoding in ("auto", "eager"))
+    assert (fast.decoder.name, slow.decoder.name) == ("native", "eager")
+    slow.generate([[1, 2, 3], [4]], 6, 0, stop_tokens=[])
+    assert not calls and not widened
+    fast.generate([[1, 2, 3], [4]], 6, 0, stop_tokens=[])
+    assert len(calls) == 5 and len(widened) == 7  # the first token comes from the prompts; seven matrices of one block
+
+
+def test_floors_of_quantized_weights_count_the_bytes_that_lie_in_memory():
+    for kind in ("int8", "int4"):
+        model = quantized(OTHER, kind)
+        scales = sum(m.scales.nbytes for m in model.modules() if hasattr(m, "scales"))
+        n_bytes = sum(p.nbytes for p in model.parameters()) + scales
+        assert floors.weight_bytes(model) == n_bytes
+        table = model.tok_embeddings.weight.nbytes + model.tok_embeddings.scales.nbytes
+        assert floors.decode_bytes(model, 3, 10) == n_bytes - table + OTHER.kv_cache_bytes(3, 10, 2)
+    for args in (WIDE, OTHER):
+        plain = random_model(args).bfloat16()
+        assert floors.decode_bytes(plain, 3, 10) == args.decode_bytes(3, 10, 2)
+
+
+@pytest.mark.slow
+def test_benchmark_measures_formats_side_by_side(tmp_path):
+    flags = "--model=tiny --weights=bf16,int8,int4 --batch_sizes=1 --input_len=20 --output_len=4 --repeats=2 --cache=on"
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    command = [sys.executable, "benchmark_inference.py", *flags.split(), "--device=cpu", *paths]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    moved = {row["cell"]["weights"]: row["metrics"]["step_bytes_gb"]["median"] for row in rows}
+    assert list(sorted(moved)) == ["bf16", "int4", "int8"] and moved["bf16"] > moved["int8"] > moved["int4"]
+    assert {row["cell"]["decoding"] for row in rows} == {"native"}
+    for weights in moved:
+        assert f"with KV cache, {weights}: runtime (s)" in run.stdout

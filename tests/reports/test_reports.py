@@ -1,0 +1,430 @@
+"""The reports say what was measured: figures stand in rows, names exist, the PDFs are what the sources give."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import itertools
+import json
+import math
+import random
+import re
+import sys
+
+import pypdf
+import pytest
+from conftest import ROOT
+
+import benchmark_finetuning
+import benchmark_inference
+import inference
+from benchmarks.rows import spread
+from llama import cli, lora
+from llama.config import PRESETS
+from llama.errors import InputError
+from llama.model import Transformer, rope_frequencies
+from llama.training import memory
+from reports.pdf import build as report
+from reports.pdf import content
+
+REPORTS = ROOT / "reports"
+SOURCES = {phase: (REPORTS / f"{phase}.typ").read_text(encoding="utf-8") for phase in report.PHASES}
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+STRAIGHT = {0x2019: "'"}  # Typst sets a curved apostrophe
+DEVICE = "Imagined GPU 16GB"
+
+
+def call(monkeypatch, capsys, *flags):
+    """As from the shell: exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", ["report.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        cli.run(report.main)
+    return end.value.code, *capsys.readouterr()
+
+
+def row(experiment, cell, metrics, dtype="bfloat16", device=DEVICE, time="2026-11-22T10:00:00+00:00", **more):
+    found = {name: spread(values) for name, values in metrics.items()}
+    place = {"device": {"kind": "cuda", "name": device}, "dtype": dtype, "threads": 7, "torch": "2.13.0"}
+    about = {"commit": "0123456789ab", "seed": 1, "command": f"python {experiment}.py", "time": time}
+    return {"experiment": experiment, "cell": cell, "metrics": found, **more, **place, **about}
+
+
+def generation_rows(chance):
+    """Table 1 with peers; the largest cell without the cache ran out of memory."""
+    rows = []
+    for engine, size, cache in itertools.product(("llama", "transformers"), (1, 8, 16), (True, False)):
+        names = ("runtime_s", "ttft_s", "tpot_s", "peak_memory_mb", "runtime_over_floor_x", "ttft_over_floor_x")
+        names += ("tpot_over_floor_x", "peak_memory_over_floor_x", "read_gb_s", "product_tflop_s", "step_bytes_gb")
+        names += ("floor_runtime_s", "floor_ttft_s", "floor_tpot_s", "floor_peak_memory_mb")
+        is_lost = (engine, size, cache) == ("llama", 16, False)
+        metrics = {} if is_lost else {name: [chance.uniform(1, 3000) for _ in range(3)] for name in names}
+        cell = {"model": "llama3.2-1b", "engine": engine, "batch_size": size, "use_cache": cache, "input_len": 256}
+        cell |= {"output_len": 32, "decoding": "captured", "memory_limit_gb": 16.0}
+        if engine == "llama" or cache:
+            rows.append(row("inference", cell, metrics))
+    return rows
+
+
+def step_rows(chance):
+    """Tables 2 and 3, all cells and peers."""
+    wanted = [cell for cells in benchmark_finetuning.SETS.values() for cell in cells]
+    wanted += [benchmark_finetuning.Cell(engine="transformers", amp=True)]
+    wanted += [benchmark_finetuning.Cell(engine="peft", lora=True, half=True)]
+    rows = []
+    for cell in dict.fromkeys(wanted):
+        names = ["step_s", "peak_memory_mb", "step_over_floor_x", "expected_peak_memory_mb", "step_tflop"]
+        names += [f"{name}_{when}_mb" for name in memory.CATEGORIES for when in ("at_peak", "most")]
+        place = {"model": "llama3.2-1b", **vars(cell), "seq_len": 512, "memory_limit_gb": None}
+        metrics = {name: [chance.uniform(10, 9000) for _ in range(3)] for name in names}
+        rows.append(row("benchmark_finetuning", place, metrics, "float32"))
+    return rows
+
+
+def learning_rows():
+    metrics = {"held_out_loss_before_nats": [2.4459], "held_out_loss_nats": [0.5577], "held_out_right_before": [0]}
+    metrics |= {"held_out_right": [8], "held_out_asked": [20], "step_s": [0.25, 0.5]}
+    series = {"loss_nats": [[i, 3.0 / i] for i in range(1, 40)], "held_out_loss_nats": [[0, 2.4459], [39, 0.5577]]}
+    series["answers"] = [["Name three colours.", "iraffes hum.", "Green, yellow and red."]]
+    return [row("finetuning", {"model": "tiny", "preset": "learn"}, metrics, "float32", series=series)]
+
+
+def compression_rows(chance):
+    """A ladder of which one row ran out of memory and one has no perplexity; pruning by each of its parts."""
+    names = ("parameters", "stored_mb", "loss_nats", "ttft_s", "tpot_s")
+    metrics = {name: [chance.uniform(1, 9000)] for name in names}
+    parts = [("dense", 0.0), *itertools.product(("iterative", "one-shot", "speed"), (0.125, 0.25))]
+    cells = [{"part": part, "method": "dimensions", "share": share, "model": "tiny"} for part, share in parts]
+    pruned = [row("pruning", cell, metrics, "float32") for cell in cells]
+    names = ("runtime_s", "tokens_per_s", "weights_mb", "peak_memory_mb")
+    rungs = [row("ladder", rung(number), {name: [chance.uniform(1, 900)] for name in names}) for number in (1, 2, 3)]
+    rungs[1]["metrics"]["perplexity_x"] = spread([1.5781])
+    return [*rungs, row("ladder", rung(4), {}), *pruned]
+
+
+def rung(number):
+    cell = {"model": "tiny", "row": number, "name": f"change {number}", "changes": number - 1 or None}
+    return {**cell, "text": "its own"}
+
+
+@pytest.fixture(scope="module")
+def imagined():
+    chance = random.Random(0)
+    return [*generation_rows(chance), *step_rows(chance), *learning_rows(), *compression_rows(chance)]
+
+
+def real_rows():
+    lines = [line for path in sorted(REPORTS.glob("results/*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def numbers(text):
+    return {found.strip(",") for found in NUMBER.findall(text)}
+
+
+def renderings(rows):
+    """Every way in which a figure of these rows may stand in a report."""
+    values, texts = set(), []
+    for one in rows:
+        metrics = one["metrics"]
+        values |= {v[part] for v in metrics.values() for part in ("median", "min", "max", "n")}
+        values |= {1e3 * v["median"] for name, v in metrics.items() if name.startswith(("ttft", "tpot", "floor_tpot"))}
+        if "weights_most_mb" in metrics:
+            values.add(metrics["weights_most_mb"]["median"] + metrics["copies_most_mb"]["median"])
+        strings = [json.dumps(part, ensure_ascii=False) for part in (one["cell"], one.get("series", {}))]
+        texts += [*strings, one["device"]["name"], one["torch"], one["dtype"], one["command"], one["time"][:10]]
+        texts += [str(one["threads"])]
+        values |= {y for name in ("loss_nats", "held_out_loss_nats") for _, y in one.get("series", {}).get(name, ())}
+    for a, b in itertools.permutations(rows, 2):
+        if a["experiment"] == b["experiment"]:
+            for name in ("runtime_s", "step_s", "peak_memory_mb"):
+                if name in a["metrics"] and name in b["metrics"]:
+                    values.add(a["metrics"][name]["median"] / b["metrics"][name]["median"])
+            if "step_s" in a["metrics"] and {"step_s", "peak_memory_mb"} <= a["metrics"].keys() & b["metrics"].keys():
+                saved, slower = (
+                    x["metrics"][name]["median"] - y["metrics"][name]["median"]
+                    for x, y, name in ((a, b, "peak_memory_mb"), (b, a, "step_s"))
+                )
+                values |= {saved / slower} if saved > 0 < slower else set()
+    forms = (",.0f", ".0f", ".1f", ".2f", ".3f", ",.2f", ",.1f")
+    return {format(value, form) for value in values for form in forms} | numbers(" ".join(texts))
+
+
+def cells_of(shown):
+    """Every text that a table of a report shows, but for its first columns' labels."""
+    return [(name, text) for name, table in shown["tables"].items() for line in table["rows"] for text in line]
+
+
+# The sources
+
+
+def test_named_files_functions_and_tests_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    text = "".join(SOURCES.values())
+    files, names = re.findall(r'#file\("([^"]+)"\)', text), re.findall(r'#(?:code|quoted)\("([^"]+)", "([^"]+)"', text)
+    assert len(files) > 5 and len(names) > 15
+    assert all((ROOT / path).exists() for path in files)
+    for path, name in names:
+        assert content.quote(ROOT / path, name)
+    proofs = re.findall(r'#proof\("([^"]+)"\)', text)
+    assert len(proofs) > 5 and all(f"def {name}(" in tests for name in proofs)
+    cited = set(re.findall(r"@(\w+)", text))
+    known = set(re.findall(r"^(\w+):$", (REPORTS / "references.yml").read_text(), re.MULTILINE))
+    assert cited == known
+
+
+def test_a_name_that_is_gone_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"has no KVCache\.vanished"):
+        content.quote(ROOT / "llama/cache.py", "KVCache.vanished")
+    with pytest.raises(InputError, match="cannot be quoted"):
+        content.quote(tmp_path / "gone.py", "main")
+    tree = ast.parse(content.quote(ROOT / "llama/sampling.py", "draw"))
+    assert tree.body[0].name == "draw" and not ast.get_docstring(tree.body[0])
+
+
+@pytest.mark.parametrize("phase", report.PHASES[1:])
+def test_sources_hold_no_measured_figure(phase):
+    """Numbers with a unit come from rows or from facts(), never from the keyboard."""
+    prose = SOURCES[phase].replace("width: 100%", "")
+    found = re.findall(r"\d[\d,.]*\s*(?:s|ms|min|MB|GB|GB/s|TFLOP|tokens/s|times|x|%)(?![\w-])", prose)
+    assert not found
+
+
+def test_cross_entropies_are_right():
+    for probability, nats, bits in ((0.2, "1.609", "2.322"), (0.7, "0.357", "0.515")):
+        assert f"-log {probability} = {nats}$ nats ({bits} bits)" in SOURCES["phase_1"]
+        assert f"{-math.log(probability):.3f}" == nats and f"{-math.log2(probability):.3f}" == bits
+    assert f"{math.log(128_256):.2f}" in SOURCES["phase_1"]
+
+
+def test_facts_are_those_of_the_model():
+    args = PRESETS["llama3.2-1b"]
+    facts = content.facts(args)
+    plain = rope_frequencies(dataclasses.replace(args, use_scaled_rope=False, rope_scale_factor=None))
+    factors = plain / rope_frequencies(args)
+    assert facts["rope_kept"] == str(int((factors == 1).sum()))
+    assert facts["rope_slowed"] == str(int((factors > 31.9).sum()))
+    tiny = PRESETS["tiny-draft"]
+    model = Transformer.random(tiny, dtype=rope_frequencies(tiny).dtype)
+    lora.apply(model, lora.LoRAConfig())
+    trained, total = lora.trainable_share(model)
+    assert content.facts(tiny)["lora_params"] == f"{trained:,}"
+    assert content.facts(tiny)["lora_share"] == f"{trained / total:.4%}"
+    assert facts["lora_params"] == "1,703,936" and facts["kv_token"] == "32,768"
+
+
+# From rows to tables
+
+
+def test_every_number_of_the_tables_stands_in_a_row(imagined):
+    for rows in (imagined, real_rows()):
+        shown = content.make(rows, content.choose_device(rows, None), "llama3.2-1b", ROOT, [])
+        known = renderings(rows) | {"1", "8", "16", "16-bit"}
+        for name, text in cells_of(shown):
+            assert numbers(text) <= known, (name, text)
+        for figure in shown["figures"].values():
+            assert numbers(figure) <= known
+
+
+def test_tables_are_those_of_the_benchmarks(imagined):
+    """The same rows through the functions that fill README.md."""
+    shown = content.make(imagined, DEVICE, "llama3.2-1b", ROOT, [])["tables"]
+
+    def lines(text):
+        found = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        return [line for line in found if set("".join(line)) - set("-")]
+
+    generation = [one for one in imagined if one["experiment"] == "inference"]
+    head, *body = lines(benchmark_inference.table(generation))
+    assert (shown["table1"]["head"], shown["table1"]["rows"]) == (head, body)
+    details = {(line[0], line[1], line[2]): line for line in lines(benchmark_inference.details(generation))}
+    for line in shown["floors"]["rows"]:
+        theirs = [text for text in details[line[0], "llama", line[1]][3:10]]
+        assert [text.replace("x", "-") for text in line[2:]] == [text.replace("x", "-") for text in theirs]
+    for line in shown["peers"]["rows"]:
+        assert details[line[0], line[1], "on"][3] == line[2] and details[line[0], line[1], "on"][10] == line[3]
+    steps = [one for one in imagined if one["experiment"] == "benchmark_finetuning"]
+    for name, lean in (("plain", False), ("lean", True)):
+        theirs = sorted(lines(benchmark_finetuning.table3(steps, lean))[1:])
+        assert sorted(line[:5] for line in shown[name]["rows"]) == theirs
+    theirs = lines(benchmark_finetuning.table2(steps))
+    ours = [line for part in (1, 2) for line in shown[f"table2_{part}"]["rows"]]
+    assert sorted(ours) == sorted(line for line in theirs if "accumulation" not in line[0])
+
+
+def test_without_rows_everything_is_not_measured():
+    shown = content.make([], content.choose_device([], None), "llama3.2-1b", ROOT, [])
+    assert shown["device"] == "no device" and set(shown["figures"].values()) == {"not measured"}
+    assert all("python" in table["about"]["commands"][0] for table in shown["tables"].values())
+    for table in shown["tables"].values():
+        for line in table["rows"]:
+            assert "not measured" in line and not numbers(line[-1])
+    assert not any(shown["charts"].values()) and not shown["comparisons"]
+
+
+def test_out_of_memory_is_an_x_and_other_devices_do_not_mix(imagined):
+    other = [row("inference", imagined[0]["cell"], {"runtime_s": [7.77]}, device="Other CPU")]
+    shown = content.make([*imagined, *other], DEVICE, "llama3.2-1b", ROOT, [])
+    assert [line[-1] for line in shown["tables"]["table1"]["rows"]][2:] == ["x", "x"]
+    assert "7.77" not in json.dumps(shown)
+    of_other = content.make([*imagined, *other], "Other CPU", "llama3.2-1b", ROOT, [])["tables"]
+    assert of_other["table1"]["rows"][1][1] == "7.77" and of_other["table1"]["rows"][0][1] == "not measured"
+    assert of_other["plain"]["rows"][0][3] == "not measured"
+
+
+def test_tables_of_two_settings_do_not_mix(imagined):
+    """A later Table 1 in another dtype is the table; none of its cells is filled from the earlier one."""
+    later = row("inference", imagined[0]["cell"], {"runtime_s": [7.77]}, "float32", time="2027-01-01T00:00:00+00:00")
+    found = content.make([later, *imagined], DEVICE, "llama3.2-1b", ROOT, [])["tables"]["table1"]["rows"]
+    assert found[1][1:] == ["7.77", "not measured", "not measured"]
+
+
+def test_a_device_is_chosen_by_part_of_its_name(imagined):
+    other = row("tiny", {}, {}, device="Imagined CPU", time="2027-01-01T00:00:00+00:00")
+    rows = [*imagined, other]
+    assert content.choose_device(rows, None) == DEVICE  # it has Table 1, though another row is newer
+    assert content.choose_device(rows, "gpu 16") == DEVICE and content.choose_device([], None) is None
+    for wanted, message in (("imagined", "fits 2 devices; measured are Imagined CPU"), ("P100", "fits no measured")):
+        with pytest.raises(InputError, match=message):
+            content.choose_device(rows, wanted)
+
+
+def test_each_table_names_its_setting(imagined):
+    shown = content.make(imagined, DEVICE, "llama3.2-1b", ROOT, [])
+    for name, table in shown["tables"].items():
+        where = table["about"]["where"]
+        assert where.startswith(f"{DEVICE}, 7 threads, torch 2.13.0, ") and "2026-11-22" in where, name
+        assert table["about"]["commands"][0].startswith("python ")
+    assert len(shown["tables"]["pruned"]["rows"]) == 5
+    assert "held to 16 GB; medians of 3 runs" in shown["tables"]["table1"]["about"]["where"]
+
+
+def test_the_ladder_compares_each_row_with_the_one_it_changes(imagined):
+    first, second, third, lost = content.make(imagined, DEVICE, "llama3.2-1b", ROOT, [])["tables"]["ladder"]["rows"]
+    times = [
+        one["metrics"]["runtime_s"]["median"] for one in imagined if one["experiment"] == "ladder" if one["metrics"]
+    ]
+    assert first[1:7] == ["1. change 1", "-", "its own", first[4], "-", "-"] and first[-1] == "not measured"
+    assert second[5:7] == [f"{times[0] / times[1]:.2f}"] * 2 and second[-1] == "1.578"
+    assert third[5:7] == [f"{times[1] / times[2]:.2f}", f"{times[0] / times[2]:.2f}"]
+    assert lost[4:] == ["x"] * 6
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2460.0, 2785.0), (0.31, 0.34), (3.8, 820.0), (1.0, 69.0)])
+def test_ticks_are_round_and_inside(low, high):
+    found = content.ticks(low, high)
+    assert 3 <= len(found) <= 9 and all(low <= at <= high for at, _ in found)
+    assert all(float(text.replace(",", "")) == pytest.approx(at, abs=1e-9) for at, text in found)
+    inside = content.log_ticks(*content.widened(low + 0.1, high, True))
+    assert all(text[0] in "125" or text.strip("0.")[0] in "125" for _, text in inside)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "rows.jsonl:1"),
+        ('{"experiment": "inference"}', "rows.jsonl:1"),
+        (json.dumps(row("inference", {"model": "llama3.2-1b"}, {"runtime_s": [1.0]})), "lacks 'input_len'"),
+    ],
+)
+def test_a_broken_row_is_one_line_and_exit_2(line, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    code, out, err = call(monkeypatch, capsys, f"--results={tmp_path}", f"--out_dir={tmp_path / 'out'}")
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
+    for flag, message in ((f"--results={tmp_path}/none", "does not exist"), ("--device=Abacus", "fits no measured")):
+        code, _, err = call(monkeypatch, capsys, flag, f"--out_dir={tmp_path}")
+        assert code == 2 and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_compare_finds_is_kept(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    flags = ["--compare", "--max_gen_len=8", "--device=cpu", "--prompt=The fox", f"--results={path}"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        cli.run(inference.main)
+    out, _ = capsys.readouterr()
+    assert end.value.code == 0
+    kept = json.loads(path.read_text())
+    assert kept["series"]["verdict"] == ["equal (8 of 8)"] and kept["metrics"]["tokens_equal"]["median"] == 8
+    assert kept["series"]["text_on"] == kept["series"]["text_off"] and kept["series"]["text_on"][0].split()[0] in out
+    (found,) = content.comparisons([kept])
+    assert found["n_equal"] == 1 and found["prompts"][0]["prompt"] == "The fox"
+    monkeypatch.setattr(sys, "argv", ["inference.py", f"--results={path}"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(inference.main)
+    assert end.value.code == 2 and "add --compare" in capsys.readouterr().err
+
+
+# The PDFs
+
+
+def text_of(pdf):
+    """The text of a PDF as a search in it sees it, without the numbers of sections."""
+    text = "\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(pdf)).pages)
+    return re.sub(r"(?m)^\d\.\d (?=[A-Za-z])", "", text)
+
+
+def strange_numbers(phase, text, shown, rows):
+    """Numbers from 100 on, or with a decimal point, that no row, no arithmetic and no line of the source has."""
+    code, typed = " ".join(shown["code"].values()), SOURCES[phase] + (REPORTS / "references.yml").read_text()
+    charts = [chart for charts in shown["charts"].values() for chart in charts]
+    ticks = " ".join(text for chart in charts for axis in ("x_ticks", "y_ticks") for _, text in chart[axis])
+    known = renderings(rows) | numbers(" ".join([code, typed, ticks, *shown["facts"].values()]))
+    plain = {number.replace(",", "") for number in known}
+    return {
+        n for n in numbers(text) if n.replace(",", "") not in plain and ("." in n or float(n.replace(",", "")) >= 100)
+    }
+
+
+def test_committed_reports_are_what_sources_and_rows_give():
+    shown = report.gather(REPORTS / "results", None, "llama3.2-1b")
+    for phase in report.PHASES:
+        assert (REPORTS / f"{phase}.pdf").read_bytes() == report.build(phase, shown), f"{phase}.pdf: run make reports"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", report.PHASES)
+def test_no_other_number_is_in_a_pdf(phase, imagined):
+    real = report.gather(REPORTS / "results", None, "llama3.2-1b")
+    cases = [((REPORTS / f"{phase}.pdf").read_bytes(), real, real_rows())]
+    code = [pair for source in SOURCES.values() for pair in report.QUOTED.findall(source)]
+    made = content.make(imagined, DEVICE, "llama3.2-1b", ROOT, code)
+    cases.append((report.build(phase, made), made, imagined))
+    for pdf, shown, rows in cases:
+        text = text_of(pdf)
+        assert not strange_numbers(phase, text, shown, rows)
+        assert strange_numbers(phase, text.replace("the", "98.7654", 1), shown, rows) == {"98.7654"}
+        words = " ".join(text.split()).translate(STRAIGHT)
+        for name in re.findall(r'#measured\("(\w+)"', SOURCES[phase]):
+            for cell in itertools.chain(*shown["tables"][name]["rows"]):
+                assert cell in words, (name, cell)
+
+
+@pytest.mark.slow
+def test_empty_results_build_with_not_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows").mkdir()
+    code, out, err = call(monkeypatch, capsys, f"--results={tmp_path / 'rows'}", f"--out_dir={tmp_path / 'out'}")
+    assert (code, err) == (0, "") and out.count(".pdf") == 3
+    for phase in report.PHASES[1:]:
+        pdf = (tmp_path / "out" / f"{phase}.pdf").read_bytes()
+        assert text_of(pdf).count("not measured") > 30
+        assert pdf.count(b"/FontFile") >= 3 and b"CreationDate" not in pdf
+    again = tmp_path / "again"
+    assert call(monkeypatch, capsys, f"--results={tmp_path / 'rows'}", f"--out_dir={again}")[0] == 0
+    for phase in report.PHASES:
+        assert (again / f"{phase}.pdf").read_bytes() == (tmp_path / "out" / f"{phase}.pdf").read_bytes()
+
+
+def test_rows_were_measured_with_code_that_is_kept():
+    """Each committed row names a commit; one with changes beside it could not be measured again."""
+    for path in (ROOT / "reports" / "results").glob("*.jsonl"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert re.fullmatch(r"[0-9a-f]{12}", json.loads(line)["commit"]), f"{path.name}:{number}"
