@@ -23,15 +23,15 @@ import torch
 from benchmarks import rows as row_files
 from benchmarks import stopwatch
 from data import text
-from data.tiny import train
+from data.tiny import EMBEDDED, directory_of, train
 from llama import Transformer, checkpoint, cli, files, lora
 from llama import device as devices
+from llama.cli import option
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import confidence
 from llama.tokenizer import Tokenizer, find_tokenizer
 
-EMBEDDED = Path(__file__).parent / "data" / "tiny"
 CONTEXT = 2048  # what papers on quantization use
 WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
 LEAST_STRETCHES = 10  # for an interval; a bootstrap over fewer claims more than it knows
@@ -56,69 +56,77 @@ class Side:
         return str(self.dtype).removeprefix("torch.")
 
 
-def main(
-    *,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    adapter: str | None = None,
-    data: str | None = None,
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 1,
-    max_tokens: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    against: str | None = None,
-    against_dtype: str | None = None,
-    results: str | None = None,
-) -> None:
-    """Perplexity of a Llama model on a text, alone or against another model.
+@dataclass(frozen=True)
+class Options(cli.Options):
+    """Perplexity of a Llama model on a text, alone or against another model."""
 
-    Args:
-        ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
-        tokenizer_path: tokenizer.model; default: the one in ckpt_dir.
-        adapter: directory of a LoRA adapter for the model, from finetuning.py or PEFT.
-        data: a text file in UTF-8, scored as it is after one begin-of-text token. Models with the embedded model's
-            tokenizer need none; without, 256 rows of text of its world that it was not trained on.
-        context: tokens of a window; default 2048, and with the embedded model's tokenizer 257, one such row.
-        stride: tokens from one window's start to the next's; default: context, windows side by side, of each of which
-            the first token is not scored. With less, windows overlap and every token but the text's first is scored.
-        batch_size: windows that go through the network at once.
-        max_tokens: stop after so many tokens of the text, the begin-of-text token included.
-        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type.
-        device: auto, cpu, cuda or cuda:N.
-        against: checkpoint directory of a second model, without adapter, to compare with on the same tokens.
-        against_dtype: dtype of the second model; without --against, the second is the first in this dtype.
-        results: append the measured rows to this file; default: no.
-    """
-    if batch_size < 1:
-        raise InputError(f"--batch_size={batch_size}: expected at least 1")
-    target, resolved = devices.resolve(device, dtype)
-    directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
-    sides = [Side(directory, None if adapter is None else Path(adapter), resolved)]
-    if against is not None or against_dtype is not None:
-        other = resolved if against_dtype is None else devices.resolve(target, against_dtype)[1]
-        second = replace(sides[0], dtype=other) if against is None else Side(Path(against), None, other)
-        sides.append(second)
-    path = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    adapter: str | None = option(None, "directory of a LoRA adapter for the model, from finetuning.py or PEFT")
+    data: str | None = option(
+        None,
+        "a text file in UTF-8, scored as it is after one begin-of-text token; models with the embedded model's "
+        "tokenizer need none: without, 256 sequences of text of its world that it was not trained on",
+    )
+    context: int | None = option(
+        None, "tokens of a window; default 2048, and with the embedded model's tokenizer 257, one such sequence"
+    )
+    stride: int | None = option(
+        None,
+        "tokens from one window's start to the next's; default: context, windows side by side, of each of which the "
+        "first token is not scored. With less, windows overlap and every token but the text's first is scored",
+    )
+    batch_size: int = option(1, "windows that go through the network at once", least=1)
+    max_tokens: int | None = option(
+        None, "stop after this many tokens of the text (at least 2), the begin-of-text token included", least=2
+    )
+    dtype: str = option("auto", cli.DTYPE)
+    device: str = option("auto", cli.DEVICE)
+    against: str | None = option(
+        None, "checkpoint directory of a second model, without adapter, to compare with on the same tokens"
+    )
+    against_dtype: str | None = option(
+        None, "dtype of the second model; without --against, the second is the first in this dtype"
+    )
+    results: str | None = option(None, "append the measured rows to this file; default: no")
+
+
+def main(options: Options) -> None:
+    """Measure one model or two, and print a table."""
+    target, sides = sides_of(options)
+    directory = sides[0].directory
+    path = Path(options.tokenizer_path) if options.tokenizer_path is not None else find_tokenizer(directory)
     tokenizer = Tokenizer(path)
     is_embedded = files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")
+    context = options.context
     if context is None:
         context = train.SEQ_LEN + 1 if is_embedded else CONTEXT
     for side in sides:
         check(side, tokenizer, context)
     for side in sides[1:]:
         require_same_tokenizer(side, path)
-    ids = read_ids(data, tokenizer, is_embedded, max_tokens)
-    stride = context if stride is None else stride
+    ids = read_ids(options, tokenizer, is_embedded)
+    stride = context if options.stride is None else options.stride
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
-    if results is not None:
-        row_files.require_writable(Path(results))
-    settings = {"context": context, "stride": stride, "batch_size": batch_size}
+    if options.results is not None:
+        row_files.require_writable(Path(options.results))
+    settings = {"context": context, "stride": stride, "batch_size": options.batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
-    name = "the embedded model's held-out text" if data is None else Path(data).name
-    cell = {"data": name, "data_sha256": data and files.sha256(Path(data)), "tokens": len(ids), **settings}
-    print(table(make_rows(sides, measured, cell, target, results)), end="")
+    data = None if options.data is None else Path(options.data)
+    name = "the embedded model's held-out text" if data is None else data.name
+    cell = {"data": name, "data_sha256": data and files.sha256(data), "tokens": len(ids), **settings}
+    print(table(make_rows(sides, measured, cell, target, options.results)), end="")
+
+
+def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
+    """Where to compute, and the one or two models."""
+    target, dtype = devices.resolve(options.device, options.dtype)
+    first = Side(directory_of(options.ckpt_dir), options.adapter and Path(options.adapter), dtype)
+    if options.against is None and options.against_dtype is None:
+        return target, [first]
+    other = dtype if options.against_dtype is None else devices.resolve(target, options.against_dtype)[1]
+    second = replace(first, dtype=other) if options.against is None else Side(Path(options.against), None, other)
+    return target, [first, second]
 
 
 def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
@@ -144,15 +152,13 @@ def require_same_tokenizer(side: Side, path: Path) -> None:
             raise InputError(f"--against: {own} is not the tokenizer in use; other tokens cannot be compared")
 
 
-def read_ids(data: str | None, tokenizer: Tokenizer, is_embedded: bool, max_tokens: int | None) -> list[int]:
+def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[int]:
     """The tokens to score. Raises InputError for a file that is not there, not UTF-8 or empty."""
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"--max_tokens={max_tokens}: expected at least 2, one to see and one to predict")
-    if data is None:
-        if not is_embedded:
-            raise InputError("--data is missing; pass a text file to measure on")
-        return train.held_out(tokenizer).flatten().tolist()[:max_tokens]
-    return text.read(Path(data), tokenizer)[:max_tokens]
+    if options.data is not None:
+        return text.read(Path(options.data), tokenizer)[: options.max_tokens]
+    if not is_embedded:
+        raise InputError("--data is missing; pass a text file to measure on")
+    return train.held_out(tokenizer).flatten().tolist()[: options.max_tokens]
 
 
 def load(side: Side, device: torch.device) -> Transformer:

@@ -1,28 +1,43 @@
-"""From the command line to a typed `main(*, ...)` and back to one line and an exit code.
+"""From the command line to one dataclass of options and back to one line and an exit code.
+
+    @dataclass(frozen=True)
+    class Options(cli.Options):
+        \"\"\"Generate text.\"\"\"                                # the first line of --help
+
+        top_k: int | None = option(None, "sample only from this many tokens; default: no cut", least=1)
+
+    def main(options: Options) -> None: ...
 
     if __name__ == "__main__":
         cli.run(main)      # or a dictionary of such functions: commands, as in `compress.py quantize --bits=8`
 
-python-fire calls the function and writes `--help` from its docstring. Flags are checked against the signature first:
-fire itself would guess types from values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after
-the work is done. Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not
-finite, 1 a bug, 130 interrupted, 143 terminated.
+An option is said once: its field gives the flag, its type, its default, its help and the values that it may have.
+python-fire reads the command line and writes `--help`. Flags are checked first: fire itself would guess types from
+values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after the work is done. A class whose
+defaults depend on what was typed (presets, --resume) overrides `Options.resolve`, which gets the typed flags alone.
+
+The library names a parameter as Python writes it, `dtype=float32`; a message that leaves here has `--dtype=float32`.
+Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not finite, 1 a bug, 130 interrupted, 143
+terminated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
 import io
+import math
 import os
+import re
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import fire
 import torch
@@ -30,18 +45,72 @@ import torch
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 
 COLUMN = 38  # two of them and a rule fit a terminal of 80
+# The help of options that several scripts have.
+CKPT_DIR = "checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model"
+TOKENIZER_PATH = "tokenizer.model; default: the one in ckpt_dir"
+DEVICE = "auto, cpu, cuda or cuda:N"
+DTYPE = "auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type"
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    several: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of `Options`.
+
+    choices: the words that it may be, or with `several` that its comma-separated words may be, each once. least, above:
+    bounds of a number, which is then finite, too. None passes where it is the default.
+    """
+    rules = {"choices": choices and tuple(choices), "several": several, "least": least, "above": above}
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base of the options of a script. Raises InputError naming flag, value and what was expected."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (expected := _violated(value, **field.metadata)):
+                raise InputError(f"--{field.name}={value}: expected {expected}")
+
+    @classmethod
+    def resolve(cls, typed: dict[str, Any]) -> Self:
+        """The options for what was typed."""
+        return cls(**typed)
+
+
+def _violated(
+    value: Any, help: str, choices: tuple[str, ...] | None, several: bool, least: float | None, above: float | None
+) -> str | None:
+    """The rule of a field that a value breaks, in words."""
+    if choices is not None:
+        words = value.split(",") if several else [value]
+        if set(words) - set(choices) or len(set(words)) < len(words):
+            return f"a choice of {','.join(choices)}, each once" if several else f"one of {', '.join(choices)}"
+    if least is not None and not least <= value < math.inf:
+        return f"at least {least:g}"
+    if above is not None and not above < value < math.inf:
+        return f"more than {above:g}"
+    return None
+
+
 def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
-    """Call `main` with the flags of this process, and end the process with its exit code.
+    """Call `main` with the options of this process, and end the process with its exit code.
 
     A script with several commands gives a function for each by name; the first argument says which.
     """
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to die
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character: no reason to abort
     debug = "--debug" in argv
     try:
         flags = [arg for arg in argv if arg != "--debug"]
@@ -66,22 +135,51 @@ def call_command(commands: dict[str, Callable[..., None]], argv: list[str]) -> N
     if argv and argv[0] in commands:
         call(commands[argv[0]], argv[1:], f"{script} {argv[0]}")
     elif argv and argv[0] in ("-h", "--help"):
-        _show_help(commands, script)
+        _show_help({name: _front(command)[0] for name, command in commands.items()}, script)
     else:
         raise InputError(f"expected a command: {', '.join(f'{script} {name}' for name in commands)}; see --help")
 
 
 def call(main: Callable[..., None], argv: list[str], script: str | None = None) -> None:
     """Check and convert flags, then call. Raises InputError for an unknown flag, a missing or an impossible value."""
-    hints = typing.get_type_hints(main)
-    kinds = {name: _kind(hints[name]) for name in inspect.signature(main).parameters}
     script = script or os.path.basename(sys.argv[0])
+    front, types_of = _front(main)
     if any(arg in ("-h", "--help") for arg in argv):
-        main.__annotations__ = kinds  # plain types read better than 'str | None'
-        _show_help(main, script)
+        _show_help(front, script)
         return
-    parsers = {name: functools.partial(_convert, name, kind) for name, kind in kinds.items()}
-    fire.Fire(fire.decorators.SetParseFns(**parsers)(main), command=_normalise(argv, kinds), name=script)
+    parsers = {name: functools.partial(_convert, name, kind) for name, kind in types_of.items()}
+    try:
+        fire.Fire(fire.decorators.SetParseFns(**parsers)(front), command=_normalise(argv, types_of), name=script)
+    except (InputError, EnvironmentFailure, NonFinite, Stopped) as error:
+        parameter = rf"(?<![\w/.-])({'|'.join(types_of)})=(?=\S)"
+        error.args = (re.sub(parameter, r"--\1=", str(error)), *error.args[1:])
+        raise
+
+
+def _front(main: Callable[..., None]) -> tuple[Callable[..., None], dict[str, type]]:
+    """What fire calls: a function with a parameter for each option, and their types by name."""
+    if "options" not in (own := typing.get_type_hints(main)):  # until every script has a class of options
+        main.__annotations__ = {name: _plain_type(own[name]) for name in inspect.signature(main).parameters}
+        return main, main.__annotations__
+    kind = own["options"]
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    types_of = {field.name: _plain_type(hints[field.name]) for field in fields}
+
+    def front(**typed: Any) -> None:
+        main(kind.resolve(typed))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    front.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=types_of[field.name])
+            for field in fields
+        ]
+    )
+    front.__annotations__ = types_of
+    lines = [f"    {field.name}: {field.metadata['help']}" for field in fields]
+    front.__doc__ = "\n".join([inspect.getdoc(kind) or "", "", "Args:", *lines])
+    return front, types_of
 
 
 def _show_help(component: Any, script: str) -> None:
@@ -113,7 +211,7 @@ def _report(line: str, code: int) -> int:
     return code
 
 
-def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
+def _normalise(argv: list[str], types_of: dict[str, type]) -> list[str]:
     """Every flag as `--name=value`, each known and given once."""
     flags: dict[str, str] = {}
     rest = iter(argv)
@@ -123,22 +221,22 @@ def _normalise(argv: list[str], kinds: dict[str, type]) -> list[str]:
         name, equals, value = arg.removeprefix("-").removeprefix("-").partition("=")
         name = name.replace("-", "_")
         if not arg.startswith("--"):  # a letter that begins one flag only, as --help lists it
-            matches = [flag for flag in kinds if flag[0] == name]
+            matches = [flag for flag in types_of if flag[0] == name]
             name = matches[0] if len(matches) == 1 else name
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
+        if name not in types_of:
+            close = difflib.get_close_matches(name, types_of, n=1)
             raise InputError(f"unknown flag --{name}; {f'did you mean --{close[0]}?' if close else 'see --help'}")
         if name in flags:
             raise InputError(f"flag --{name} is given twice")
         if not equals:
-            value = "True" if kinds[name] is bool else next(rest, None)
+            value = "True" if types_of[name] is bool else next(rest, None)
             if value is None or value.startswith("--"):
                 raise InputError(f"flag --{name} needs a value; one that begins with -- is written --{name}=value")
         flags[name] = value
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def _kind(hint: Any) -> type:
+def _plain_type(hint: Any) -> type:
     """bool, int, float or str of an annotation like `int | None`."""
     options = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
     return options[0] if options else hint

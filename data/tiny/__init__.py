@@ -1,0 +1,10 @@
+"""The embedded model: small, trained, and part of the repository, so that every script runs without other weights."""
+
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent
+
+
+def directory_of(ckpt_dir: str | None) -> Path:
+    """The checkpoint directory that a user names; the embedded model's without one."""
+    return EMBEDDED if ckpt_dir is None else Path(ckpt_dir)
