@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, TINY, random_model
-from test_checkpoint import mutant, same_weights
+from support import mutant, same_weights
 from torch import nn
 
 import benchmark_inference

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from support import CUDA, FakeGPU
 
 import benchmark_inference
 from benchmark_inference import Cell, CellRunner, Plan
@@ -22,7 +23,6 @@ from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 
 ROW = "rows.append_row(pathlib.Path('rows.jsonl'), 'x', {}, {}, torch.device('cpu'), 'float32', 0)"
-CUDA = torch.device("cuda")
 
 
 def test_a_row_names_a_command_that_can_be_typed_in_the_repository(tmp_path):
@@ -35,27 +35,6 @@ def test_a_row_names_a_command_that_can_be_typed_in_the_repository(tmp_path):
         subprocess.run([sys.executable, *command, "--x=1", *out, "--figure=a b"], cwd=tmp_path, check=True)
     commands = [json.loads(line)["command"] for line in results.read_text().splitlines()]
     assert commands == ["python measure.py --x=1", "python -m measure --x=1"]
-
-
-class FakeGPU:
-    """A device that works behind the host's back, on a clock of its own: work is queued in no time and done later."""
-
-    def __init__(self, monkeypatch):
-        self.now, self.busy_until, self.allocated, self.peak = 0.0, 0.0, 0, 0
-        monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: self.reset())
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.peak)
-
-    def synchronize(self, device=None):
-        self.now = max(self.now, self.busy_until)
-
-    def reset(self):
-        self.peak = self.allocated
-
-    def queue(self, seconds, n_bytes=0):
-        self.busy_until = max(self.busy_until, self.now) + seconds
-        self.peak = max(self.peak, self.allocated + n_bytes)
 
 
 def test_measured_time_is_that_of_the_work_all_of_it_and_only_it(monkeypatch):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from test_bench import CUDA, FakeGPU
+from support import CUDA, FakeGPU
 
 import benchmark_finetuning
 from benchmark_finetuning import COURSE, SETS, Cell, Plan, StepRunner, append_row, by_cell, table2, table3

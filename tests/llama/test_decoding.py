@@ -9,9 +9,10 @@ import shutil
 import pytest
 import torch
 from conftest import SMALL, TINY, random_model
+from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from llama import KVCache, Llama, ModelArgs, Tokenizer
+from llama import KVCache, Llama, Tokenizer
 from llama.config import PRESETS
 from llama.decoding import CapturedStep, Decoder, EagerStep
 from llama.errors import InputError
@@ -19,23 +20,8 @@ from llama.kernels.cpu import decode_step, native
 from llama.kernels.gpu import available as gpu
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
-needs_kernel = pytest.mark.skipif(decode_step.library() is None, reason="no CPU with AMX and a C compiler at hand")
 
 # Head sizes 32, 64 and 96, groups of 1, 2 and 4, a hidden size that is no power of two, tied and untied heads.
-SHAPES = {
-    "tiny": PRESETS["tiny"],
-    "heads of 32": dataclasses.replace(SMALL, dim=256, n_heads=8, n_kv_heads=2, multiple_of=96),
-    "heads of 96": ModelArgs(dim=192, n_layers=2, n_heads=2, vocab_size=208, multiple_of=32),
-}
-
-
-def full_cache(args: ModelArgs, batch_size: int, max_len: int, dtype: torch.dtype = torch.bfloat16) -> KVCache:
-    """A cache of earlier tokens, random and the same for all dtypes."""
-    cache = KVCache(args, batch_size, max_len, dtype, "cpu")
-    generator = torch.Generator().manual_seed(1)
-    for part in (cache.k, cache.v):
-        part.copy_(torch.randn(part.shape, generator=generator).bfloat16())
-    return cache
 
 
 @needs_kernel

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import random_model
+from support import hard_rows, make_layer, widened
 from torch import nn
 
 from llama import Transformer
@@ -27,26 +28,6 @@ from llama.quantization import (
 CONFIGS = [Quantization(8), Quantization(4), Quantization(4, 64)]
 IDS = ["int8", "int4-g32", "int4-g64"]
 TOKENS = torch.arange(40).view(2, 20)
-
-
-def hard_rows(dtype: torch.dtype = torch.float32, n_columns: int = 256) -> torch.Tensor:
-    """Ordinary rows, and those that break naive quantization: zeros, 1e-8, one outlier, subnormal, one sign, ties."""
-    w = torch.randn(64, n_columns, generator=torch.Generator().manual_seed(0))
-    w[1] = 0
-    w[2] *= 1e-8
-    w[3, 5] = 1e4
-    w[4] *= 1e-41
-    w[5] = w[5].abs()
-    w[6] = -w[6].abs()
-    w[7] = torch.arange(n_columns) / 2 - 63.5  # halves of a code
-    w[8, :100] = 0
-    return w.to(dtype)
-
-
-def widened(layer) -> torch.Tensor:
-    """The weight that the codes stand for, in fp64."""
-    n, k = layer.out_features, layer.in_features
-    return layer.widen(slice(0, n), torch.empty(n, k, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -100,14 +81,6 @@ def test_packing_is_what_the_layout_says():
         for k in range(64):
             byte = packed[n, k // 32 * 16 + k % 16].item()
             assert (byte >> 4 if k % 32 >= 16 else byte & 15) - 8 == codes[n, k]
-
-
-def make_layer(config: Quantization, n: int = 300, k: int = 256):
-    w = hard_rows(n_columns=k).repeat(5, 1)[:n]
-    if config.bits == 8:
-        return Int8Linear(*quantize_rows(w))
-    codes, scales = quantize_groups(w, config.group_size)
-    return Int4Linear(pack(codes), scales, config.group_size)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, SMALL, random_model
-from test_decoding import SHAPES, full_cache, needs_kernel
+from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
 from benchmarks import hardware as floors

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, random_model
+from support import mutant, same_weights
 
 from llama import ModelArgs, checkpoint
 from llama.config import PRESETS
@@ -23,11 +24,6 @@ from llama.model import apply_rope, rope_frequencies, rope_table
 
 UNTIED = dataclasses.replace(SMALL, tie_word_embeddings=False)
 LLAMA2 = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=300, multiple_of=32)
-
-
-def same_weights(a, b) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def write_shards(model, directory, n: int, embedding_axis: int) -> None:
@@ -384,21 +380,6 @@ def test_damaged_hf_directory(tmp_path, model, name):
     with pytest.raises(InputError, match=message) as caught:
         checkpoint.load(tmp_path / "m")
     assert "\n" not in str(caught.value)
-
-
-def mutant(good: bytes, rng: random.Random) -> bytes:
-    """Cut off, some bits flipped, or some bytes near the start or the end replaced."""
-    data = bytearray(good)
-    kind = rng.randrange(4)
-    if kind == 0:
-        return good[: rng.randrange(len(good))]
-    if kind == 1:
-        for _ in range(rng.randint(1, 8)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(data)
-    start = rng.randrange(min(len(data), 2000)) if kind == 2 else max(0, len(data) - rng.randint(1, 2000))
-    data[start : start + rng.randint(1, 16)] = rng.randbytes(rng.randint(0, 20))
-    return bytes(data)
 
 
 @pytest.mark.parametrize("file", ["params.json", "consolidated.00.pth", "config.json", "model.safetensors"])

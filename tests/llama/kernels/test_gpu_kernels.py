@@ -16,8 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL, TINY, random_model
-from test_decoding import full_cache
-from test_quantization import make_layer, widened
+from support import full_cache, make_layer, widened
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

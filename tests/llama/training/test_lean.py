@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, random_model
-from test_training import batches, gap, gradients, lora_model, samples
+from support import batches, gap, gradients, lora_model, samples
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama import Transformer, lora

@@ -13,16 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, random_model
+from support import batches, gap, gradients, lora_model, samples
 from torch.utils.flop_counter import FlopCounterMode
 
 import llama.training.step
 from data import alpaca
 from data.alpaca import Record, Sample
-from llama import Llama, Transformer, lora
+from llama import Llama, Transformer
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import confidence
-from llama.lora import LoRAConfig
 from llama.training.loss import cross_entropy_sum
 from llama.training.step import (
     Batch,
@@ -36,26 +36,6 @@ from llama.training.step import (
     evaluate,
 )
 
-ALL = tuple(lora.META_NAMES)
-
-
-def samples(n: int, seed: int = 0, longest: int = 40, vocab: int = SMALL.vocab_size) -> list[Sample]:
-    """Random ids: prompts of 1 to 9 tokens, answers of 1 to `longest`."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(n):
-        n_prompt, n_answer = rng.randint(1, 9), rng.randint(1, longest)
-        made.append(Sample(f"record {i}", tuple(rng.randrange(vocab) for _ in range(n_prompt + n_answer)), n_prompt))
-    return made
-
-
-def batches(parts: list[list[Sample]]) -> list[Batch]:
-    return [alpaca.collate([[sample] for sample in part], 0) for part in parts]
-
-
-def gradients(model: Transformer) -> dict[str, torch.Tensor]:
-    return {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
-
 
 def gradients_of(model: Transformer, window: list[Batch], **settings) -> dict[str, torch.Tensor]:
     """The gradient that the optimizer of one step is given."""
@@ -66,21 +46,6 @@ def gradients_of(model: Transformer, window: list[Batch], **settings) -> dict[st
     )
     trainer.step(window)
     return seen
-
-
-def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance of two gradients."""
-    assert a.keys() == b.keys()
-    distance = sum((a[name].double() - b[name].double()).square().sum() for name in a)
-    return math.sqrt(distance / sum(w.double().square().sum() for w in b.values()))
-
-
-def lora_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32, targets=ALL) -> Transformer:
-    model = random_model().to(dtype)
-    lora.apply(model, LoRAConfig(r=4, dropout=dropout, targets=targets))
-    for module in lora.layers(model).values():
-        module.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return model
 
 
 # The loss
