@@ -132,11 +132,7 @@ def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
 def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
     """Raise InputError where a model cannot be measured with this tokenizer and context, before it is loaded."""
     args = checkpoint.read_args(side.directory)
-    if tokenizer.n_words != args.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.n_words} words, the model in {side.directory} {args.vocab_size}; "
-            "pass the --tokenizer_path that belongs to it"
-        )
+    tokenizer.check_vocabulary(args.vocab_size, f"the model in {side.directory}")
     if context > args.trained_context:
         raise InputError(
             f"--context={context}: models like that in {side.directory} were trained on {args.trained_context} tokens "

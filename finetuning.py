@@ -461,7 +461,6 @@ class Run:
         devices.return_freed_memory()
         self.baseline = stopwatch.memory_baseline(self.device)
         self.model = checkpoint.load(directory_of(options), dtype, self.device, progress=True)
-        self._check_vocabulary()
         self.base = checkpoint.fingerprint(directory_of(options))
         if options.lora:
             lora.apply(self.model, options.lora_config, options.seed)
@@ -512,21 +511,13 @@ class Run:
             options.batch_size, max(tokens), options.batch_size * max(labels), min(2, options.accumulation)
         )
         args = checkpoint.read_args(directory_of(options))
-        if args.vocab_size == -1:
-            args = dataclasses.replace(args, vocab_size=self.tokenizer.n_words)
+        self.tokenizer.check_vocabulary(args.vocab_size)
         training = args, dtype, options.lora_config if options.lora else None, options.settings, shape
         layers = checkpointed_layers(options.checkpointing, args.n_layers)
         if options.checkpoint_budget_gb is not None:
             layers = memory.plan(memory.profile(*training, self.quantized), options.checkpoint_budget_gb * 1e9)
         self.expected = memory.estimate(*training, tuple(layers), self.quantized)
         return layers
-
-    def _check_vocabulary(self) -> None:
-        if self.tokenizer.n_words > self.model.args.vocab_size:
-            raise InputError(
-                f"{tokenizer_file(self.options)} has {self.tokenizer.n_words} tokens, the model "
-                f"{self.model.args.vocab_size}; they do not belong together"
-            )
 
     def describe(self) -> str:
         """The settings in a few lines."""

@@ -396,11 +396,8 @@ def _is_finite(logits: Tensor) -> Tensor:
 def _check_limits(
     tokenizer: Tokenizer | None, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int, decoding: str
 ) -> None:
-    if tokenizer is not None and tokenizer.n_words != args.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.n_words} words, the model {args.vocab_size}; "
-            "pass the --tokenizer_path that belongs to this checkpoint"
-        )
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(args.vocab_size)
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if value < 1:
             raise InputError(f"{name} {value} is out of range; use at least 1")

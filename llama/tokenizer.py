@@ -96,6 +96,14 @@ class Tokenizer:
         sizes = (self.kind, self.n_words, self.bos_id), (other.kind, other.n_words, other.bos_id)
         return sizes[0] == sizes[1] and all(self.token_bytes(i) == other.token_bytes(i) for i in range(self.n_words))
 
+    def check_vocabulary(self, vocab_size: int, model: str = "the model") -> None:
+        """Raise InputError where a model with a vocabulary of `vocab_size` was not trained with this tokenizer."""
+        if self.n_words != vocab_size:
+            raise InputError(
+                f"the tokenizer has {self.n_words} words, {model} {vocab_size}; "
+                "pass the one that belongs to this checkpoint, tokenizer_path=FILE"
+            )
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for. Raises InputError for an id outside the vocabulary."""
         if not 0 <= token < self.n_words:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -26,6 +27,7 @@ import finetuning
 import inference
 from data import alpaca
 from llama import checkpoint, cli, lora
+from llama.config import PRESETS
 from llama.errors import InputError, Stopped
 from llama.tokenizer import Tokenizer
 from llama.training import snapshot
@@ -600,3 +602,16 @@ def test_a_newcomers_path(tmp_path):
         [sys.executable, "inference.py", f"--ckpt_dir={root / 'merged'}", "--alpaca", "--prompt=Name a colour."]
     )
     assert asked.returncode == 0 and "> Name a colour." in asked.stdout
+
+
+@pytest.mark.parametrize("vocab_size", [4095, 4112])
+def test_a_vocabulary_of_a_different_size_is_refused_before_the_weights_are_read(
+    monkeypatch, capsys, base, tmp_path, vocab_size
+):
+    args = dataclasses.replace(PRESETS["tiny-draft"], vocab_size=vocab_size)
+    checkpoint.save(random_model(args), tmp_path / "model", tokenizer_path=TINY / "tokenizer.model")
+    monkeypatch.setattr("llama.checkpoint.load", lambda *_args, **_named: pytest.fail("read the weights"))
+    given = flags(base, tmp_path / "run", ckpt_dir=tmp_path / "model", checkpointing="none")
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert code == 2 and f"the tokenizer has 4096 words, the model {vocab_size}; pass the one that belongs" in err
+    assert "--tokenizer_path=FILE" in err
