@@ -1,0 +1,62 @@
+"""Documents from measured rows.
+
+    python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md
+
+A document shows the tables of NAME between the lines `<!-- begin: NAME -->` and `<!-- end -->`; what stands there is
+replaced, all else is left alone. The same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.rows import Row, read_folder
+from llama import cli
+from llama.cli import option
+from llama.errors import InputError
+from reports.render import markdown, write
+from reports.tables import Table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "reports" / "results"
+DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
+PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# What each part of a document shows: the experiment, and the tables made from its rows.
+PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {}
+
+
+@dataclass(frozen=True)
+class ReadmeOptions(cli.Options):
+    """Fill the tables of README.md, docs/results.md and data/tiny/README.md from the measured rows."""
+
+    results: str | None = option(None, "folder of measured rows; default: reports/results")
+
+
+def readme(options: ReadmeOptions) -> None:
+    """Fill the parts of every document."""
+    rows = read_folder(Path(options.results) if options.results is not None else RESULTS)
+    for name in DOCUMENTS:
+        path = ROOT / name
+        write(path, filled(path.read_text(encoding="utf-8"), rows).encode())
+        print(path)
+
+
+def filled(document: str, rows: dict[str, list[Row]]) -> str:
+    """A document with each of its parts made anew. Raises InputError for a part of no known name."""
+
+    def part(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in PARTS:
+            raise InputError(f"<!-- begin: {name} -->: no such part; known are {', '.join(PARTS)}")
+        experiment, make = PARTS[name]
+        shown = markdown(make(rows.get(experiment, []))) or "Not measured yet.\n"
+        return f"{begin}\n{shown}\n{end}"
+
+    return PART.sub(part, document)
+
+
+if __name__ == "__main__":
+    cli.run({"readme": readme})
