@@ -6,6 +6,7 @@ the disk (fsync) before the rename that publishes them, and the rename before an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -45,12 +46,17 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         for path in scratch.rglob("*"):
             sync(path)
         publish(scratch, target)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # the writers raise their own on a full disk
-        if isinstance(error, EnvironmentFailure):
-            raise
-        raise EnvironmentFailure(f"cannot write {target}: {error}; is the disk full?") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
+    """safetensors and torch say no number."""
+    is_space = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "is the disk full?" if is_space else "choose another directory"
+    return EnvironmentFailure(f"cannot write {path}: {error}; {remedy}")
 
 
 def publish(scratch: Path, target: Path) -> None:
@@ -107,6 +113,6 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
         write_json(scratch, content)
         publish(scratch, path)
     except OSError as error:
-        raise EnvironmentFailure(f"cannot write {path}: {error.strerror}; is the disk full?") from error
+        raise _cannot_write(path, error) from error
     finally:
         scratch.unlink(missing_ok=True)

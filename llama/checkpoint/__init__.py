@@ -612,7 +612,10 @@ def _write_meta(model: Transformer, directory: Path) -> None:
     if model.args.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]  # Meta's code needs the key; torch.save stores shared memory once
     files.write_json(directory / "params.json", model.args.to_params())
-    torch.save(state, directory / "consolidated.00.pth")
+    try:
+        torch.save(state, directory / "consolidated.00.pth")
+    except RuntimeError as error:  # how torch's writer reports that a write failed
+        raise OSError(str(error)) from error
 
 
 def _write_quantized(model: Transformer, directory: Path) -> None:

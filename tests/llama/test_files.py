@@ -1,0 +1,52 @@
+"""Directories that appear whole or not at all, and what an error in the writing of one is called."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import safetensors
+import torch
+
+from llama import checkpoint, cli, files
+from llama.errors import EnvironmentFailure
+
+
+def write(directory, error: Exception):
+    with files.new_directory(directory) as scratch:
+        (scratch / "half").write_text("x")
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), torch.OutOfMemoryError("CUDA"), KeyError("x")])
+def test_an_error_that_is_not_of_the_disk_stays_what_it_is(tmp_path, error):
+    """A bug stays a bug and a lack of memory a lack of memory; the disk is not blamed."""
+    with pytest.raises(type(error)) as raised:
+        write(tmp_path / "out", error)
+    assert raised.value is error and not list(tmp_path.iterdir())
+    line, code = cli.explain(error)
+    assert "disk" not in line and code == (3 if isinstance(error, torch.OutOfMemoryError) else 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "is the disk full"),
+        (safetensors.SafetensorError("I/O error"), "is the disk full"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "choose another"),
+    ],
+)
+def test_an_error_of_the_disk_names_the_directory(tmp_path, error, remedy):
+    with pytest.raises(EnvironmentFailure, match=f"cannot write {tmp_path / 'out'}: .*{remedy}"):
+        write(tmp_path / "out", error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_writer_of_torch_reports_a_full_disk_as_a_runtime_error(model, tmp_path, monkeypatch):
+    def full(*_args):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(EnvironmentFailure, match="cannot write .*file write failed; is the disk full"):
+        checkpoint.save(model, tmp_path / "out")
