@@ -48,5 +48,5 @@ def test_the_writer_of_torch_reports_a_full_disk_as_a_runtime_error(model, tmp_p
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(EnvironmentFailure, match="cannot write .*file write failed; is the disk full"):
+    with pytest.raises(EnvironmentFailure, match=r"cannot write .*file write failed; is the disk full"):
         checkpoint.save(model, tmp_path / "out")
