@@ -53,7 +53,7 @@ class Side:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return devices.dtype_name(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from llama import Llama, checkpoint, cli, files, lora, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import confidence
+from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import memory, snapshot
 from llama.training.step import (
@@ -446,11 +447,7 @@ class Run:
     def __init__(self, options: Options, root: Path) -> None:
         self.options, self.root = options, root
         self.device, dtype = devices.resolve(options.device, options.dtype)
-        if (
-            options.amp == "bf16"
-            and self.device.type == "cuda"
-            and torch.cuda.get_device_capability(self.device) < (8, 0)
-        ):
+        if options.amp == "bf16" and not devices.computes_bf16(self.device):
             raise InputError("--amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
         self.tokenizer = load_tokenizer(options)
         self.quantized = checkpoint.read_quantization(directory_of(options))
@@ -791,6 +788,7 @@ class Run:
         metrics["step_s"] = row_files.spread(self.step_seconds)
         model = "tiny" if self.options.ckpt_dir is None else Path(self.options.ckpt_dir).name
         cell = {"model": model, **{name: getattr(self.options, name) for name in ROW}}
+        cell["kernels"] = train_ops.in_use(self.options.lean, self.device)
         options, path = self.options, Path(self.options.results)
         series = {**curves, "answers": [[a["instruction"], a["before"], a["after"]] for a in summary["answers"]]}
         row_files.append_row(path, "finetuning", cell, metrics, self.device, options.dtype, options.seed, series)

@@ -191,7 +191,7 @@ def encode(llama: Llama, text: str, chat: bool, alpaca: bool) -> list[int]:
 
 def describe(llama: Llama, directory: Path) -> str:
     """What was loaded, how large, where and in which precision; and a warning where the weights slow decoding down."""
-    dtype, config = str(llama.model.dtype).removeprefix("torch."), quantization.quantization_of(llama.model)
+    dtype, config = devices.dtype_name(llama.model.dtype), quantization.quantization_of(llama.model)
     dtype += f" over int{config.bits} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
@@ -286,7 +286,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], options: dict) -> list[
 
 def append_rows(path: Path, llama: Llama, place: dict, found: list[Comparison], seed: int) -> None:
     """Keep comparisons: times and memory as metrics, the texts and the verdict as series."""
-    dtype = str(llama.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = devices.dtype_name(llama.model.tok_embeddings.weight.dtype)
     for comparison in found:
         metrics, series = {}, {"verdict": [comparison.verdict]}
         for is_on, name in ((True, "on"), (False, "off")):

@@ -42,7 +42,7 @@ from typing import Any, Self
 import fire
 import torch
 
-from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
+from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinite, Stopped
 
 COLUMN = 38  # two of them and a rule fit a terminal of 80
 # The help of options that several scripts have.
@@ -197,6 +197,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 3
     if isinstance(error, NonFinite):
         return str(error), 4
+    if isinstance(error, InternalError):
+        return f"{error}; this is a bug", 1
     if isinstance(error, Stopped):
         return str(error), 128 + error.signal
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):

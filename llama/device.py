@@ -46,10 +46,30 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
 
 
 def _native_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.float32
-    # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, which is slower than fp32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.float32 if device.type == "cpu" else half_dtype(device)
+
+
+def resolve_half(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """As `resolve`, but "auto" is 16 bits on a CPU, too: half the bytes to read, which is what a benchmark measures."""
+    target, _ = resolve(device, "float32")
+    return resolve(target, half_dtype(target) if dtype == "auto" else dtype)
+
+
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The 16-bit type to compute in: bf16, and fp16 on a GPU that has no bf16."""
+    return torch.bfloat16 if computes_bf16(device) else torch.float16
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """True for a CPU and for GPUs since Ampere.
+
+    torch.cuda.is_bf16_supported() is also True where bf16 is emulated, which is slower than fp32.
+    """
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _probe(device: torch.device, dtype: torch.dtype) -> None:

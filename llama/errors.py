@@ -13,6 +13,10 @@ class EnvironmentFailure(RuntimeError):
     """What the machine lacks: a device, memory, disk space. Exit code 3."""
 
 
+class InternalError(RuntimeError):
+    """This code is at fault: two computations that must agree do not, or a measured process failed. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked a run to end, and it ended in good order. Exit code 128 + the signal's number."""
 

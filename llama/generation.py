@@ -341,7 +341,7 @@ class Llama:
 
     def _require_finite(self, finite: Tensor) -> None:
         if not finite:
-            dtype = str(self.model.dtype).removeprefix("torch.")
+            dtype = devices.dtype_name(self.model.dtype)
             remedy = "the weights are damaged" if dtype == "float32" else "try --dtype=float32"
             raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 

@@ -107,6 +107,7 @@ def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
     assert [row["step"] for row in rows if "held_out_loss" in row] == [3]
     measured = json.loads(results.read_text())
+    assert measured["cell"]["kernels"] == "none"  # plain training has none
     assert measured["series"]["loss_nats"] == [[row["step"], row["loss"]] for row in rows if "loss" in row]
     assert [step for step, _ in measured["series"]["held_out_loss_nats"]] == [0, 3, 6]
     assert measured["series"]["held_out_loss_nats"][-1][1] == measured["metrics"]["held_out_loss_nats"]["median"]

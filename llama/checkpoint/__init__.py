@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from llama import files, quantization
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
+from llama.device import dtype_name
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 from llama.quantization import Quantization
@@ -600,7 +601,7 @@ def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": args.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.device import dtype_name
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
 from llama.model import Transformer
@@ -163,7 +164,7 @@ def _nats(model: Transformer, text: Tensor, batch: Sequence[Window]) -> list[flo
 def _require_finite(model: Transformer, window: Window, nats: float) -> None:
     """A mean loss whose exponential exceeds fp64 is as useless as infinity."""
     if not nats < 700 * (window.stop - window.first):  # also refuses NaN
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         raise NonFinite(
             f"tokens {window.start} to {window.stop} of the text: the loss is not finite in {dtype} ({nats:g} nats); "
             "use --dtype=float32, and if it already is, the weights are damaged"

@@ -51,6 +51,11 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def in_use(lean: bool, device: torch.device) -> str:
+    """Which kernels a training step runs, for its row: "c" (in fp32, the norms alone), or "none" for plain PyTorch."""
+    return "c" if lean and device.type == "cpu" and library() is not None else "none"
+
+
 def _fits(x: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the kernels take these: bfloat16 (x: `dtype`) in main memory, in rows of whole vectors."""
     dtypes = {dtype or x.dtype, *(other.dtype for other in others)}

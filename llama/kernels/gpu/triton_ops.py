@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.device import computes_bf16
+
 FLAT_BLOCK = 1024  # values of an element-wise operation that one program takes
 # Rows and columns of the weight that one program multiplies at a time with one row of x: 8,192 codes that are on their
 # way at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
@@ -229,7 +231,7 @@ def multiplies(x: Tensor) -> bool:
 
 def _has_tiles(x: Tensor) -> bool:
     """Before sm_80 Triton compiles tl.dot to no matrix units, nor with fp32, and registers spill by the kilobyte."""
-    return x.dtype != torch.float32 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return x.dtype != torch.float32 and computes_bf16(x.device)
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama import Transformer, lora
 from llama.errors import InputError, NonFinite
+from llama.kernels.cpu import train_ops
 from llama.lora import LoRALinear
 from llama.model import FeedForward, RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.training import lean, lean_loss
@@ -367,3 +368,18 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     with pytest.raises(NonFinite, match=r"has moved weights; the snapshots are from before"):
         trainer.step(batches([samples(2)]))
     assert trainer.progress.steps == 0
+
+
+@pytest.mark.parametrize("lean_mode", [True, False])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("make", [full_model, lora_model])
+def test_a_row_says_which_kernels_ran(monkeypatch, lean_mode, amp, make):
+    """`in_use` says "c" where a step calls one of the kernels, and only there; without a compiler there is none."""
+    called = []
+    run = train_ops._run
+    monkeypatch.setattr(train_ops, "_run", lambda name, *arguments: (called.append(name), run(name, *arguments)))
+    trainer = Trainer(make(), Settings(**FULL, amp=amp, lean=lean_mode), 1)
+    trainer.step(batches([samples(2)]))
+    assert train_ops.in_use(lean_mode, trainer.device) == ("c" if called else "none")
+    monkeypatch.setattr(train_ops, "library", lambda: None)
+    assert train_ops.in_use(lean_mode, trainer.device) == "none"
