@@ -1,0 +1,159 @@
+"""What a chart draws is what the rows say: every point, bar and mark, looked up again in the figures."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from conftest import ROOT
+
+from benchmarks.rows import Row, read_folder
+from reports import charts, render
+
+ROWS = read_folder(ROOT / "reports" / "results")
+ALL = [(charts.generation, "inference"), (charts.steps, "benchmark_finetuning"), (charts.loss, "finetuning")]
+ALL += [(charts.ladder, "ladder"), (charts.pruning, "pruning")]
+
+
+def drawn(figure) -> dict[str, set[tuple[float, float]]]:
+    """The points of each line with a name, and (width, place) of each bar, by the name in the legend."""
+    (axes,) = figure.axes
+    found = {}
+    for line in axes.lines:
+        found.setdefault(line.get_label(), set()).update((float(x), float(y)) for x, y in line.get_xydata())
+    for bars in axes.containers:
+        found.setdefault(bars.get_label(), set()).update((bar.get_width(), round(bar.get_x(), 6)) for bar in bars)
+    return found
+
+
+def points(rows: list[Row], x, y: str, scale: float = 1) -> set[tuple[float, float]]:
+    return {(float(x(row)), scale * row.median(y)) for row in rows if row.has(y)}
+
+
+def pick(rows: list[Row], **cell) -> list[Row]:
+    return [row for row in rows if all(row.cell[name] == value for name, value in cell.items())]
+
+
+def test_generation_draws_every_cell_and_its_limit():
+    rows, found = ROWS["inference"], charts.generation(ROWS["inference"])
+    assert len(found) == 2
+    for figure, metric in zip(found.values(), ("runtime_s", "peak_memory_mb"), strict=True):
+        lines = drawn(figure)
+        for name, use_cache in (("with KV cache", True), ("without", False)):
+            ours = pick(rows, engine="llama", use_cache=use_cache)
+            assert lines[name] == points(ours, lambda row: row.cell["batch_size"], metric)
+            limits = points(ours, lambda row: row.cell["batch_size"], f"floor_{metric}")
+            assert limits and lines[f"{name}: hardware limit"] == limits
+        others = points(pick(rows, engine="transformers"), lambda row: row.cell["batch_size"], metric)
+        assert lines["transformers, its cache"] == others
+
+
+def test_steps_draw_every_category_peak_and_limit():
+    rows = pick(ROWS["benchmark_finetuning"], batch_size=1, accumulation=1)
+    memory, time = (drawn(figure) for figure in charts.steps(ROWS["benchmark_finetuning"]).values())
+    for category in charts.CATEGORIES:
+        sizes = [row.median(name) for row in rows if row.has(name := f"{category}_at_peak_mb") and row.median(name)]
+        assert sorted(width for width, _ in memory.get(category, ())) == pytest.approx(sorted(sizes))
+    assert {x for x, _ in memory["measured peak"]} == {
+        row.median("peak_memory_mb") for row in rows if row.has("peak_memory_mb", "weights_at_peak_mb")
+    }
+    assert {width for width, _ in time["measured"]} == {row.median("step_s") for row in rows}
+    assert {x for x, _ in time["hardware limit"]} == {
+        row.median("floor_step_s") for row in rows if row.has("floor_step_s")
+    }
+
+
+def test_a_bar_is_its_parts_end_to_end():
+    """Each category starts where the one before it ends; the first at zero."""
+    for figure in charts.steps(ROWS["benchmark_finetuning"]).values():
+        (axes,) = figure.axes
+        by_row = {}
+        for bar in axes.patches:
+            by_row.setdefault(round(bar.get_y(), 3), []).append((bar.get_x(), bar.get_x() + bar.get_width()))
+        for parts in by_row.values():
+            assert parts[0][0] == 0
+            assert all(start == pytest.approx(end) for (_, end), (start, _) in itertools.pairwise(parts))
+
+
+def test_loss_draws_the_series_of_each_run():
+    found = charts.loss(ROWS["finetuning"])
+    assert len(found) == len(ROWS["finetuning"])
+    for figure, row in zip(found.values(), ROWS["finetuning"], strict=True):
+        for name, key in (("training", "loss_nats"), ("held out", "held_out_loss_nats")):
+            assert drawn(figure)[name] == {(x, y) for x, y in row.data["series"][key]}
+    without = [Row(row.file, row.line, {**row.data, "series": {}}) for row in ROWS["finetuning"]]
+    assert charts.loss(without) == {}
+
+
+def test_the_ladder_draws_speed_and_memory():
+    rows = ROWS["ladder"]
+    speed, memory = (drawn(figure) for figure in charts.ladder(rows).values())
+    assert {width for width, _ in speed["median"]} == {row.median("tokens_per_s") for row in rows}
+    ends = {x for label, line in speed.items() if label != "median" for x, _ in line}
+    assert ends == {row.metrics["tokens_per_s"][end] for row in rows for end in ("min", "max")}
+    assert {width for width, _ in memory["weights"]} == {row.median("weights_mb") for row in rows}
+    assert {x for x, _ in memory["peak memory"]} == {row.median("peak_memory_mb") for row in rows}
+
+
+def test_pruning_draws_every_way_and_speed_by_size():
+    rows, found = ROWS["pruning"], charts.pruning(ROWS["pruning"])
+    share = lambda row: row.cell["share"]  # noqa: E731
+    for method in ("dimensions", "magnitude"):
+        (figure,) = (figure for name, figure in found.items() if method in name)
+        lines = drawn(figure)
+        for name, part, metric in (
+            ("iterative", "iterative", "loss_nats"),
+            ("one-shot, steps of one round", "one-round", "loss_nats"),
+            ("one-shot, steps of all rounds", "one-shot", "loss_nats"),
+            ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats"),
+        ):
+            assert lines[name] == points(pick(rows, part=part, method=method), share, metric)
+        levels = {y for name, line in lines.items() if name.startswith("dense") for _, y in line}
+        assert levels == {row.median("loss_nats") for row in pick(rows, part="dense")}
+    for model in ("tiny", "llama3.2-1b"):
+        lines = drawn(found[f"pruning-speed-{model}-cpu"])
+        for name, metric in (("measured", "tpot_s"), ("hardware limit", "floor_tpot_s")):
+            ours = pick([row for row in rows if row.cell["part"] == "speed"], model=model)
+            assert lines[name] == points(ours, lambda row: row.median("stored_mb"), metric, 1e3)
+
+
+@pytest.mark.parametrize(("chart", "experiment"), ALL)
+def test_series_differ_without_colour(chart, experiment):
+    """In dash, marker or its filling, or hatch; and each chart says what it shows."""
+    for figure in chart(ROWS[experiment]).values():
+        (axes,) = figure.axes
+        lines = [line for line in axes.lines if line.get_label()[0] != "_"]
+        looks = {
+            (line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white"): line.get_label()
+            for line in lines
+        }
+        assert len(looks) == len({line.get_label() for line in lines})
+        hatches = {bars.get_label(): bars[0].get_hatch() or "" for bars in axes.containers}
+        assert len(set(hatches.values())) == len(hatches)
+        assert figure.get_label() and axes.get_title("left") and figure.get_suptitle()
+
+
+@pytest.mark.parametrize(("chart", "experiment"), ALL)
+def test_no_rows_no_chart_and_out_of_memory_no_point(chart, experiment):
+    assert chart([]) == {}
+    lost = [Row(row.file, row.line, {**row.data, "metrics": {}, "series": {}}) for row in ROWS[experiment]]
+    assert chart(lost) == {}
+
+
+def test_two_settings_are_two_charts():
+    rows = ROWS["finetuning"]
+    other = [Row("x.jsonl", row.line, {**row.data, "torch": "2.7.1"}) for row in rows]
+    found = charts.loss([*rows, *other])
+    assert len(found) == 2 * len(rows) and all(name.endswith(("cpu", "cpu-2")) for name in found)
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    for (name, figure), again in zip(
+        charts.steps(ROWS["benchmark_finetuning"]).items(),
+        charts.steps(ROWS["benchmark_finetuning"]).values(),
+        strict=True,
+    ):
+        render.save_svg(figure, tmp_path / f"{name}.svg")
+        text = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert text == render.svg(again) and "measured" in text and not re.search(r"<dc:date>", text)
