@@ -1,6 +1,6 @@
 """Documents from measured rows.
 
-    python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md
+    python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md, and the charts
 
 A document shows the tables of NAME between the lines `<!-- begin: NAME -->` and `<!-- end -->`; what stands there is
 replaced, all else is left alone. The same rows give the same bytes.
@@ -17,11 +17,12 @@ from benchmarks.rows import Row, read_folder
 from llama import cli
 from llama.cli import option
 from llama.errors import InputError
-from reports.render import markdown, write
+from reports.charts import CHARTS
+from reports.render import markdown, save_svg, write
 from reports.tables import Table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "reports" / "results"
+RESULTS, FIGURES = ROOT / "reports" / "results", ROOT / "reports" / "figures"
 DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
 PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What each part of a document shows: the experiment, and the tables made from its rows.
@@ -30,14 +31,17 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {}
 
 @dataclass(frozen=True)
 class ReadmeOptions(cli.Options):
-    """Fill the tables of README.md, docs/results.md and data/tiny/README.md from the measured rows."""
+    """Draw the charts and fill the tables of README.md, docs/results.md and data/tiny/README.md from measured rows."""
 
     results: str | None = option(None, "folder of measured rows; default: reports/results")
 
 
 def readme(options: ReadmeOptions) -> None:
-    """Fill the parts of every document."""
+    """Draw the charts, and fill the parts of every document."""
     rows = read_folder(Path(options.results) if options.results is not None else RESULTS)
+    for experiment, draw in CHARTS.items():
+        for name, figure in draw(rows.get(experiment, [])).items():
+            save_svg(figure, FIGURES / f"{name}.svg")
     for name in DOCUMENTS:
         path = ROOT / name
         write(path, filled(path.read_text(encoding="utf-8"), rows).encode())

@@ -152,6 +152,10 @@ def pruning(rows: Sequence[Row]) -> Named:
     return found
 
 
+CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
+CHARTS |= {"ladder": ladder, "pruning": pruning}  # by the experiment whose rows they take
+
+
 def _plot(title: str, rows: Sequence[Row], about: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     """An empty plot with its title and what its rows, all of one model and device, were measured on."""
     with matplotlib.rc_context(STYLE):

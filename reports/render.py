@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -105,16 +106,18 @@ def typst(table: Table) -> dict[str, Any]:
     }
 
 
-def save_svg(figure: Figure, path: Path) -> None:
-    """A chart as a file; the same figure gives the same bytes."""
-    import io
-
+def svg(figure: Figure) -> str:
+    """A chart, its words as text rather than outlines; the same figure gives the same text."""
     import matplotlib
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "llama"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write(path, buffer.getvalue())
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "llama", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"(?s)^.*?(?=<svg)| *<metadata>.*?</metadata>\n", "", text.getvalue())
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    write(path, svg(figure).encode())
 
 
 def write(path: Path, content: bytes) -> None:
