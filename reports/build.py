@@ -17,16 +17,33 @@ from benchmarks.rows import Row, read_folder
 from llama import cli
 from llama.cli import option
 from llama.errors import InputError
+from reports import tables
+from reports.cells import Table
 from reports.charts import CHARTS
 from reports.render import markdown, save_svg, write
-from reports.tables import Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "reports" / "results", ROOT / "reports" / "figures"
 DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
 PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What each part of a document shows: the experiment, and the tables made from its rows.
-PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {}
+PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {
+    "table-1": ("inference", tables.table_1),
+    "generation": ("inference", tables.generation_details),
+    "formats": ("formats", tables.generation_details),
+    "table-2": ("benchmark_finetuning", tables.table_2),
+    "table-3": ("benchmark_finetuning", tables.table_3),
+    "steps": ("benchmark_finetuning", tables.step_details),
+    "learning": ("finetuning", tables.learning),
+    "answers": ("finetuning", tables.answers),
+    "loading": ("loading", tables.loading),
+    "ladder": ("ladder", tables.ladder),
+    "drafts": ("ladder", tables.drafts),
+    "kernels": ("kernels", tables.kernels),
+    "pruning-quality": ("pruning", tables.pruning_quality),
+    "pruning-speed": ("pruning", tables.pruning_speed),
+    "embedded": ("tiny", tables.embedded),
+}
 
 
 @dataclass(frozen=True)

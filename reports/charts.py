@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.rows import Row, group
-from reports.tables import chosen
+from reports.cells import chosen
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
 BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by colours of its own

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row
 from llama.errors import EnvironmentFailure
-from reports.tables import OUT_OF_MEMORY, Cell, Table
+from reports.cells import OUT_OF_MEMORY, Cell, Table
 
 if TYPE_CHECKING:
     from markupsafe import Markup

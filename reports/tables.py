@@ -1,112 +1,632 @@
 """From measured rows to tables: one function for each table, whatever shows it.
 
 A function here takes rows of one experiment and returns `Table`s, one or more for each setting that was measured;
-reports/render.py turns those into Markdown, which the terminal shows too, HTML and Typst. No renderer formats a figure,
-so a figure has the same digits everywhere. Left out: charts (charts.py), and which tables stand where (build.py).
-
-A cell is text, a `Figure`, or several of them in a row: (Figure, " (", Figure, " to ", Figure, ")"). A `Figure` knows
-the line of the file that it was read from: the page shows it, and tests look every figure up again.
+render.py turns those into Markdown, which the terminal shows too, HTML and Typst. Left out: what a table is made of
+(cells.py), charts (charts.py), and which table stands where (build.py).
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
+from reports.cells import (
+    Cell,
+    Column,
+    Figure,
+    Table,
+    chosen,
+    computed,
+    faster,
+    figure,
+    metric,
+    newest,
+    per_setting,
+    ratio,
+    relative,
+    runs,
+    spread,
+    table,
+    word,
+)
 
-NOT_MEASURED, OUT_OF_MEMORY = "-", "x"
+PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format
+TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
+PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
+CHANGED, SLOWER = 0.03, 0.05  # of memory or computation, of time: a smaller change is no arrow in Table 2
+# What the course calls a kind of memory, in the categories of llama/training/memory.py.
+KINDS = {"parameters": ("weights", "copies"), "activations": ("activations",), "gradients": ("gradients",)}
+KINDS |= {"optimizer state": ("optimizer",)}
+PRUNED = ("one-round", "one-shot", "iterative")  # modes of pruning, beside each other
+UNITS = {"tflop_s": "TFLOP/s", "gb_s": "GB/s", "tflop": "TFLOP", "gb": "GB", "mb": "MB", "nats": "nats", "s": "s"}
+RELATIVE = "vs. limit: relative to the hardware limit (1.00 = limit)"
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number as it is shown. source: where it stands, `inference.jsonl:3 metrics.runtime_s.median`.
-
-    A figure that was computed from several has a formula of such places. title: the source in words, with the spread
-    of the runs. value: the number itself; times `scale` and rounded, it is `text`.
-    """
-
-    text: str
-    value: float
-    source: str
-    title: str
-    scale: float = 1
-
-    def __str__(self) -> str:
-        return self.text
-
-
-Cell = str | Figure | tuple["str | Figure", ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """head: titles of the columns. body: lines of cells. note: paragraphs below, of the same kind as cells.
-
-    name: what documents call it, the same for every setting. rows: what it was made from, for the line that says on
-    what, when and by which command they were measured.
-    """
-
-    name: str
-    title: str
-    head: Sequence[str]
-    body: Sequence[Sequence[Cell]]
-    note: Sequence[Cell] = ()
-    rows: Sequence[Row] = ()
-
-    @property
-    def numeric(self) -> list[bool]:
-        """For each column, whether it holds nothing but figures; those are set to the right."""
-        return [all(_is_number(line[i]) for line in self.body) for i in range(len(self.head))]
+of_generation = per_setting("model", "input_len", "output_len", "memory_limit_gb")
+of_steps = per_setting("model", "seq_len", "memory_limit_gb", dtype=False)
 
 
-def _is_number(cell: Cell) -> bool:
-    return isinstance(cell[0] if isinstance(cell, tuple) else cell, Figure) or cell in (NOT_MEASURED, OUT_OF_MEMORY)
+# Generation
 
 
-def figure(row: Row | None, name: str, form: str, scale: float = 1, stat: str = "median") -> Cell:
-    """A figure of a row, by `scale`, in the format `form`; x where memory ran out, - where it was not measured."""
-    if (gap := _gap((row, name))) is not None:
-        return gap
-    values, source = row.metrics[name], row.source(f"metrics.{name}.{stat}")
-    spread = f"median of {values['n']}, {values['min']:.6g} to {values['max']:.6g}" if values["n"] > 1 else "one run"
-    return Figure(format(scale * values[stat], form), values[stat], source, f"{source} ({spread})", scale)
+@of_generation
+def table_1(rows: list[Row]) -> list[Table]:
+    """Peak memory and runtime of generation by batch size, with and without the KV cache: the course's form."""
+    rows = chosen(rows, engine="llama")
+    sizes, formats = sorted({row.cell["batch_size"] for row in rows}), _formats(rows)
+    body = []
+    for use_cache, weights in itertools.product((True, False), formats):
+        own = [row for row in chosen(rows, use_cache=use_cache) if weights_of(row) == weights]
+        label = ("with KV cache" if use_cache else "without") + (f", {weights}" if len(formats) > 1 else "")
+        for what, name, form in (("peak memory (MB)", "peak_memory_mb", ",.0f"), ("runtime (s)", "runtime_s", ".2f")):
+            values = [figure(newest(own, batch_size=size), name, form) for size in sizes]
+            body += [[f"{label}: {what}", *values]] if own else []
+    if not body:
+        return []
+    head = [f"{rows[0].cell['input_len']} + {rows[0].cell['output_len']} tokens", *(f"batch {n}" for n in sizes)]
+    return [Table("table-1", _generation_title(rows), head, body, rows=rows)]
 
 
-def spread(row: Row | None, name: str, form: str, scale: float = 1) -> Cell:
-    """Median (least to most), where there was more than one run."""
-    median = figure(row, name, form, scale)
-    if not isinstance(median, Figure) or row.metrics[name]["n"] == 1:
-        return median
-    least, most = (figure(row, name, form, scale, stat) for stat in ("min", "max"))
-    return (median, " (", least, " to ", most, ")")
+def weights_of(row: Row) -> str:
+    """The format of the weights that a row was measured with."""
+    return row.cell.get("weights") or PLAIN_WEIGHTS[row.data["dtype"]]
 
 
-def computed(formula: str, function: Callable[..., float], form: str, *terms: tuple[Row | None, str]) -> Cell:
-    """A figure computed from medians. formula: how its source is written, "{} / {}"; terms: rows and metrics in it."""
-    gaps = [gap for term in terms if (gap := _gap(term)) is not None]
-    if gaps:
-        return min(gaps)  # - before x
-    value = function(*(row.median(name) for row, name in terms))
-    source = formula.format(*(row.source(f"metrics.{name}.median") for row, name in terms))
-    return Figure(format(value, form), value, source, source)
+def _formats(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(weights_of(row) for row in chosen(rows, engine="llama")))
 
 
-def ratio(above: Row | None, below: Row | None, name: str, form: str = ".2f", other: str | None = None) -> Cell:
-    """The median `name` of one row over the median `other` (the same name where it is left out) of another."""
-    return computed("{} / {}", operator.truediv, form, (above, name), (below, other or name))
+def _generation_title(rows: Sequence[Row]) -> str:
+    return "{model}: {output_len} tokens after prompts of {input_len}".format_map(rows[0].cell)
 
 
-def _gap(term: tuple[Row | None, str]) -> str | None:
-    """What stands for a metric that is not there."""
-    row, name = term
-    if row is None or (row.metrics and name not in row.metrics):
-        return NOT_MEASURED
-    return None if row.metrics else OUT_OF_MEMORY
+@of_generation
+def generation_details(rows: list[Row]) -> list[Table]:
+    """Every cell with its spread, relative to the hardware limit and to ours; then the limits themselves."""
+    rows.sort(key=lambda row: (row.cell["batch_size"], row.cell["engine"], not row.cell["use_cache"]))
+    formats = _formats(rows)
+    # Compared with ours in plain weights with the cache, or in the first format where those were not measured.
+    cached = sorted(chosen(rows, engine="llama", use_cache=True), key=lambda r: weights_of(r) in ("int8", "int4"))
+    ours = {row.cell["batch_size"]: row for row in reversed(cached)}
+
+    def label(row: Row) -> str:
+        cache = f", cache {'on' if row.cell['use_cache'] else 'off'}"
+        own = cache + (f", {weights_of(row)}" if len(formats) > 1 else "")
+        return f"batch {row.cell['batch_size']}, {row.cell['engine']}" + own * (row.cell["engine"] == "llama")
+
+    columns: dict[str, Column] = {
+        "configuration": label,
+        "runtime (s)": runs("runtime_s", ".2f"),
+        "runtime vs. limit": metric("runtime_over_floor_x", ".2f"),
+        "TTFT (s)": metric("ttft_s", ".3f"),
+        "TTFT vs. limit": metric("ttft_over_floor_x", ".2f"),
+        "TPOT (ms)": metric("tpot_s", ",.1f", 1e3),
+        "TPOT vs. limit": metric("tpot_over_floor_x", ".2f"),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+        "memory vs. limit": metric("peak_memory_over_floor_x", ".2f"),
+        "time relative to ours": relative(lambda row: ours.get(row.cell["batch_size"]), "runtime_s"),
+    }
+    note = f"TTFT: time to first token. TPOT: time per output token after it. {RELATIVE}."
+    limits: dict[str, Column] = {
+        "configuration": label,
+        "prompt (s)": metric("floor_ttft_s", ".3f"),
+        "step (ms)": metric("floor_tpot_s", ",.1f", 1e3),
+        "runtime (s)": metric("floor_runtime_s", ".2f"),
+        "memory (MB)": metric("floor_peak_memory_mb", ",.0f"),
+        "read per step (GB)": metric("step_bytes_gb", ".2f"),
+        "reading (GB/s)": metric("read_gb_s", ".1f"),
+        "products (TFLOP/s)": metric("product_tflop_s", ".3f"),
+        "larger part": _larger_part,
+    }
+    about = (
+        "Both rates are measured in the same round. A step reads each weight as it is stored, and the cached keys and "
+        "values, once at the best rate of any reading kernel; a prompt, and without the cache every token, takes its "
+        "FLOPs at the best rate of the network's own largest products; memory is weights, cache and one row of logits "
+        "per sequence."
+    )
+    title, limited = _generation_title(rows), [row for row in rows if row.has("floor_ttft_s", "floor_tpot_s")]
+    tables = [table("generation", title, rows, columns, note)]
+    return tables + ([table("limits", f"{title}: hardware limits", limited, limits, about)] if limited else [])
 
 
-def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """The rows whose cell has these values."""
-    return [row for row in rows if all(row.cell.get(name) == value for name, value in wanted.items())]
+def _larger_part(row: Row) -> str:
+    """Which part of a generation has the larger share of the limit, and what bounds it."""
+    is_prompt = row.median("floor_ttft_s") > (row.cell["output_len"] - 1) * row.median("floor_tpot_s")
+    bound = "products" if is_prompt or not row.cell["use_cache"] else "reading"
+    return f"{'prompt' if is_prompt else 'steps'}: {bound}"
+
+
+# Fine-tuning
+
+
+@of_steps
+def table_2(rows: list[Row]) -> list[Table]:
+    """What each technique does to each kind of memory and to a step, from pairs of rows: without accumulation, with."""
+    lines = [(f"{kind} (MB)", [f"{name}_most_mb" for name in names], ",.0f", CHANGED) for kind, names in KINDS.items()]
+    lines += [("peak of all (MB)", ["peak_memory_mb"], ",.0f", CHANGED)]
+    lines += [("computation (TFLOP)", ["step_tflop"], ".2f", CHANGED), ("time per step (s)", ["step_s"], ".2f", SLOWER)]
+    about = (
+        f"An arrow is a change of more than {CHANGED:.0%}, for the time of more than {SLOWER:.0%}. Parameters include "
+        "their copies in 16 bits; each kind is at its own highest moment."
+    )
+    tables = []
+    for accumulation, title in ((1, "without accumulation"), (2, "with accumulation")):
+        base = _step(rows, accumulation=accumulation)
+        pairs = {words: (base, _step(rows, name, accumulation=accumulation)) for name, words in TECHNIQUES.items()}
+        if accumulation > 1:
+            pairs = {"accumulation (1 x 2 to 2 x 1)": (_step(rows, batch_size=2), base), **pairs}
+        used = [row for pair in pairs.values() for row in pair]
+        if None not in used:
+            body = [[label, *(_change(*pair, *how) for pair in pairs.values())] for label, *how in lines]
+            note = [about, *(_textbook(rows) if accumulation == 1 else ())]
+            name, title = f"table-2-{accumulation}", f"{_steps_title(rows)}: {title}"
+            tables.append(Table(name, title, ["", *pairs], body, note, [row for row in rows if row in used]))
+    return tables
+
+
+def _steps_title(rows: Sequence[Row]) -> str:
+    return "{model}, {seq_len} tokens per sequence".format_map(rows[0].cell)
+
+
+def _step(rows: Sequence[Row], *techniques: str, **changes: Any) -> Row | None:
+    """The row of a plain step with some techniques."""
+    return newest(rows, **{**PLAIN, **{name: name in techniques for name in TECHNIQUES}, **changes})
+
+
+def arrow(before: float, after: float, threshold: float) -> str:
+    """Up or down where the change is more than that share of `before`, else =."""
+    if abs(after - before) > threshold * before:
+        return "↑" if after > before else "↓"
+    return "="
+
+
+def _total(row: Row | None, names: Sequence[str], form: str) -> Cell:
+    terms = [(row, name) for name in names]
+    return computed(" + ".join("{}" for _ in names), lambda *values: sum(values), form, *terms)
+
+
+def _change(before: Row, after: Row, names: Sequence[str], form: str, threshold: float) -> Cell:
+    """An arrow and both figures."""
+    pair = [_total(row, names, form) for row in (before, after)]
+    gaps = [cell for cell in pair if not isinstance(cell, Figure)]
+    return min(gaps) if gaps else (f"{arrow(pair[0].value, pair[1].value, threshold)} ", pair[0], " to ", pair[1])
+
+
+def _textbook(rows: Sequence[Row]) -> list[Cell]:
+    """Where the measured rows disagree with what is usually taught, in words."""
+    notes: list[Cell] = []
+    for technique, kind in (("checkpointing", "activations"), ("amp", "parameters")):
+        pair = [_step(rows), _step(rows, technique)]
+        peaks = [figure(row, "peak_memory_mb", ",.0f") for row in pair]
+        most = [_total(row, [f"{name}_most_mb" for name in KINDS[kind]], "") for row in pair]
+        if not all(isinstance(cell, Figure) for cell in (*peaks, *most)):
+            continue
+        (peak, peak_after), (before, after) = ([cell.value for cell in cells] for cells in (peaks, most))
+        if technique == "checkpointing" and peak_after > (1 - CHANGED) * peak and after < before:
+            words = "Checkpointing lowers activations, and not the peak: without accumulation, full fine-tuning peaks "
+            words += "at the end of the backward pass ("
+            notes.append((words, peaks[0], " and ", peaks[1], " MB), where all gradients and no activations are."))
+        if technique == "amp" and after > (1 + CHANGED) * before:
+            words = "Mixed precision raises the memory of parameters, by the 16-bit copies that autocast makes of "
+            notes.append((f"{words}them; the peak goes from ", peaks[0], " to ", peaks[1], " MB."))
+    return notes
+
+
+@of_steps
+def table_3(rows: list[Row]) -> list[Table]:
+    """Peak memory and time of a step for each combination, the course's form: plain, lean, and over a 16-bit base."""
+    over_half = {**PLAIN, "half": True, "lora": True, "amp": False}
+    del over_half["lean"]
+    modes = [
+        ("table-3", "", TECHNIQUES, PLAIN),
+        ("table-3-lean", ", lean", TECHNIQUES, {**PLAIN, "lean": True}),
+        ("table-3-half", ", LoRA over a 16-bit base", {"lean": "lean", "checkpointing": "checkpointing"}, over_half),
+    ]
+    figures = {"peak memory (MB)": metric("peak_memory_mb", ",.0f"), "time per step (s)": metric("step_s", ".2f")}
+    tables = []
+    for name, title, marks, wanted in modes:
+        columns = {words: _yes_or_no(mark) for mark, words in marks.items()} | figures
+        own = sorted(chosen(rows, **wanted), key=_order)
+        tables += [table(name, _steps_title(rows) + title, own, columns)] if own else []
+    return tables
+
+
+def _yes_or_no(name: str) -> Column:
+    return lambda row: "yes" if row.cell[name] else "no"
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    names = ("half", "lean", "accumulation", "batch_size", "lora", "amp", "checkpointing")
+    return row.cell["engine"] != "llama", *(row.cell[name] for name in names)
+
+
+def step_label(row: Row) -> str:
+    """A cell of benchmark_finetuning.py in words: "llama, 2 x 1, lean + LoRA"."""
+    cell, words = row.cell, {"lean": "lean", "half": "16-bit base", **TECHNIQUES}
+    names = [words[name] for name in words if cell.get(name)]
+    size = f"{cell['accumulation']} x {cell['batch_size']}" if cell["accumulation"] * cell["batch_size"] > 1 else ""
+    return ", ".join(part for part in (cell["engine"], size, " + ".join(names) or "plain") if part)
+
+
+@of_steps
+def step_details(rows: list[Row]) -> list[Table]:
+    """Every cell with its spread, the hardware limit and the predicted peak; then what checkpointing gains."""
+    rows.sort(key=_order)
+
+    def like(row: Row, is_wanted: bool, **changes: Any) -> Row | None:
+        same = {name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)}
+        return newest(rows, **same | changes) if is_wanted else None
+
+    def plain(row: Row) -> Row | None:
+        return like(row, row.cell["checkpointing"], checkpointing=False)
+
+    def ours(row: Row) -> Row | None:
+        return like(row, row.cell["engine"] != "llama", engine="llama", lean=True)
+
+    columns: dict[str, Column] = {
+        "configuration": step_label,
+        "time per step (s)": runs("step_s", ".2f"),
+        "time vs. limit": metric("step_over_floor_x", ".2f"),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+        "predicted (MB)": metric("expected_peak_memory_mb", ",.0f"),
+        "predicted / measured": lambda row: ratio(row, row, "expected_peak_memory_mb", ".3f", "peak_memory_mb"),
+        "time relative to no checkpointing": relative(plain, "step_s"),
+        "time relative to ours": relative(ours, "step_s"),
+        "memory relative to ours": relative(ours, "peak_memory_mb"),
+    }
+    note = (
+        f"A step is forward, backward and the optimizer's step. {RELATIVE}, the time of the step's matrix products, "
+        "recomputed ones included, at the best rate of the network's own largest products in the same round. Ours, for "
+        "a peer, is the lean mode, which does the same work."
+    )
+    tables = [table("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)]
+    whole = chosen(rows, checkpointing=False, batch_size=1, accumulation=1, engine="llama")
+    pairs = {row.line: (row, like(row, True, checkpointing=True)) for row in whole}
+    paired = [row for row in whole if pairs[row.line][1] is not None]
+    gain: dict[str, Column] = {
+        "mode": lambda row: step_label(row).removeprefix("llama, "),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+        "all recomputed (MB)": lambda row: figure(pairs[row.line][1], "peak_memory_mb", ",.0f"),
+        "time per step (s)": metric("step_s", ".2f"),
+        "all recomputed (s)": lambda row: figure(pairs[row.line][1], "step_s", ".2f"),
+        "MB saved per second": lambda row: _saved(*pairs[row.line]),
+    }
+    title = f"{_steps_title(rows)}: no layer recomputed, and all of them"
+    gained = table("gain", title, paired, gain)
+    return [*tables, gained] if paired else tables
+
+
+def _saved(whole: Row, recomputed: Row) -> Cell:
+    """MB that checkpointing saves for a second of recomputing."""
+    terms = [(row, "peak_memory_mb") for row in (whole, recomputed)]
+    terms += [(row, "step_s") for row in (recomputed, whole)]
+    saved = computed("({} - {}) / ({} - {})", lambda a, b, c, d: (a - b) / (c - d), ",.0f", *terms)
+    if not isinstance(saved, Figure):
+        return saved
+    if whole.median("peak_memory_mb") - recomputed.median("peak_memory_mb") <= CHANGED * whole.median("peak_memory_mb"):
+        return "nothing saved"
+    return saved if recomputed.median("step_s") > whole.median("step_s") else "no slower"
+
+
+@per_setting("model", dtype=False)
+def learning(rows: list[Row]) -> list[Table]:
+    """Held-out loss and right answers of each run, before and after."""
+
+    def right(name: str) -> Column:
+        return lambda row: (figure(row, name, ".0f"), " of ", figure(row, "held_out_asked", ".0f"))
+
+    columns: dict[str, Column] = {
+        "preset": word("preset"),
+        "held-out loss before": metric("held_out_loss_before_nats", ".3f"),
+        "held-out loss after": metric("held_out_loss_nats", ".3f"),
+        "right answers before": right("held_out_right_before"),
+        "right answers after": right("held_out_right"),
+        "steps": metric("step_s", ",.0f", stat="n"),
+        "time per step (s)": metric("step_s", ".3f"),
+    }
+    note = "Loss in nats per label token, on held-out samples; a right answer is the sample's word for word."
+    return [table("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)]
+
+
+def answers(rows: Sequence[Row]) -> list[Table]:
+    """What the model answered before each run and after it."""
+    head = ["instruction", "before", "after"]
+    found = [(row, row.data.get("series", {}).get("answers")) for row in rows]
+    title = "{model}, preset {preset}: answers"
+    return [Table("answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body]
+
+
+@per_setting("data", "data_sha256", "tokens", "context", "stride", "batch_size", dtype=False)
+def perplexity(rows: list[Row]) -> list[Table]:
+    """Models on a text, and how each compares with the one that it was measured against."""
+    columns: dict[str, Column] = {
+        "model": lambda row: (
+            f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}, {row.data['dtype']}"
+        ),
+        "loss": metric("loss_nats", ".4f"),
+        "perplexity": metric("perplexity_x", ".4f"),
+        "scored tokens": metric("scored_tokens", ",.0f"),
+        "tokens/s": metric("tokens_per_s", ",.0f"),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+    }
+    cell = rows[0].cell
+    side_by_side = cell["stride"] == cell["context"]
+    mode = "side by side, each without its first token" if side_by_side else "sliding"
+    note: list[Cell] = [_verdict(row) for row in rows if row.has("difference_nats")]
+    note.append(f"Loss in nats per token, over {cell['tokens']:,} tokens of {cell['data']}.")
+    windows = figure(rows[0], "windows", ",.0f")
+    note.append((windows, f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."))
+    if len(rows) > 1:
+        note.append("Peak memory of the first includes what the libraries set up once.")
+    return [table("perplexity", f"Perplexity on {cell['data']}", rows, columns, *note)]
+
+
+def _verdict(row: Row) -> Cell:
+    """How a model compares with the one that it was measured against, in one line."""
+    times = computed("exp({})", math.exp, ".4f", (row, "difference_nats"))
+    change = ("Loss of the first less that of the second: ", figure(row, "difference_nats", "+.5f"))
+    line = (*change, ", so ", times, " times its perplexity")
+    if not row.has("difference_low_nats"):
+        return (*line, "; too little text for an interval.")
+    low, high = (figure(row, f"difference_{end}_nats", "+.5f") for end in ("low", "high"))
+    words = "the first is worse" if low.value > 0 else "the first is better" if high.value < 0 else ""
+    return (*line, " [95 %: ", low, " to ", high, f"]: {words or 'no difference that shows'}.")
+
+
+@per_setting(dtype=False)
+def embedded(rows: list[Row]) -> list[Table]:
+    """Size, training and loss of the models that ship."""
+
+    def per_token(name: str) -> Column:
+        return lambda row: computed("exp({})", math.exp, ".2f", (row, name))
+
+    def minutes(row: Row) -> Cell:
+        return computed("{} * {} / 60", lambda n, s: n * s / 60, ",.0f", (row, "train_steps"), (row, "step_s"))
+
+    columns: dict[str, Column] = {
+        "model": word("model"),
+        "parameters": metric("parameters", ",.0f"),
+        "file (MB)": metric("file_mb", ".2f"),
+        "training steps": metric("train_steps", ",.0f"),
+        "time per step (s)": metric("step_s", ".2f"),
+        "training (min)": minutes,
+        "held-out loss": metric("held_out_loss_nats", ".3f"),
+        "perplexity": per_token("held_out_loss_nats"),
+        "loss on stories": metric("held_out_story_loss_nats", ".3f"),
+        "perplexity on stories": per_token("held_out_story_loss_nats"),
+    }
+    return [table("embedded", "The embedded models", rows, columns)]
+
+
+# What else is measured
+
+
+@per_setting("model", dtype=False)
+def loading(rows: list[Row]) -> list[Table]:
+    """How long a checkpoint takes to load, and how much memory."""
+    columns: dict[str, Column] = {
+        "layout": word("layout"),
+        "stored as": word("stored"),
+        "loaded as": lambda row: row.data["dtype"],
+        "returns after (s)": metric("load_s", ".2f"),
+        "ready after (s)": metric("ready_s", ".2f"),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+        "relative to the weights": metric("peak_over_weights_x", ".3f"),
+    }
+    note = "Each load in a fresh process, its file in the page cache. Ready: every weight has been read once."
+    return [table("loading", f"Loading {rows[0].cell['model']}", rows, columns, note)]
+
+
+@per_setting("model")
+def ladder(rows: list[Row]) -> list[Table]:
+    """One change per row on the same work: time, memory, perplexity, and the test of that change."""
+    rows.sort(key=lambda row: row.cell["row"])
+
+    def first(row: Row) -> Row | None:
+        found = chosen(rows, text=row.cell["text"])[0]
+        return None if found is row else found
+
+    def same_tokens(row: Row) -> Cell:
+        same = figure(row, "tokens_equal", ",.0f")
+        every = computed("{} * {}", operator.mul, ",.0f", (row, "cell.prompts"), (row, "cell.output_len"))
+        return (same, " of ", every) if isinstance(same, Figure) else same
+
+    columns: dict[str, Column] = {
+        "row": lambda row: f"{row.cell['row']}. {row.cell['name']}",
+        "changes row": lambda row: str(row.cell["changes"] or "-"),
+        "text": word("text"),
+        "runtime (s)": runs("runtime_s", ".3f"),
+        "tokens/s": metric("tokens_per_s", ",.0f"),
+        "times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s"),
+        "as the first": faster(first, "runtime_s"),
+        "same tokens": same_tokens,
+        "weights (MB)": metric("weights_mb", ",.1f"),
+        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
+        "perplexity": metric("perplexity_x", ".4f"),
+        "tested by": lambda row: row.data.get("series", {}).get("test", ["-"])[0].rpartition("::")[2],
+    }
+    title = f"{rows[0].cell['model']}: one change per row"
+    return [table("ladder", title, rows, columns, *_ladder_notes(rows))]
+
+
+def _ladder_notes(rows: Sequence[Row]) -> list[Cell]:
+    """The work, and what perplexity is of."""
+    texts = {row.cell["text"]: row.cell for row in rows}
+    work = [f"{text}: {c['prompts']} x ({c['input_len']} + {c['output_len']}) tokens" for text, c in texts.items()]
+    notes: list[Cell] = [f"Greedy, one prompt after another. {'; '.join(work)}."]
+    notes[0] += " Times as fast, and same tokens: as the row that is changed; as the first: with the same text."
+    scored = next((row for row in rows if row.has("scored_tokens")), None)
+    if scored is None:
+        return [*notes, "The weights are random: no perplexity, and no draft, whose acceptance would mean nothing."]
+    return [*notes, ("Perplexity: ", figure(scored, "scored_tokens", ",.0f"), " tokens of held-out text.")]
+
+
+@per_setting("model")
+def drafts(rows: list[Row]) -> list[Table]:
+    """What speculative decoding brings over the row that it changes."""
+    used = [row for row in sorted(rows, key=lambda row: row.cell["row"]) if row.cell.get("draft") and row.metrics]
+    columns: dict[str, Column] = {
+        "draft": word("name"),
+        "text": word("text"),
+        "times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s"),
+        "acceptance rate": metric("acceptance", ".2f"),
+        "tokens per round": metric("tokens_a_round", ".2f"),
+    }
+    return [table("drafts", f"{rows[0].cell['model']}: speculative decoding", used, columns)] if used else []
+
+
+@per_setting("model", "part")
+def kernels(rows: list[Row]) -> list[Table]:
+    """Every operation in both forms, by the part of the work that it belongs to, and which kernels do not pay."""
+    twins = chosen(rows, engine="plain")
+
+    def ours(row: Row) -> Row | None:
+        return newest(rows, **row.cell | {"engine": "kernel"})
+
+    def kernel(name: str, form: str) -> Column:
+        return lambda row: figure(ours(row), name, form)
+
+    def operation(row: Row) -> str:
+        return row.cell["operation"] + (f", {row.cell['weights']}" if row.cell.get("weights") else "")
+
+    columns: dict[str, Column] = {
+        "operation": operation,
+        "operands": word("shape"),
+        "kernel (ms)": lambda row: spread(ours(row), "run_s", ".3f", 1e3),
+        "plain (ms)": runs("run_s", ".3f", 1e3),
+        "times as fast": kernel("plain_over_kernel_x", ".2f"),
+        "as F.linear in 16 bits": kernel("linear_over_kernel_x", ".2f"),
+        "moved (MB)": lambda row: figure(ours(row) or row, "moved_mb", ",.1f"),
+        "moved (GB/s)": kernel("moved_gb_s", ".1f"),
+        "share of memory bandwidth": kernel("of_reading_x", ".2f"),
+        "tested by": word("equality"),
+    }
+    slower = [
+        f"{operation(row)} ({row.cell['shape']})"
+        for row in twins
+        if isinstance(times := figure(ours(row), "plain_over_kernel_x", ""), Figure) and times.value < 1
+    ]
+    verdict = (
+        f"Slower than plain PyTorch: {'; '.join(slower)}." if slower else "No kernel is slower than plain PyTorch."
+    )
+    note: list[Cell] = [verdict if len(twins) < len(rows) else "No kernel runs here."]
+    read = sorted((row for row in rows if row.has("read_gb_s")), key=lambda row: row.median("read_gb_s"))
+    if read:
+        words = "Moved: operands and results once, of products the weights of one block; GB/s are the kernel's. The "
+        words += "memory bandwidth is the best rate of any reading kernel in the same round, "
+        least, most = (figure(row, "read_gb_s", ".1f") for row in (read[0], read[-1]))
+        note.append((words, least, " to ", most, " GB/s; activations may lie in caches, which are faster."))
+    title = "{model}: kernels, {part}".format_map(rows[0].cell)
+    return [Table("kernels", title, *_grid(twins, columns), note, rows)]
+
+
+def _grid(rows: Sequence[Row], columns: dict[str, Column]) -> tuple[list[str], list[list[Cell]]]:
+    """Head and body of a table that also says something of rows without a line of their own."""
+    shown = table("", "", rows, columns)
+    return list(shown.head), [list(line) for line in shown.body]
+
+
+@per_setting("model", "batch_size", "lr")
+def pruning_quality(rows: list[Row]) -> list[Table]:
+    """Held-out loss by share for each method, one-shot and iterative pruning beside each other."""
+    rows = [row for row in rows if row.cell["part"] != "speed" and row.metrics]
+    dense = sorted(chosen(rows, part="dense"), key=lambda row: row.cell["steps"])
+    note = (
+        "Held-out loss in nats per token. Iterative: cut a little, fine-tune, again. One-shot: the same cut at once, "
+        "then the steps of all those rounds together; one-round: then those of one round. Share 0: the dense model."
+    )
+    tables = []
+    for method in dict.fromkeys(row.cell["method"] for row in rows if row not in dense):
+        cut = chosen(rows, method=method)
+        lines: list[tuple[Row, list[Row | None]]] = [(row, [row] * len(PRUNED)) for row in dense]
+        for share in sorted({row.cell["share"] for row in cut}):
+            modes = [newest(cut, part=part, share=share) for part in PRUNED]
+            lines.append((max(filter(None, modes), key=lambda row: row.cell["steps"]), modes))
+        body = [
+            [f"{row.cell['share']:g}", str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
+            + [figure(row, "stored_mb", ",.1f"), figure(row, "zeros", ",.0f")]
+            + [figure(mode, "loss_nats", ".3f") for mode in modes]
+            for row, modes in lines
+        ]
+        head = ["share", "steps", "parameters", "stored (MB)", "zeros", *PRUNED]
+        title = f"{rows[0].cell['model']}: pruning by {method}"
+        tables.append(Table("pruning-quality", title, head, body, [note], [*dense, *cut]))
+    return tables
+
+
+@per_setting("model", "input_len", "output_len")
+def pruning_speed(rows: list[Row]) -> list[Table]:
+    """First token and decode step of a model with fewer and fewer hidden units, beside those of the whole one."""
+    rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
+    columns: dict[str, Column] = {
+        "share": lambda row: f"{row.cell['share']:g}",
+        "parameters": metric("parameters", ",.0f"),
+        "stored (MB)": metric("stored_mb", ",.1f"),
+        "TTFT (ms)": runs("ttft_s", ",.2f", 1e3),
+        "TTFT, times as fast": faster(lambda _: rows[0], "ttft_s"),
+        "TPOT (ms)": runs("tpot_s", ",.2f", 1e3),
+        "TPOT, times as fast": faster(lambda _: rows[0], "tpot_s"),
+        "TPOT vs. limit": lambda row: ratio(row, row, "tpot_s", other="floor_tpot_s"),
+    }
+    note = (
+        "Share: of the hidden units that are taken out. TTFT: time to first token. TPOT: time per output token after "
+        f"it. {RELATIVE}, the time in which the best reading kernel goes through a step's bytes."
+    )
+    return (
+        [table("pruning-speed", f"{rows[0].cell['model']}: speed after pruning", rows, columns, note)] if rows else []
+    )
+
+
+def generic(rows: Sequence[Row]) -> list[Table]:
+    """Rows of any experiment: what tells them apart, then every metric that was measured."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(" ".join(sorted(row.cell)), []).append(row)
+    return [_generic(found) for found in kinds.values()]
+
+
+def _generic(rows: list[Row]) -> Table:
+    cells = [{**row.cell, "dtype": row.data["dtype"], "device": row.data["device"]["name"]} for row in rows]
+    texts = {name: [_words(cell[name]) for cell in cells] for name in cells[0]}
+    apart = [name for name, values in texts.items() if len(set(values)) > 1] or list(texts)[:1]
+    same = [f"{name.replace('_', ' ')} {texts[name][0]}" for name in rows[0].cell if name not in apart]
+    metrics = {name: _in_words(name, rows) for name in dict.fromkeys(name for row in rows for name in row.metrics)}
+    body = []
+    for i, row in enumerate(rows):
+        forms = [
+            (_digits(row.median(name) * scale) if row.has(name) else "", scale) for name, (_, scale) in metrics.items()
+        ]
+        figures = [figure(row, name, *form) for name, form in zip(metrics, forms, strict=True)]
+        body.append([*(texts[name][i] for name in apart), *figures])
+    head = [*(name.replace("_", " ") for name in apart), *(words for words, _ in metrics.values())]
+    experiment = rows[0].data["experiment"]
+    title = "; ".join([experiment.replace("_", " ").capitalize(), *same])
+    return Table(experiment, title, head, body, rows=rows)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _digits(value: float) -> str:
+    """The format of a count; else of three significant digits, or of all digits of a larger integer part."""
+    if value == int(value) or abs(value) >= 100:
+        return ",.0f"
+    return f".{2 - math.floor(math.log10(abs(value)))}f"
+
+
+def _in_words(name: str, rows: Sequence[Row]) -> tuple[str, float]:
+    """A metric's name in words with its unit, and the factor to that unit: seconds become ms where all are short."""
+    ending = next((ending for ending in UNITS if name.endswith(f"_{ending}")), None)
+    if ending is None:
+        return name.replace("_", " "), 1
+    unit, scale = UNITS[ending], 1.0
+    if unit == "s" and max(row.median(name) for row in rows if row.has(name)) < 0.1:
+        unit, scale = "ms", 1e3
+    return f"{name.removesuffix(f'_{ending}').replace('_', ' ')} ({unit})", scale
