@@ -40,7 +40,8 @@ from llama.errors import EnvironmentFailure, InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
 from llama.training import memory
-from llama.training.step import Batch, Settings, Trainer, checkpoint_layers
+from llama.training.batch import Batch
+from llama.training.step import Settings, Trainer, checkpoint_layers
 from reports.formats import CHANGED, KINDS, SLOWER, arrow, counts, median, most_mb, spread
 
 ROOT = Path(__file__).parent

@@ -26,7 +26,9 @@ from llama import device as devices
 from llama.errors import InputError, NonFinite
 from llama.quantization import Quantization
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.training.batch import collate
 from llama.training.step import Settings
+from llama.training.step import fine_tune as train
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 N_WORST = 3  # matrices that are named
@@ -228,7 +230,7 @@ def shrink(
 
     def fine_tune(rest: Transformer, number: int) -> None:
         numbers = range(steps * (number - 1) // rounds, steps * number // rounds)
-        pruning.fine_tune(rest, source.window, numbers, settings)
+        train(rest, lambda step: [collate([[sample] for sample in source.samples(step)])], numbers, settings)
 
     kept: tuple[Transformer, float] | None = None
     cuts = pruning.gradually(model, method, share, rounds, fine_tune, source.loss)

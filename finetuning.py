@@ -31,12 +31,13 @@ from tqdm import tqdm
 from benchmarks import rows as row_files
 from benchmarks import stopwatch
 from data import alpaca
-from llama import Llama, checkpoint, cli, files, lora, pruning
+from llama import Llama, checkpoint, cli, files, lora, order, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import confidence
 from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.training import batch as batches
 from llama.training import memory, snapshot
 from llama.training.step import (
     Evaluation,
@@ -467,7 +468,7 @@ class Run:
             pruning.keep_zeros(self.model)
         checkpoint_layers(self.model, self.layers)
         size = options.batch_size * options.accumulation
-        self.per_epoch = alpaca.windows_per_epoch(len(self.rows), size)
+        self.per_epoch = order.steps_per_epoch(len(self.rows), size)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
         self.eval_every = options.eval_every or max(1, self.total // 4)
         self.trainer = Trainer(self.model, options.settings, self.total)
@@ -489,14 +490,14 @@ class Run:
                 f"--data={options.data}: {len(samples)} records have an answer within --max_seq_len="
                 f"{options.max_seq_len}; --held_out={options.held_out} leaves none of them to train on"
             )
-        held_out = set(alpaca.epoch_order(len(samples), options.seed, 0)[: options.held_out])
-        self.held_out = [alpaca.collate([[samples[i]]], self.tokenizer.pad_id) for i in sorted(held_out)]
+        held_out = set(order.epoch_order(len(samples), options.seed, 0)[: options.held_out])
+        self.held_out = [batches.collate([[samples[i]]], self.tokenizer.pad_id) for i in sorted(held_out)]
         tested = [samples[i] for i in sorted(held_out)][:MAX_ASKED]
         self.references = [self.tokenizer.decode(sample.tokens[sample.n_prompt : -1]).strip() for sample in tested]
         self.asked = [alpaca.encode_prompt(self.tokenizer, instruction) for instruction in INSTRUCTIONS]
         self.asked += [list(sample.tokens[: sample.n_prompt]) for sample in tested]
         kept = [sample for i, sample in enumerate(samples) if i not in held_out]
-        self.rows = alpaca.pack(kept, options.max_seq_len) if options.packing else [[sample] for sample in kept]
+        self.rows = batches.pack(kept, options.max_seq_len) if options.packing else [[sample] for sample in kept]
         self.n_trained_on = len(kept)
 
     def _plan_memory(self, dtype: torch.dtype) -> list[int]:
@@ -614,7 +615,7 @@ class Run:
             while trainer.progress.windows < self.total:
                 number = trainer.progress.windows
                 sizes = (options.batch_size, options.accumulation, options.seed)
-                window = alpaca.window(self.rows, number, *sizes, self.tokenizer.pad_id)
+                window = batches.window(self.rows, number, *sizes, self.tokenizer.pad_id)
                 devices.reset_peak_memory(self.device)
                 began = time.perf_counter()
                 report = trainer.step(window, stop)

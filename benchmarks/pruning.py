@@ -34,7 +34,9 @@ from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
+from llama.training.batch import Batch, collate
 from llama.training.step import Settings
+from llama.training.step import fine_tune as train
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "data" / "tiny"
@@ -141,17 +143,20 @@ class Quality:
     def _load(self) -> Transformer:
         return checkpoint.load(EMBEDDED, torch.float32, self.device)
 
+    def _window(self, step: int) -> list[Batch]:
+        return [collate([[sample] for sample in self.text.samples(step)])]
+
     def _dense(self) -> Iterator[Row]:
         model = self._load()
         yield self._row(model, "dense", "none", 0.0, 0, self.text.loss(model))
         n_steps = self.steps * self.rounds
-        pruning.fine_tune(model, self.text.window, range(n_steps), self.settings)
+        train(model, self._window, range(n_steps), self.settings)
         yield self._row(model, "dense", "none", 0.0, n_steps, self.text.loss(model))
 
     def _cuts(self, part: str, method: str, share: float, rounds: int, steps: int) -> Iterator[Row]:
         def fine_tune(rest: Transformer, number: int) -> None:
             numbers = range(steps * (number - 1), steps * number)
-            pruning.fine_tune(rest, self.text.window, numbers, self.settings)
+            train(rest, self._window, numbers, self.settings)
 
         cuts = pruning.gradually(self._load(), method, share, rounds, fine_tune, self.text.loss)
         for number, cut in enumerate(cuts, 1):

@@ -15,11 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
-from llama.training.step import Batch
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -149,72 +146,6 @@ def encode(
         tokens = (question + answer)[:max_seq_len]
         samples.append(Sample(name, tuple(tokens), len(question)))
     return samples, cut, left_out
-
-
-def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
-    """One batch of rows, each of one sample or of several end to end, padded on the right.
-
-    The label of position t is token t + 1 (the model predicts the next token), where that token is part of an answer.
-    Samples of one row have positions from 0 each, and do not see each other.
-    """
-    width = max(sum(len(sample.tokens) for sample in row) for row in rows)
-    tokens, positions, where, labels = [], [], [], []
-    for number, row in enumerate(rows):
-        ids: list[int] = []
-        pos: list[int] = []
-        for sample in row:
-            start = number * width + len(ids)
-            where += range(start + sample.n_prompt - 1, start + len(sample.tokens) - 1)
-            labels += sample.tokens[sample.n_prompt :]
-            ids += sample.tokens
-            pos += range(len(sample.tokens))
-        padding = width - len(ids)
-        tokens.append(ids + [pad_id] * padding)
-        positions.append(pos + list(range(padding)))
-    is_packed = any(len(row) > 1 for row in rows)
-    return Batch(
-        torch.tensor(tokens),
-        torch.tensor(positions) if is_packed else None,
-        torch.tensor(where),
-        torch.tensor(labels),
-        tuple(sample.name for row in rows for sample in row),
-    )
-
-
-def pack(samples: Sequence[Sample], max_seq_len: int) -> list[list[Sample]]:
-    """Rows of at most max_seq_len tokens: each sample goes to the first row that has room for it, in order."""
-    rows: list[list[Sample]] = []
-    room: list[int] = []
-    for sample in samples:
-        place = next((i for i, left in enumerate(room) if left >= len(sample.tokens)), None)
-        if place is None:
-            rows.append([sample])
-            room.append(max_seq_len - len(sample.tokens))
-        else:
-            rows[place].append(sample)
-            room[place] -= len(sample.tokens)
-    return rows
-
-
-def epoch_order(n_rows: int, seed: int, epoch: int) -> list[int]:
-    """A permutation that depends on nothing but its arguments, so that resuming needs no state for it."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-    return torch.randperm(n_rows, generator=generator).tolist()
-
-
-def windows_per_epoch(n_rows: int, rows_per_window: int) -> int:
-    """Optimizer steps in an epoch: the last may have fewer rows."""
-    return -(-n_rows // rows_per_window)
-
-
-def window(
-    rows: Sequence[Sequence[Sample]], number: int, batch_size: int, accumulation: int, seed: int, pad_id: int
-) -> list[Batch]:
-    """The batches of optimizer step `number` (from 0, through all epochs); no window spans two epochs."""
-    size = batch_size * accumulation
-    epoch, place = divmod(number, windows_per_epoch(len(rows), size))
-    chosen = [rows[i] for i in epoch_order(len(rows), seed, epoch)[place * size : (place + 1) * size]]
-    return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]
 
 
 def show(sample: Sample, tokenizer: Tokenizer) -> Iterator[str]:

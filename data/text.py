@@ -1,10 +1,10 @@
-"""Plain text as token ids, to be scored; and as rows of them, to train on and to validate on.
+"""Plain text as token ids, to be scored; and as samples of them, to train on and to validate on.
 
     text = from_file("wiki.train.raw", tokenizer, context=512, batch_size=8, seed=1)
-    text.window(0)           # the batches of the first optimizer step
+    text.samples(0)          # those of the first optimizer step
     text.loss(model)         # nats per token on the part that is not trained on
 
-A row is a record of data/alpaca.py whose prompt is its first token: what trains on records trains on text.
+A sample is one of data/alpaca.py whose prompt is its first token: what trains on records trains on text.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import alpaca
+from data.alpaca import Sample
 from data.tiny import train
+from llama import order
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.step import Batch
 
 LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
 VALIDATION_ROWS = 64  # at most
@@ -29,9 +29,9 @@ VALIDATION_SHARE = 0.1  # of a file, its end
 
 @dataclass(frozen=True)
 class Text:
-    """Batches by number of the optimizer step, and other ids, which are scored `context` tokens at a time."""
+    """Samples by number of the optimizer step, and other ids, which are scored `context` tokens at a time."""
 
-    window: Callable[[int], list[Batch]]
+    samples: Callable[[int], list[Sample]]
     validation: list[int]
     context: int
 
@@ -67,10 +67,10 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
-    """The last tenth of a file validates, at most VALIDATION_ROWS of `context` tokens; rows of the rest train.
+    """The last tenth of a file validates, at most VALIDATION_ROWS of `context` tokens; samples of the rest train.
 
-    Rows come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
-    is too short for one row.
+    Samples come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
+    is too short for one sample.
     """
     ids = read(path, tokenizer)
     n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_ROWS * context)
@@ -79,25 +79,24 @@ def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, s
         least = int(context / (1 - VALIDATION_SHARE)) + 1
         raise InputError(f"--data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
     starts = range(0, len(training) - context + 1, context)
-    rows = [[_row(f"token {start}", training[start : start + context])] for start in starts]
+    samples = [_sample(f"token {start}", training[start : start + context]) for start in starts]
     return Text(
-        lambda number: alpaca.window(rows, number, batch_size, 1, seed, tokenizer.pad_id),
+        lambda step: [samples[i] for i in order.indices(len(samples), step, batch_size, seed)],
         ids[len(ids) - n_validation :],
         context,
     )
 
 
 def of_embedded_model(tokenizer: Tokenizer, batch_size: int, seed: int) -> Text:
-    """Text of the embedded model's world, made up as it is asked for: no row is seen twice by design."""
+    """Text of the embedded model's world, made up as it is asked for: no sample is seen twice by design."""
 
-    def window(number: int) -> list[Batch]:
-        stream = train.rows(tokenizer, f"text-{seed}-{number}")
-        rows = [[_row(f"row {number}.{i}", next(stream))] for i in range(batch_size)]
-        return [alpaca.collate(rows, tokenizer.pad_id)]
+    def samples(step: int) -> list[Sample]:
+        stream = train.rows(tokenizer, f"text-{seed}-{step}")
+        return [_sample(f"row {step}.{i}", next(stream)) for i in range(batch_size)]
 
     validation = train.held_out(tokenizer, n_rows=VALIDATION_ROWS).flatten().tolist()
-    return Text(window, validation, train.SEQ_LEN + 1)
+    return Text(samples, validation, train.SEQ_LEN + 1)
 
 
-def _row(name: str, ids: list[int]) -> alpaca.Sample:
-    return alpaca.Sample(name, tuple(ids), 1)
+def _sample(name: str, ids: list[int]) -> Sample:
+    return Sample(name, tuple(ids), 1)

@@ -10,7 +10,7 @@ Magnitude pruning saves nothing by itself: a dense product multiplies with zeros
 how many weights a model needs. Taking out units removes rows of w1 and w3 and columns of w2, and params.json describes
 what is left in Meta's own fields.
 
-`gradually` cuts a little at a time with some fine-tuning after each cut; `fine_tune` is training.Trainer on batches.
+`gradually` cuts a little at a time with some fine-tuning after each cut (training/step.py has a `fine_tune`).
 
 Left out on purpose: embedding, head and norms. A row of the table is a token, and a token that is rare is not one that
 may go; a norm has a millionth of the weights. Residual dimensions: each is a row or column of every matrix and of the
@@ -22,7 +22,7 @@ that it cannot describe a model with fewer of the same size, and attention has a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import FeedForward, Transformer
 from llama.surgery import replace_modules
-from llama.training.step import Batch, Settings, Trainer
 
 METHODS = ("magnitude", "dimensions")
 UNITS = 32  # kept hidden units are a multiple of this: the tiles of the kernels
@@ -255,12 +253,3 @@ def gradually(
         before = validate(model)
         fine_tune(model, number)
         yield Cut(gone(method, part, whole), model, before, validate(model))
-
-
-def fine_tune(
-    model: Transformer, window: Callable[[int], Sequence[Batch]], numbers: Sequence[int], settings: Settings
-) -> None:
-    """Train all weights, one optimizer step on each of the numbered windows; masks hold. The optimizer starts anew."""
-    trainer = Trainer(model.requires_grad_(True), settings, len(numbers))
-    for number in tqdm(numbers, unit="step", desc="fine-tuning", disable=None, leave=False):
-        trainer.step(window(number))

@@ -11,14 +11,13 @@ import torch
 from conftest import SMALL, random_model
 
 from benchmarks import stopwatch
-from data import alpaca
 from data.alpaca import Sample
 from llama import KVCache, ModelArgs, Transformer, lora
 from llama.config import PRESETS
 from llama.kernels.cpu import decode_step
 from llama.lora import LoRAConfig
 from llama.quantization import Int4Linear, Int8Linear, Quantization, pack, quantize_groups, quantize_rows
-from llama.training.step import Batch
+from llama.training.batch import Batch, collate
 
 
 def same_weights(a, b) -> bool:
@@ -102,7 +101,7 @@ def samples(n: int, seed: int = 0, longest: int = 40, vocab: int = SMALL.vocab_s
 
 
 def batches(parts: list[list[Sample]]) -> list[Batch]:
-    return [alpaca.collate([[sample] for sample in part], 0) for part in parts]
+    return [collate([[sample] for sample in part], 0) for part in parts]
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:

@@ -33,7 +33,8 @@ from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, quantize
 from llama.speculative import ModelDraft, Speculation
-from llama.training.step import Batch, Settings, Trainer
+from llama.training.batch import Batch
+from llama.training.step import Settings, Trainer
 
 CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))

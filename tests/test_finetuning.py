@@ -30,6 +30,7 @@ from llama import checkpoint, cli, lora
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
 from llama.tokenizer import Tokenizer
+from llama.training import batch as batches
 from llama.training import snapshot
 from llama.training.step import Evaluation
 
@@ -402,7 +403,7 @@ def test_a_lean_run_of_all_weights_resumes_to_the_same_bytes(base, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("accumulation", 3), ("optimizer", "adamw"), ("momentum", 0.9)])
 def test_lean_training_of_all_weights_says_what_it_cannot_do(base, tmp_path, monkeypatch, capsys, name, value):
     code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **{**LEAN_FULL, name: value}))
-    assert code == 2 and f"which {name}={value} does not allow" in err and len(err.splitlines()) == 1
+    assert code == 2 and f"which --{name}={value} does not allow" in err and len(err.splitlines()) == 1
 
 
 def test_the_expected_peak_is_printed_before_and_the_measured_one_after(base, tmp_path, monkeypatch, capsys):
@@ -574,7 +575,7 @@ def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
     losses = []
     for step in range(20):
-        window = alpaca.window(rows, step, 2, 2, 1, tokenizer.pad_id)
+        window = batches.window(rows, step, 2, 2, 1, tokenizer.pad_id)
         ours, count = trainer.step(window).loss, sum(len(batch.labels) for batch in window)
         total = 0.0
         for batch in window:

@@ -32,7 +32,8 @@ from llama.errors import InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
 from llama.quantization import Quantization
-from llama.training.step import Batch, Settings, Trainer, checkpoint_layers
+from llama.training.batch import Batch
+from llama.training.step import Settings, Trainer, checkpoint_layers
 
 # In the order in which one storage that is several things is counted.
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")

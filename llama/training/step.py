@@ -8,7 +8,7 @@ With `Settings(lean=True)` the network's parts are those of lean.py: the same st
 `CheckpointedBlock` is activation checkpointing (Chen et al. 2016): a block keeps its input alone, and its forward runs
 again in the backward pass, dropout included.
 
-Left out on purpose: data (data/alpaca.py), files (snapshot.py), what is printed (finetuning.py).
+Left out on purpose: data (batch.py), files (snapshot.py), what is printed (finetuning.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
 from llama.model import Cache, Transformer, TransformerBlock
 from llama.surgery import replace_modules
+from llama.training.batch import Batch
 from llama.training.lean import InBackward, make_lean
 from llama.training.lean_loss import lean_cross_entropy_sum
 from llama.training.loss import cross_entropy_sum
@@ -82,26 +84,6 @@ class Settings:
         done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
         return self.lr * factor
-
-
-@dataclass
-class Batch:
-    """Rows of tokens and the positions whose next token is a label.
-
-    tokens, pos: [B, T] int64 (pos None: 0..T-1 in every row). where: [N] int64, places in the flattened [B * T].
-    labels: [N] int64, the token that follows each of them. names: of the samples, for messages.
-    """
-
-    tokens: Tensor
-    pos: Tensor | None
-    where: Tensor
-    labels: Tensor
-    names: tuple[str, ...] = ()
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        pos = None if self.pos is None else self.pos.to(device)
-        return Batch(self.tokens.to(device), pos, self.where.to(device), self.labels.to(device), self.names)
 
 
 @dataclass
@@ -461,6 +443,15 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> Evaluation:
         result.copied.append(copied.item())
         result.counts.append(len(batch.labels))
     return result
+
+
+def fine_tune(
+    model: Transformer, window: Callable[[int], Sequence[Batch]], steps: Sequence[int], settings: Settings
+) -> None:
+    """Train all weights, one optimizer step on each of the numbered windows; masks hold. The optimizer starts anew."""
+    trainer = Trainer(model.requires_grad_(True), settings, len(steps))
+    for step in tqdm(steps, unit="step", desc="fine-tuning", disable=None, leave=False):
+        trainer.step(window(step))
 
 
 def _entry(content: dict[str, Any], name: str) -> Any:

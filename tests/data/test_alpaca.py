@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import alpaca
-from data.alpaca import Record, Sample
+from data.alpaca import Record
 from llama.errors import InputError
+from llama.training.batch import collate
 
 RECORDS = [Record("Name a colour.", "", "Blue."), Record("Make it plural.", "fox", "foxes")]
 
@@ -39,7 +40,7 @@ def test_labels_are_the_answer_and_its_end_token(tiny):
     """Position t predicts token t + 1; the first label is the first token of the answer, the last the end of text."""
     samples, cut, left_out = alpaca.encode(tiny.tokenizer, RECORDS, 512)
     assert not cut and not left_out
-    batch = alpaca.collate([[sample] for sample in samples], tiny.tokenizer.pad_id)
+    batch = collate([[sample] for sample in samples], tiny.tokenizer.pad_id)
     flat = batch.tokens.flatten()
     for row, (sample, record) in enumerate(zip(samples, RECORDS, strict=True)):
         places = batch.where[batch.where // batch.tokens.shape[1] == row]
@@ -79,33 +80,6 @@ def test_long_samples_are_cut_without_an_end_and_named(tiny):
     assert [len(sample.tokens) for sample in samples][1] == full + 20
     assert samples[0].tokens[-1] == tiny.tokenizer.eos_id and samples[1].tokens[-1] != tiny.tokenizer.eos_id
     assert alpaca.encode(tiny.tokenizer, [long], full)[2] == ["record 1"]
-
-
-def test_packed_rows_hold_every_sample_once():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 60, (50,), generator=generator).tolist()
-    samples = [Sample(str(i), tuple(range(1, n + 1)), 1) for i, n in enumerate(lengths)]
-    rows = alpaca.pack(samples, 64)
-    assert sorted((s for row in rows for s in row), key=lambda s: int(s.name)) == samples
-    assert max(sum(len(s.tokens) for s in row) for row in rows) <= 64
-    assert len(rows) < 1.3 * sum(lengths) / 64  # well filled
-    batch = alpaca.collate(rows, 0)
-    assert len(batch.labels) == sum(n - 1 for n in lengths)
-    assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels)
-
-
-@pytest.mark.parametrize("n", range(1, 11))
-@pytest.mark.parametrize("accumulation", [1, 3, 8])
-def test_an_epoch_is_every_row_once_and_windows_do_not_span_epochs(n, accumulation):
-    rows = [[Sample(str(i), (1, 2, 3), 1)] for i in range(n)]
-    per_epoch = alpaca.windows_per_epoch(n, accumulation)
-    assert per_epoch == -(-n // accumulation)
-    orders = []
-    for epoch in range(2):
-        windows = [alpaca.window(rows, epoch * per_epoch + i, 1, accumulation, 5, 0) for i in range(per_epoch)]
-        orders.append([name for window in windows for batch in window for name in batch.names])
-        assert sorted(orders[-1], key=int) == [str(i) for i in range(n)]
-    assert n < 6 or orders[0] != orders[1]
 
 
 def test_a_sample_is_shown_with_its_trained_tokens_marked(tiny):

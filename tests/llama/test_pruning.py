@@ -26,7 +26,9 @@ from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
 from llama.tokenizer import Tokenizer
 from llama.training import snapshot
-from llama.training.step import Batch, Settings, Trainer
+from llama.training import step as training
+from llama.training.batch import Batch, collate
+from llama.training.step import Settings, Trainer
 
 FFN = SMALL.ffn_dim  # 192
 ONE_LAYER = dataclasses.replace(SMALL, n_layers=1, vocab_size=128)
@@ -295,12 +297,12 @@ def test_rows_train_on_every_next_token_and_never_on_what_validates(base):
     assert source.validation == ids[n_training:] and 0 < len(source.validation) <= 0.1 * len(ids)
     starts = set()
     for number in range(n_training // 64 // 4):
-        for batch in source.window(number):
-            assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels) and len(batch.labels) == 4 * 63
-            for name, row in zip(batch.names, batch.tokens.tolist(), strict=True):
-                start = int(name.split()[1])
-                assert row == ids[start : start + 64] and start + 64 <= n_training
-                starts.add(start)
+        batch = collate([[sample] for sample in source.samples(number)])
+        assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels) and len(batch.labels) == 4 * 63
+        for name, row in zip(batch.names, batch.tokens.tolist(), strict=True):
+            start = int(name.split()[1])
+            assert row == ids[start : start + 64] and start + 64 <= n_training
+            starts.add(start)
     assert len(starts) == n_training // 64 // 4 * 4  # no row twice in an epoch
     with pytest.raises(InputError, match="it takes at least 100001"):
         text.from_file(base / "text.txt", tokenizer, 90_000, 4, seed=1)
@@ -314,7 +316,7 @@ def test_rounds_cut_equal_parts_with_training_between(method):
     seen = []
 
     def fine_tune(rest, number):
-        pruning.fine_tune(rest, window, range(2 * number - 2, 2 * number), Settings(optimizer="adamw", lr=1e-3))
+        training.fine_tune(rest, window, range(2 * number - 2, 2 * number), Settings(optimizer="adamw", lr=1e-3))
         seen.append((number, rest.args.ffn_dim, pruning.count_zeros(rest)[0]))
 
     cuts = list(pruning.gradually(random_model(), method, 0.5, 3, fine_tune, lambda rest: rest(TOKENS).sum().item()))
@@ -419,7 +421,7 @@ def test_zeros_of_a_sparse_model_are_not_filled_in(method):
     before = pruning.count_zeros(model)[0]
 
     def fine_tune(rest, number):
-        pruning.fine_tune(rest, window, range(3), Settings(optimizer="adamw", lr=1e-3))
+        training.fine_tune(rest, window, range(3), Settings(optimizer="adamw", lr=1e-3))
 
     (cut,) = pruning.gradually(model, method, 0.5, 1, fine_tune, lambda rest: 0.0)
     zeros, n_all = pruning.count_zeros(cut.model)

@@ -23,9 +23,10 @@ from llama import Llama, Transformer
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import confidence
+from llama.training import batch as batching
+from llama.training.batch import Batch
 from llama.training.loss import cross_entropy_sum
 from llama.training.step import (
-    Batch,
     CheckpointedBlock,
     Evaluation,
     Movement,
@@ -115,7 +116,7 @@ def test_mean_of_means_is_another_gradient():
 def test_samples_in_one_row_do_not_see_each_other(packed):
     model, pool = random_model().double(), samples(6)
     rows = [pool] if packed else [[sample] for sample in pool]
-    whole = gradients_of(model, [alpaca.collate(rows, 0)])
+    whole = gradients_of(model, [batching.collate(rows, 0)])
     assert gap(whole, gradients_of(model, batches([[sample] for sample in pool]))) < 1e-12
 
 
@@ -159,7 +160,7 @@ def train_ours(model: Transformer, tokenizer, n_steps: int) -> tuple[list[float]
     rows = [[sample] for sample in encoded]
     trainer, losses, chosen = Trainer(model, Settings(lr=0.3), n_steps), [], []
     for step in range(n_steps):
-        window = alpaca.window(rows, step, 1, 3, 7, tokenizer.pad_id)
+        window = batching.window(rows, step, 1, 3, 7, tokenizer.pad_id)
         losses.append(trainer.step(window).loss)
         chosen.append([int(name.split()[1]) - 1 for batch in window for name in batch.names])
     return losses, chosen
@@ -196,8 +197,13 @@ NORMALIZED = 'if self.settings.loss_normalization == "tokens"'
 WHERE = "sample.n_prompt - 1, start + len(sample.tokens) - 1"
 # What is wrong: where, the code, and what the bug makes of it.
 MUTATIONS = {
-    "labels are not shifted": (alpaca, "collate", WHERE, WHERE.replace(" - 1", "")),
-    "the mask is one too early": (alpaca, "collate", "labels += sample.tokens[", "labels += (0, *sample.tokens[:-1])["),
+    "labels are not shifted": (batching, "collate", WHERE, WHERE.replace(" - 1", "")),
+    "the mask is one too early": (
+        batching,
+        "collate",
+        "labels += sample.tokens[",
+        "labels += (0, *sample.tokens[:-1])[",
+    ),
     "the end token is dropped": (alpaca, "encode", "bos=False, eos=True", "bos=False, eos=False"),
     "the prompt is trained too": (alpaca, "encode", "len(question)))", "1))"),
     "no token begins the text": (alpaca, "encode_prompt", "bos=True", "bos=False"),
@@ -214,7 +220,7 @@ def test_the_comparison_notices_every_known_bug(tiny, right, monkeypatch, name):
     source = inspect.getsource(getattr(owner, function))
     assert source.count(old) == 1
     indent = "class X:\n" if owner is Trainer else ""
-    scope = dict(vars(llama.training.step if owner is Trainer else alpaca))
+    scope = dict(vars(llama.training.step if owner is Trainer else owner))
     exec(indent + source.replace(old, new), scope)
     monkeypatch.setattr(owner, function, vars(scope["X"])[function] if indent else scope[function])
     losses, _ = train_ours(reader(tiny.tokenizer), tiny.tokenizer, len(right))
@@ -606,7 +612,7 @@ def test_end_of_text_is_learned(tiny):
     model = random_model(args, std=0.02)
     encoded, _, _ = alpaca.encode(tiny.tokenizer, RECORDS[:4], 512)
     trainer = Trainer(model, Settings(optimizer="adamw", lr=3e-3), 200)
-    window = [alpaca.collate([[sample] for sample in encoded], tiny.tokenizer.pad_id)]
+    window = [batching.collate([[sample] for sample in encoded], tiny.tokenizer.pad_id)]
     for _ in range(120):
         trainer.step(window)
     model.eval()
