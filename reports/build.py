@@ -26,13 +26,27 @@ ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "reports" / "results", ROOT / "reports" / "figures"
 DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
 PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def in_short(name: str, make: Callable[[Sequence[Row]], list[Table]]) -> Callable[[Sequence[Row]], list[Table]]:
+    """The table of this name for the setting measured last: README stays short, however many devices were measured."""
+
+    def last(rows: Sequence[Row]) -> list[Table]:
+        found = [table for table in make(rows) if table.name == name]
+        return sorted(found, key=lambda table: max(row.data["time"] for row in table.rows))[-1:]
+
+    return last
+
+
 # What each part of a document shows: the experiment, and the tables made from its rows.
 PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {
     "table-1": ("inference", tables.table_1),
+    "table-1-short": ("inference", in_short("table-1", tables.table_1)),
     "generation": ("inference", tables.generation_details),
     "formats": ("formats", tables.generation_details),
     "table-2": ("benchmark_finetuning", tables.table_2),
     "table-3": ("benchmark_finetuning", tables.table_3),
+    "table-3-short": ("benchmark_finetuning", in_short("table-3", tables.table_3)),
     "steps": ("benchmark_finetuning", tables.step_details),
     "learning": ("finetuning", tables.learning),
     "answers": ("finetuning", tables.answers),

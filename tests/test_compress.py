@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import crash
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SMALL, TINY, random_model
+from conftest import SMALL, TINY, random_model
 from support import mutant, same_weights
 from torch import nn
 
@@ -140,18 +139,6 @@ def test_the_benchmark_takes_it(plain, tmp_path):
     assert decode_bytes(whole, 2, 30) == whole.args.decode_bytes(2, 30, 4)
     assert figures["step_bytes_gb"] * 1e9 == pytest.approx(decode_bytes(model, 1, 9))
     assert decode_bytes(model, 1, 0) < 0.27 * decode_bytes(whole, 1, 0)
-
-
-@pytest.mark.slow
-def test_the_commands_in_the_readme(tmp_path, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text().split("### Smaller")[1].split("```sh")[1].split("```")[0]
-    commands = [shlex.split(line, comments=True) for line in section.strip().splitlines()]
-    assert [words[1] for words in commands] == ["compress.py", "inference.py"]
-    monkeypatch.chdir(tmp_path)
-    for script, words in zip((compress, inference), commands, strict=True):
-        code, out, err = call(monkeypatch, capsys, script, *words[2:])
-        assert code == 0 and out, err
-    assert "over int8 weights" in out
 
 
 REFUSED = {

@@ -1,173 +1,189 @@
-"""The documents tell the truth: commands run, tests and files exist, figures stand in a measured row."""
+"""The documents tell the truth: commands run and print what is shown, options, tests, files and links exist."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-import json
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
-import benchmark_finetuning
-import benchmark_inference
-import finetuning
-from benchmarks import kernels as benchmark_kernels
-from benchmarks import ladder as benchmark_ladder
-from benchmarks import loading as benchmark_loading
-from benchmarks import pruning as benchmark_pruning
+from benchmarks.rows import read_folder
 from data.tiny import train
 from llama import checkpoint
-from llama.config import PRESETS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY_README = (TINY / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Fenced blocks, except those that say why the tests cannot run them."""
-    found = re.findall(rf"(<!-- not run by the tests: [^\n]+ -->\n)?```{language}\n(.*?)```", text, re.DOTALL)
-    return [block for skipped, block in found if not skipped]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), TINY / "README.md"]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+NOT_RUN, SLOW, OUTPUT = "not run by the tests: ", "run by the slow tests", "output of: "
+README_LINES = 160
 
 
-def commands() -> list[str]:
-    lines = [line for text in (README, TINY_README) for block in blocks(text, "sh") for line in block.splitlines()]
-    return [line for line in lines if shlex.split(line, comments=True)]
+class Block(NamedTuple):
+    """A fenced block, and what the comment above it says of it."""
+
+    page: str
+    comment: str
+    text: str
 
 
-@pytest.mark.parametrize("line", commands())
-def test_commands_run(line, monkeypatch, capsys):
-    words = shlex.split(line, comments=True)
+def blocks(language: str) -> list[Block]:
+    fence = re.compile(rf"(?:<!-- ([^\n]+) -->\n)?```{language}\n(.*?)```", re.DOTALL)
+    found = ((page, match) for page, text in TEXTS.items() for match in fence.findall(text))
+    return [Block(page, comment, text) for page, (comment, text) in found]
+
+
+def commands(block: Block) -> list[str]:
+    """Each line as it is typed, without the comment at its end."""
+    return [shlex.join(words) for line in block.text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+SHELL = blocks("sh")
+SHOWN = {
+    shlex.join(shlex.split(block.comment.removeprefix(OUTPUT))): block.text.splitlines()
+    for block in blocks("text")
+    if block.comment.startswith(OUTPUT)
+}
+EVERY = {command for block in SHELL for command in commands(block)}
+FAST = dict.fromkeys(
+    [command for block in SHELL if not block.comment for command in commands(block)]
+    + [command for command in SHOWN if command not in EVERY]
+)
+
+
+def assert_prints(out: str, command: str) -> None:
+    """Something, and of an output that a page shows every line in its order; `...` stands for any lines."""
+    assert out.strip()
+    printed = iter(out.splitlines())
+    for line in SHOWN.get(command, []):
+        assert line == "..." or line in printed, f"{command} does not print: {line}"
+
+
+@pytest.mark.parametrize("command", FAST)
+def test_commands_run(command, monkeypatch, capsys):
+    words = shlex.split(command)
     if words[0] == "make":  # would start over; that the targets exist is what can be checked from inside
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
-    assert words[0] == "python"
-    if words[1] == "-m":
+    if words[:2] == ["python", "-m"]:
         run = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0 and run.stdout, run.stderr
+        assert run.returncode == 0, run.stderr
+        assert_prints(run.stdout, command)
         return
     # As from the shell, but for the two seconds that Python and torch take to start.
+    assert run_here(words[1:], monkeypatch) == 0, capsys.readouterr().err
+    assert_prints(capsys.readouterr().out, command)
+
+
+def run_here(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a script, or of a module (-m), that runs in this process."""
+    run, name, *flags = [runpy.run_module, *words[1:]] if words[0] == "-m" else [runpy.run_path, *words]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", words[1:])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(words[1], run_name="__main__")
-    out, err = capsys.readouterr()
-    assert end.value.code == 0, err
-    assert out or "--help" in words
-
-
-@pytest.mark.parametrize("block", blocks(README, "python"))
-def test_python_runs(block, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(block, {})
-    assert out.getvalue()
-
-
-def test_named_tests_and_files_exist():
-    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    names = set(re.findall(r"`(test_\w+)`", README))
-    assert len(names) > 15 and not {name for name in names if f"def {name}(" not in sources}
-    for path in re.findall(r"`((?:llama|data|reports)/[\w/.]+)`", README) + re.findall(r"\]\((\w[\w/.]+)\)", README):
-        assert (ROOT / path).exists(), path
-
-
-def newest_rows(experiment: str) -> list[dict]:
-    """The last measured row of each cell."""
-    lines = (ROOT / "reports" / "results" / f"{experiment}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert {row["experiment"] for row in rows} == {experiment}
-    return list({(json.dumps(row["cell"]), row["dtype"]): row for row in rows}.values())
-
-
-def table_of(text: str, name: str) -> str:
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
-
-
-def test_loading_figures_are_the_measured_rows():
-    rows = newest_rows("loading")
-    assert table_of(README, "figures: loading") == benchmark_loading.markdown(rows)
-    for row in rows:
-        assert row["cell"]["model"] == "llama3.2-1b" and row["metrics"]["load_s"]["n"] >= 5
-        assert row["metrics"]["peak_over_weights_x"]["max"] <= 1.15
-
-
-def test_table_1_is_the_measured_rows():
-    rows = [row for row in newest_rows("inference") if row["cell"]["model"] == "llama3.2-1b"]
-    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in rows}) == 1
-    assert min(row["metrics"]["runtime_s"]["n"] for row in rows) >= 5
-    printed = benchmark_inference.table(rows) + "\n" + benchmark_inference.details(rows)
-    assert table_of(README, "figures: table 1") == printed
-
-
-def test_figures_of_quantized_weights_are_the_measured_rows():
-    rows = [row for row in newest_rows("formats") if row["cell"]["model"] == "llama3.2-1b"]
-    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in rows}) == 1
-    assert {row["cell"]["weights"] for row in rows} == {"bf16", "int8", "int4"}
-    assert min(row["metrics"]["runtime_s"]["n"] for row in rows) >= 5
-    assert table_of(README, "figures: formats") == benchmark_inference.details(rows)
-
-
-def test_ladder_figures_are_the_measured_rows():
-    rows = newest_rows("ladder")
-    tiny = [row for row in rows if row["cell"]["model"] == "tiny"]
-    assert len({(row["device"]["name"], row["dtype"], row["commit"]) for row in tiny}) == 1
-    assert sorted(row["cell"]["row"] for row in tiny) == [cell.row for cell in benchmark_ladder.ladder(True)]
-    assert min(row["metrics"]["runtime_s"]["n"] for row in tiny) >= 5
-    assert table_of(README, "figures: ladder") == benchmark_ladder.report(rows)
-
-
-def test_tables_2_and_3_are_the_measured_rows():
-    rows = [row for row in newest_rows("benchmark_finetuning") if row["cell"]["model"] == "llama3.2-1b"]
-    assert len({(row["device"]["name"], row["commit"]) for row in rows}) == 1
-    assert table_of(README, "figures: tables 2 and 3") == benchmark_finetuning.report(rows) + "\n"
-
-
-def test_finetuning_figures_are_the_measured_rows():
-    rows = [row for row in newest_rows("finetuning") if row["cell"]["model"] == "tiny"]
-    assert {row["cell"]["preset"] for row in rows} == set(finetuning.PRESETS)
-    assert table_of(README, "figures: finetuning") == finetuning.table(rows)
-
-
-def test_pruning_figures_are_the_measured_rows():
-    rows = newest_rows("pruning")
-    printed = benchmark_pruning.quality_table(rows) + "\n" + benchmark_pruning.speed_table(rows)
-    assert table_of(README, "figures: pruning") == printed
-
-
-def test_kernel_figures_are_the_measured_rows():
-    rows = [row for row in newest_rows("kernels") if row["cell"]["model"] == "llama3.2-1b"]
-    assert table_of(README, "figures: kernels") == benchmark_kernels.table(rows)
-    assert {row["cell"]["part"] for row in rows} == set(benchmark_kernels.PARTS["cpu"])
-    assert all(row["metrics"]["run_s"]["n"] >= 5 for row in rows)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as end, warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        run(name, run_name="__main__")  # runpy warns of a module that a test has imported already
+    return end.value.code
 
 
 @pytest.mark.slow
-def test_the_estimates_are_computed():
-    wanted = [cell for name in ("course", "lean", "half") for cell in benchmark_finetuning.SETS[name]]
-    found = benchmark_finetuning.estimates(PRESETS["llama3.2-1b"], wanted, 512, benchmark_finetuning.P100_GB)
-    assert table_of(README, "figures: estimate") == found + "\n"
+@pytest.mark.parametrize("block", [block for block in SHELL if block.comment == SLOW], ids=lambda block: block.page)
+def test_slow_commands_run(block, tmp_path):
+    """One after the other in a directory of their own, beside the data."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    for command in commands(block):
+        _, *words = shlex.split(command)
+        script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
+        path = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, *script], cwd=tmp_path, env=path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert_prints(run.stdout, command)
 
 
-def test_figures_of_the_embedded_model_are_the_measured_rows():
-    assert table_of(TINY_README, "figures") == train.figures_table(newest_rows("tiny"))
+def test_what_is_not_run_says_why():
+    assert {block.comment for block in SHELL if not block.comment.startswith(NOT_RUN)} <= {"", SLOW}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(command in EVERY or re.sub("[\"']", "", command) in re.sub("[\"']", "", makefile) for command in SHOWN)
+
+
+@functools.cache
+def options_of(script: tuple[str, ...]) -> set[str]:
+    """The options that `--help` lists."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run_here([*script, "--help"], patch) == 0
+    return set(re.findall(r"--(\w+)", out.getvalue()))
+
+
+@pytest.mark.parametrize("block", [block for block in SHELL if block.comment.startswith(NOT_RUN)], ids=lambda b: b.page)
+def test_options_of_commands_that_are_not_run_exist(block):
+    """Script, command and options, for lack of more."""
+    for command in commands(block):
+        words = shlex.split(command)
+        if words[0] != "python" or words[1:3] == ["-m", "pytest"]:
+            continue
+        named = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        given = {word.removeprefix("--").partition("=")[0] for word in words[named:]}
+        assert given - {"help"} <= options_of(tuple(words[1:named])), command
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
+def test_python_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(block.text, {})
+    assert out.getvalue()
+
+
+def test_named_tests_exist():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    names = {name for text in TEXTS.values() for name in re.findall(r"\btest_\w+\b(?!\.py)", text)}
+    assert len(names) > 100
+    assert not {name for name in names if f"def {name}(" not in sources}
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_and_links_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:llama|data|benchmarks|reports|tests|docs)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert {page for page in TEXTS if page != "README.md"} <= set(re.findall(r"\]\(([\w./]+)\)", TEXTS["README.md"]))
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= README_LINES
 
 
 def test_the_embedded_model_is_what_its_page_says(tiny):
     """Measured again: the held-out loss of both models, the samples, the size of what ships."""
-    for row in newest_rows("tiny"):
-        directory = {preset: folder for preset, folder, *_ in train.MODELS.values()}[row["cell"]["model"]]
+    for row in read_folder(ROOT / "reports" / "results")["tiny"]:
+        directory = {preset: folder for preset, folder, *_ in train.MODELS.values()}[row.cell["model"]]
         loss = train.held_out_loss(checkpoint.load(directory, torch.float32), tiny.tokenizer, n_rows=16)
-        assert loss == pytest.approx(row["metrics"]["held_out_loss_nats"]["median"], abs=0.1)
-    assert table_of(TINY_README, "samples") == train.samples(tiny)
+        assert loss == pytest.approx(row.median("held_out_loss_nats"), abs=0.1)
+    text = TEXTS["data/tiny/README.md"]
+    assert re.search(r"<!-- samples -->\n(.*?)<!-- end -->", text, re.DOTALL)[1] == train.samples(tiny)
     shipped = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(os.path.getsize(path) for path in shipped) <= 12e6
     main, draft = (checkpoint.load(TINY / part).args.n_params() for part in ("", "draft"))
