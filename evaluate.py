@@ -142,7 +142,7 @@ def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
 
 def require_same_tokenizer(side: Side, path: Path) -> None:
     """Raise InputError where the second model has a tokenizer of its own that is another one."""
-    for name in checkpoint.TOKENIZER_IN.values():
+    for name in {layout.tokenizer for layout in checkpoint.LAYOUTS.values()}:
         own = side.directory / name
         if own.is_file() and files.sha256(own) != files.sha256(path):
             raise InputError(f"--against: {own} is not the tokenizer in use; other tokens cannot be compared")
@@ -161,7 +161,7 @@ def load(side: Side, device: torch.device) -> Transformer:
     """The model of one side, its adapter in place."""
     model = checkpoint.load(side.directory, side.dtype, device, progress=True)
     if side.adapter is not None:
-        lora.load(model, side.adapter, checkpoint.fingerprint(side.directory))
+        lora.load(model, side.adapter, side.directory)
     return model
 
 

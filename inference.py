@@ -122,7 +122,7 @@ def main(
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
     llama = Llama.build(directory, tokenizer, **limits, device=device, dtype=dtype, decoding=decoding, progress=True)
     if adapter is not None:
-        lora.load(llama.model, adapter, checkpoint.fingerprint(directory))
+        lora.load(llama.model, adapter, directory)
         llama.model.eval()
     speculation = None if draft is None else Speculation(load_draft(draft, llama, decoding), draft_tokens)
     print(describe(llama, directory))

@@ -5,7 +5,7 @@ on the right: a causal mask already hides the pads from real tokens, and each ro
 overwriting its pads. So a row gets what it would get alone, and no step is spent on a token that is already known.
 
 Nothing is read back from the device while tokens are produced, except now and then whether every row has stopped.
-Left out on purpose: files (checkpoint.py), sampling (sampling.py), how a decode step is computed (decoding.py).
+Left out on purpose: files (checkpoint/), sampling (sampling.py), how a decode step is computed (decoding.py).
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class Llama:
             raise InputError(f"model_parallel_size {model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
         tokenizer = Tokenizer(tokenizer_path)
-        _check_limits(tokenizer, checkpoint.read_args(ckpt_dir), max_seq_len, max_batch_size, seed, decoding)
-        model = checkpoint.load(ckpt_dir, weights, target, progress)
+        source = checkpoint.open_source(ckpt_dir)
+        _check_limits(tokenizer, source.args, max_seq_len, max_batch_size, seed, decoding)
+        model = checkpoint.load(source, weights, target, progress)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, seed, decoding)
 
     def __init__(

@@ -24,15 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import files
-from llama.checkpoint import HF_BLOCK, swap_rotary_order
+from llama.checkpoint import Source, fingerprint, hf
 from llama.errors import InputError
 from llama.model import Transformer
 from llama.surgery import FrozenLinear, replace_modules
 
 # Each projection that can be adapted, and what it is called inside a block: by Meta and by Hugging Face.
-META_NAMES = {name.split(".")[1]: name for name in HF_BLOCK if not name.endswith("norm.weight")}
-HF_NAMES = {target: HF_BLOCK[name].removesuffix(".weight") for target, name in META_NAMES.items()}
+META_NAMES = {name.split(".")[1]: name for name in hf.BLOCK if not name.endswith("norm.weight")}
+HF_NAMES = {target: hf.BLOCK[name].removesuffix(".weight") for target, name in META_NAMES.items()}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UNSUPPORTED = (  # options of PEFT that change the result
+    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora modules_to_save rank_pattern alpha_pattern "
+    "layers_to_transform target_parameters trainable_token_indices exclude_modules"
+).split()
 PREFIX = "base_model.model.model"  # of every tensor name in PEFT's files
 
 
@@ -53,8 +57,8 @@ class LoRAConfig:
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout: {self.dropout!r} is not in 0 <= dropout < 1")
         if not self.targets or len(set(self.targets)) < len(self.targets) or set(self.targets) - set(META_NAMES):
-            found = ",".join(map(str, self.targets))
-            raise InputError(f"targets: {found!r} is not a choice of {','.join(META_NAMES)}, each once")
+            names = ",".join(map(str, self.targets))
+            raise InputError(f"targets: {names!r} is not a choice of {','.join(META_NAMES)}, each once")
 
 
 class LoRALinear(nn.Module):
@@ -77,11 +81,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # as the authors' code does
         self.scale = config.alpha / config.r
         self.dropout = nn.Dropout(config.dropout)
-        self.base: Tensor | None = None  # the weight as it was, while merged
+        self.is_merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight) if self.layer is None else self.layer(x)
-        if self.base is not None:
+        if self.is_merged:
             return y
         update = F.linear(F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A), self.lora_B)
         return y + (update * self.scale).to(y.dtype)
@@ -113,7 +117,7 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: Transformer) -> float:
-    """Add each update to its weight, and keep the old weight for `unmerge`.
+    """Add each update to its weight.
 
     The sum is made in fp32 and rounded once to the dtype of the weight. Returns the share of the update that this
     rounding loses, |rounded - exact| / |update| over all weights (Frobenius norms): small in fp32; near or above 1
@@ -122,7 +126,7 @@ def merge(model: Transformer) -> float:
     """
     adapted = layers(model)
     require_mergeable(model)
-    if not adapted or any(module.base is not None for module in adapted.values()):
+    if not adapted or any(module.is_merged for module in adapted.values()):
         raise ValueError("there is nothing to merge" if not adapted else "the adapters are merged already")
     lost, whole, merged = 0.0, 0.0, {}
     for name, module in adapted.items():
@@ -136,7 +140,7 @@ def merge(model: Transformer) -> float:
         lost += gap.square().sum().item()
         whole += update.double().square().sum().item()
     for name, module in adapted.items():
-        module.base, module.weight.data = module.weight.data, merged[name]
+        module.is_merged, module.weight.data = True, merged[name]
     return math.sqrt(lost / whole) if whole else 0.0
 
 
@@ -145,15 +149,6 @@ def require_mergeable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FrozenLinear):
             raise InputError(f"{name}: an adapter cannot be merged into quantized weights; keep it beside them")
-
-
-def unmerge(model: Transformer) -> None:
-    """Put the weights back as they were before `merge`, to the bit."""
-    merged = [module for module in layers(model).values() if module.base is not None]
-    if not merged:
-        raise ValueError("the adapters are not merged")
-    for module in merged:
-        module.weight.data, module.base = module.base, None
 
 
 def remove(model: Transformer) -> None:
@@ -185,15 +180,15 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save(model: Transformer, config: LoRAConfig, directory: str | Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors as a new directory that `peft` and `load` read.
 
-    base: checkpoint.fingerprint of the checkpoint under the adapters, kept in the file's metadata.
+    base: checkpoint.fingerprint of the checkpoint under the adapters, which goes into the file's metadata.
     """
     tensors = {}
     for name, tensor in state_dict(model).items():
         _, layer, _, target, matrix = name.split(".")
         if matrix == "lora_B":  # its rows are those of the projection
-            tensor = swap_rotary_order(tensor, META_NAMES[target], model.args, to_hf=True)
+            tensor = hf.swap_rotary_order(tensor, META_NAMES[target], model.args, to_hf=True)
         tensors[f"{PREFIX}.layers.{layer}.{HF_NAMES[target]}.{matrix}.weight"] = tensor.cpu().contiguous()
-    described = {
+    settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -207,15 +202,16 @@ def save(model: Transformer, config: LoRAConfig, directory: str | Path, base: st
         "inference_mode": True,
     }
     with files.new_directory(directory) as scratch:
-        files.write_json(scratch / CONFIG, described)
+        files.write_json(scratch / CONFIG, settings)
         safetensors.torch.save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "base_sha256": base})
 
 
-def load(model: Transformer, directory: str | Path, base: str | None = None) -> LoRAConfig:
+def load(model: Transformer, directory: str | Path, base: str | Path | Source | None = None) -> LoRAConfig:
     """Apply the adapter in a directory that `save` or `peft` wrote, and return its configuration.
 
-    base: checkpoint.fingerprint of what `model` was loaded from; where the file names another one, it is refused.
-    Raises InputError naming file and field for anything missing, unexpected, of another shape, not finite or not
+    base: the checkpoint that `model` was loaded from. Where the file says what it was trained on, and only there, the
+    weights of `base` are hashed, seconds for a large model: with the wrong ones an adapter gives fluent nonsense.
+    Raises InputError naming file and field for anything missing, unexpected, of a wrong shape, not finite or not
     supported.
     """
     folder = Path(directory)
@@ -228,41 +224,34 @@ def load(model: Transformer, directory: str | Path, base: str | None = None) -> 
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is missing, truncated or no safetensors file: {error}") from error
     trained_on = metadata.get("base_sha256")
-    if base is not None and trained_on is not None and trained_on != base:
-        raise InputError(f"{path}: was trained on another base model (sha256 {trained_on[:12]}, this is {base[:12]})")
-    wanted = _expected(model, config)
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise InputError(f"{path}:{name}: {'is missing' if name in wanted else 'is not expected'} for {CONFIG}")
-    for name, (_, _, shape) in wanted.items():
+    if base is not None and trained_on is not None and trained_on != (actual := fingerprint(base)):
+        raise InputError(f"{path}: was trained on another base model (sha256 {trained_on[:12]}, this is {actual[:12]})")
+    expected = _expected(model, config)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        raise InputError(f"{path}:{name}: {'is missing' if name in expected else 'is not expected'} for {CONFIG}")
+    for name, (_, _, shape) in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{path}:{name}: has shape {list(tensors[name].shape)}, expected {list(shape)}")
         if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
             raise InputError(f"{path}:{name}: holds values that are not finite numbers")
     apply(model, config)
     adapted = layers(model)
-    for name, (module, matrix, _) in wanted.items():
+    for name, (module, matrix, _) in expected.items():
         tensor = tensors[name]
         if matrix == "lora_B":
-            tensor = swap_rotary_order(tensor, META_NAMES[module.split(".")[-1]], model.args, to_hf=False)
+            tensor = hf.swap_rotary_order(tensor, META_NAMES[module.split(".")[-1]], model.args, to_hf=False)
         getattr(adapted[module], matrix).data.copy_(tensor)
     return config
 
 
 def _read_config(path: Path) -> LoRAConfig:
     content = files.read_json(path)
-    plain = {"peft_type": "LORA", "bias": "none"}
-    unused = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "modules_to_save", "rank_pattern")
-    unused += (
-        "alpha_pattern",
-        "layers_to_transform",
-        "target_parameters",
-        "trainable_token_indices",
-        "exclude_modules",
-    )
-    for name in (*plain, *unused):
-        only = plain.get(name)
-        if (content.get(name) != only) if only else content.get(name):
+    for name, only in {"peft_type": "LORA", "bias": "none"}.items():
+        if content.get(name) != only:
             raise InputError(f"{path}:{name}: {content.get(name)!r} is not supported, only {only!r}")
+    for name in UNSUPPORTED:
+        if content.get(name):
+            raise InputError(f"{path}:{name}: {content[name]!r} is not supported, only None")
     targets = content.get("target_modules")
     by_hf_name = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
     if not isinstance(targets, list) or not all(isinstance(t, str) and t in by_hf_name for t in targets):
@@ -276,7 +265,7 @@ def _read_config(path: Path) -> LoRAConfig:
 
 def _expected(model: Transformer, config: LoRAConfig) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """PEFT's name of each tensor, and to which module and matrix of what shape it belongs."""
-    found = {}
+    tensors = {}
     for layer in range(model.args.n_layers):
         for target in config.targets:
             module = f"layers.{layer}.{META_NAMES[target].removesuffix('.weight')}"
@@ -284,8 +273,8 @@ def _expected(model: Transformer, config: LoRAConfig) -> dict[str, tuple[str, st
             shapes = {"lora_A": (config.r, linear.in_features), "lora_B": (linear.out_features, config.r)}
             for matrix, shape in shapes.items():
                 name = f"{PREFIX}.layers.{layer}.{HF_NAMES[target]}.{matrix}.weight"
-                found[name] = (module, matrix, shape)
-    return found
+                tensors[name] = (module, matrix, shape)
+    return tensors
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:

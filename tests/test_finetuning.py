@@ -130,7 +130,7 @@ def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):
     wanted = run.model.eval()(tokens).detach()
     plain = checkpoint.load(base / "base")
     assert (plain(tokens) - wanted).abs().max() > 0.1
-    lora.load(plain, root / "adapter", checkpoint.fingerprint(base / "base"))
+    lora.load(plain, root / "adapter", base / "base")
     hf = LlamaForCausalLM.from_pretrained(root / "merged-hf", dtype=torch.float32)
     checkpoint.save(checkpoint.load(base / "base"), tmp_path / "hf", "hf")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)

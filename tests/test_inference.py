@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, TINY, random_model
 
@@ -335,6 +336,18 @@ def test_an_adapter_belongs_to_its_base_in_every_dtype(tmp_path, monkeypatch, ca
         flags = (f"--adapter={tmp_path / 'a'}", f"--dtype={dtype}", "--prompt=a", "--max_gen_len=1")
         code, _, err = call(monkeypatch, capsys, *flags)
         assert code == 0, err
+
+
+def test_an_adapter_that_names_no_base_costs_no_fingerprint(tmp_path, monkeypatch, capsys):
+    """PEFT writes none; hashing the weights would take seconds before the first token."""
+    lora.apply(model := checkpoint.load(TINY), lora.LoRAConfig(r=2))
+    lora.save(model, lora.LoRAConfig(r=2), tmp_path / "a", base="none")
+    path = tmp_path / "a" / lora.WEIGHTS
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path)  # without what we say about the base
+    for module in (checkpoint, lora):
+        monkeypatch.setattr(module, "fingerprint", lambda *_: pytest.fail("hashed the weights"), raising=False)
+    code, _, err = call(monkeypatch, capsys, f"--adapter={tmp_path / 'a'}", "--prompt=a", "--max_gen_len=1")
+    assert code == 0, err
 
 
 def test_weights_that_make_decoding_slower_are_warned_of(tiny, monkeypatch):

@@ -216,10 +216,10 @@ class LeanLoRALinear(LoRALinear):
         self.layer, self.lora_A, self.lora_B = adapted.layer, adapted.lora_A, adapted.lora_B
         if self.layer is None:
             self.weight = adapted.weight
-        self.scale, self.dropout, self.base = adapted.scale, adapted.dropout, adapted.base
+        self.scale, self.dropout, self.is_merged = adapted.scale, adapted.dropout, adapted.is_merged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.base is not None:
+        if self.is_merged:
             return super().forward(x)
         p = self.dropout.p if self.training else 0.0
         x = x.to(compute_dtype(x))

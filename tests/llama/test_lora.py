@@ -102,7 +102,7 @@ def test_a_half_precision_base_has_fp32_adapters():
 @pytest.mark.parametrize(
     ("dtype", "targets", "tolerance"), [(torch.float32, ("wq", "wv"), 1e-6), (torch.float64, ALL, 1e-12)]
 )
-def test_merge_equals_unmerged_and_unmerge_restores_the_bits(dtype, targets, tolerance):
+def test_merge_equals_unmerged(dtype, targets, tolerance):
     """With all projections adapted as strongly as they are here, fp32 alone would round to 1.2e-6."""
     model = adapted(LoRAConfig(r=4, dropout=0.0, targets=targets), dtype=dtype)
     before, logits = bytes_of(model), model(TOKENS)
@@ -111,22 +111,15 @@ def test_merge_equals_unmerged_and_unmerge_restores_the_bits(dtype, targets, tol
     assert (model(TOKENS) - logits).norm() <= tolerance * logits.norm()
     with pytest.raises(ValueError, match="merged already"):
         lora.merge(model)
-    lora.unmerge(model)
-    assert bytes_of(model) == before and torch.equal(model(TOKENS), logits)
-    with pytest.raises(ValueError, match="not merged"):
-        lora.unmerge(model)
 
 
 def test_merging_into_16_bits_says_what_it_loses():
-    model = random_model().to(torch.bfloat16)
-    lora.apply(model, LoRAConfig(r=4, dropout=0.0))
-    assert lora.merge(model) == 0.0  # nothing to lose
-    lora.unmerge(model)
-    for size, least, most in ((1e-6, 0.9, 1.1), (1.0, 0.0, 0.05)):
+    for size, least, most in ((0.0, 0.0, 0.0), (1e-6, 0.9, 1.1), (1.0, 0.0, 0.05)):
+        model = random_model().to(torch.bfloat16)
+        lora.apply(model, LoRAConfig(r=4, dropout=0.0))
         for module in lora.layers(model).values():
             module.lora_B.data.fill_(size)
         assert least <= lora.merge(model) <= most
-        lora.unmerge(model)
 
 
 def test_a_merge_that_is_not_finite_changes_nothing():
@@ -182,7 +175,8 @@ def hf_model(model: Transformer, folder) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("targets", [("wq", "wv"), ALL])
-def test_adapters_round_trip_and_load_in_peft(tmp_path, targets):
+def test_adapters_round_trip_and_load_in_peft(tmp_path, monkeypatch, targets):
+    monkeypatch.setattr(lora, "fingerprint", lambda base: base)
     config = LoRAConfig(r=4, alpha=10.0, dropout=0.1, targets=targets)
     model, base = adapted(config), random_model()
     lora.save(model, config, tmp_path / "adapter", BASE)
@@ -217,7 +211,8 @@ def test_an_adapter_file_holds_what_it_should(tmp_path):
         lora.save(model, SMALL_LORA, tmp_path / "b", BASE)
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path):
+def test_an_adapter_of_another_base_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "fingerprint", lambda base: base)
     other = random_model(seed=1)
     lora.save(adapted(), SMALL_LORA, tmp_path / "a", BASE)
     with pytest.raises(InputError, match="another base") as error:

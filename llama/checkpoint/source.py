@@ -1,0 +1,115 @@
+"""What every layout is read as: a shape, and tensors under Meta's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from llama import quantization
+from llama.config import ModelArgs
+from llama.errors import InputError
+from llama.model import Transformer
+from llama.quantization import Quantization
+
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+# Tables that follow from the configuration; old checkpoints carry them, no model needs them.
+DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class Source:
+    """An opened checkpoint. A layout is a subclass: its constructor reads everything but the weights, and checks it."""
+
+    args: ModelArgs
+    where: Path  # of the weights, as messages name them
+    shapes: dict[str, tuple[int, ...]]
+    quantization: Quantization | None = None
+    codes: Mapping[str, torch.dtype] = MappingProxyType({})  # tensors that keep their dtype: codes and scales
+
+    def open(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """Map the files for a while; gives a function that reads a tensor. What was read goes when it closes."""
+        raise NotImplementedError
+
+    def label(self, name: str) -> str:
+        """How the files call a weight."""
+        return name
+
+    def place(self, name: str) -> str:
+        """Where a weight is, for messages."""
+        return f"{self.where}:{self.label(name)}"
+
+    def has_other_head(self) -> bool:
+        """Whether a tied checkpoint lists a head as well, as released ones do, and it is not the table."""
+        if not self.args.tie_word_embeddings or not {HEAD, EMBEDDING} <= self.shapes.keys():
+            return False
+        with self.open() as read:
+            head, table = read(HEAD), read(EMBEDDING)
+            is_alias = head.data_ptr() == table.data_ptr() and head.shape == table.shape
+            return not (is_alias and head.stride() == table.stride()) and not torch.equal(head, table)
+
+    def lay_out(self) -> Transformer:
+        """The model on the meta device, once the files are known to fit it."""
+        self.check_depth()
+        with torch.device("meta"):
+            model = Transformer(self.args)
+        if self.quantization is not None:
+            quantization.lay_out(model, self.quantization)
+        self._check_keys({name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+        return model
+
+    def check_depth(self) -> None:
+        """Refuse a config with far more layers than the files before all of them are laid out."""
+        last = f"layers.{self.args.n_layers - 1}.attention_norm.weight"
+        if last not in self.shapes:
+            raise InputError(f"{self.place(last)}: weight is missing; the config says {self.args.n_layers} layers")
+
+    def _check_keys(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Every weight of the model is there with its shape, and nothing else is."""
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                raise InputError(f"{self.place(name)}: weight is missing; download the checkpoint again")
+            if self.shapes[name] != shape:
+                raise InputError(
+                    f"{self.place(name)}: has shape {list(self.shapes[name])}, the config says {list(shape)}"
+                )
+        spare = {HEAD} if self.args.tie_word_embeddings and self.quantization is None else set()  # equal to the table
+        for name in self.shapes:
+            if name not in expected and name not in spare and not DERIVED_KEYS.fullmatch(name):
+                raise InputError(
+                    f"{self.place(name)}: unexpected weight; this is not a Llama text model of that config"
+                )
+
+
+def by_block(names: list[str]) -> Iterator[list[str]]:
+    """Consecutive names of one transformer block, or one name outside the blocks."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        groups.setdefault(".".join(parts[:2]) if parts[0] == "layers" else name, []).append(name)
+    yield from groups.values()
+
+
+def open_safetensors(path: Path) -> Any:
+    """A handle on a file. Raises InputError for one that is damaged."""
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is truncated or no safetensors file; download it again") from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn `field: reason` of ModelArgs into `reason in file:field`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}:{error}") from error
