@@ -81,8 +81,8 @@ def rope_table(pos_BT: Tensor, freqs_P: Tensor) -> Tensor:
 def apply_rope(x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the pairs (x0, x1), (x2, x3), ... of each head by the angle of their position (Su et al. 2021).
 
-    Meta's checkpoints pair neighbours; Hugging Face's pair x_i with x_{i + D/2}, and loading reorders their rows. Rotates
-    in fp32 or wider: a 16-bit cosine is wrong by 1/500, a whole turn for distant positions.
+    Meta's checkpoints pair neighbours; Hugging Face's pair x_i with x_{i + D/2}, and their rows are reordered as they
+    are loaded. In fp32 or wider: a 16-bit cosine is wrong by 1/500, a whole turn for distant positions.
     """
     pairs = _widen(x_BTHD).unflatten(-1, (-1, 2))
     x0, x1 = pairs.unbind(-1)
