@@ -82,7 +82,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
             name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
             raise EnvironmentFailure(
                 f"{name} is sm_{major}{minor}, but torch {torch.__version__} was built for "
-                f"{' '.join(torch.cuda.get_arch_list())}; for a P100 install torch from the cu126 wheels (see docs/gpu.md)"
+                f"{' '.join(torch.cuda.get_arch_list())}; for a P100 install torch from the cu126 wheels (docs/gpu.md)"
             ) from error
         raise EnvironmentFailure(f"{device} cannot multiply {dtype} matrices: {error}") from error
 
