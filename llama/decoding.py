@@ -1,13 +1,13 @@
-"""How whole sequences and decode steps are computed: several ways, one meaning.
+"""How whole sequences and decode steps are computed: in several ways that give the same result.
 
-A step is called with the newest tokens of each row and their positions, both [B, T] int64, writes their keys and values
-to its cache and returns logits [B, T, V]. Plain decoding has T = 1, speculative decoding verifies several at once:
+A step is called with the newest tokens of each sequence and their positions, both [B, T] int64, writes their keys and
+values to its cache and returns logits [B, T, V]. Plain decoding has T = 1, speculative decoding verifies several:
 
     EagerStep      Transformer.forward, the slow twin of the others
-    FusedStep      kernels/fused_step.py: on a GPU, what lies between the products in a few Triton kernels
+    FusedStep      kernels/gpu/fused_step.py: on a GPU, what lies between the products in a few Triton kernels
     CapturedStep   one of these, recorded once for each T as a CUDA graph and replayed: no launch overhead, no Triton
-    NativeStep     kernels/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
-                   go through kernels/prefill.py there
+    NativeStep     kernels/cpu/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
+                   go through kernels/cpu/prefill.py there
 
 `decoding` names the choice: "auto" takes the fastest that the machine has, "eager" the plain one, "compiled" sends the
 eager step through torch.compile first, which takes a minute and is therefore never chosen on its own.
@@ -15,7 +15,8 @@ eager step through torch.compile first, which takes a minute and is therefore ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -97,19 +98,43 @@ class CapturedStep:
         return _Recording(graph, tokens, pos, logits)
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What one generation computes with, and no other one meanwhile."""
+
+    model: Transformer
+    cache: KVCache | None  # None: without it, whole sequences are all that can be computed
+    step: Step | None
+    is_native: bool
+
+    def last_hidden(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
+
+        Some sequences at a time, PREFILL_TOKENS says how many.
+        """
+        size = max(1, PREFILL_TOKENS // tokens.shape[1])
+        part_hidden = prefill.last_hidden if self.is_native else _last_hidden
+        states = []
+        for start in range(0, len(tokens), size):
+            stop = min(start + size, len(tokens))
+            part = self.cache and self.cache.part(start, stop)
+            states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
+        return torch.cat(states)
+
+
 class Decoder:
     """Makes caches and steps for one model, and keeps the last recorded or compiled one for calls of the same shape."""
 
     def __init__(self, model: Transformer, decoding: str) -> None:
         self.model, self.decoding = model, decoding
-        self._kept: tuple[tuple, KVCache, Step] | None = None
+        self._kept: tuple[tuple, KVCache, Step] | None = None  # of a generation that has ended
 
     @property
     def name(self) -> str:
         """What a step of this model will be: native, eager, captured, or fused or compiled, and captured."""
-        ways = {"compiled": self.decoding == "compiled", "fused": self._is_fused}
-        ways |= {"captured": self._captures, "native": self._is_native}
-        return " and ".join(way for way, is_used in ways.items() if is_used) or "eager"
+        modes = {"compiled": self.decoding == "compiled", "fused": self._is_fused}
+        modes |= {"captured": self._captures, "native": self._is_native}
+        return " and ".join(mode for mode, is_used in modes.items() if is_used) or "eager"
 
     @property
     def _is_native(self) -> bool:
@@ -123,55 +148,58 @@ class Decoder:
     def _captures(self) -> bool:
         return self.decoding != "eager" and self.model.tok_embeddings.weight.device.type == "cuda"
 
-    def start(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
-        """An empty cache of `max_len` slots a row and the step that goes with it, until the next call."""
-        if self._captures or self.decoding == "compiled":
-            return self._start_prepared(batch_size, max_len)
-        cache = self._new_cache(batch_size, max_len)
-        return cache, self._new_step(cache)
+    @contextmanager
+    def start(self, batch_size: int, max_len: int | None) -> Iterator[Generation]:
+        """What a generation needs, its own until the block ends: an empty cache of `max_len` slots for each sequence
+        and the step that goes with it, neither where `max_len` is None.
 
-    def _start_prepared(self, batch_size: int, max_len: int) -> tuple[KVCache, Step]:
-        """A recorded or compiled step holds addresses: weights that were swapped make another one."""
-        key = (batch_size, max_len, *(p.data_ptr() for p in self.model.parameters()))
-        if self._kept is not None and self._kept[0] == key:
-            _, cache, step = self._kept
-            cache.clear()
-            return cache, step
-        self._kept = None  # frees its memory first
-        cache = self._new_cache(batch_size, max_len)
-        step = self._new_step(cache)
-        step = self._compile(step) if self.decoding == "compiled" else step
-        step = CapturedStep(step) if self._captures else step
-        self._kept = (key, cache, step)
+        Which kernels compute it is decided here, from the modules as they are now.
+        """
+        is_native = self._is_native
+        if max_len is None:
+            yield Generation(self.model, None, None, is_native)
+        elif self._captures or self.decoding == "compiled":
+            key = (batch_size, max_len, *self._addresses())
+            cache, step = self._take_prepared(key) or self._prepare(batch_size, max_len, is_native)
+            try:
+                yield Generation(self.model, cache, step, is_native)
+            finally:
+                self._kept = key, cache, step
+        else:
+            cache = self._new_cache(batch_size, max_len)
+            yield Generation(self.model, cache, self._new_step(cache, is_native), is_native)
+
+    def _addresses(self) -> Iterator[int]:
+        """What a recorded step reads: weights that were swapped make another step."""
+        return (tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def _take_prepared(self, key: tuple) -> tuple[KVCache, Step] | None:
+        """The kept cache and step, if they are of this kind; else their memory is freed."""
+        kept, self._kept = self._kept, None
+        if kept is None or kept[0] != key:
+            return None
+        _, cache, step = kept
+        cache.clear()
         return cache, step
+
+    def _prepare(self, batch_size: int, max_len: int, is_native: bool) -> tuple[KVCache, Step]:
+        cache = self._new_cache(batch_size, max_len)
+        step = self._new_step(cache, is_native)
+        step = self._compile(step) if self.decoding == "compiled" else step
+        return cache, CapturedStep(step) if self._captures else step
 
     def _new_cache(self, batch_size: int, max_len: int) -> KVCache:
         device = self.model.tok_embeddings.weight.device
         return KVCache(self.model.args, batch_size, max_len, self.model.dtype, device)
 
-    def _new_step(self, cache: KVCache) -> Step:
-        if self._is_native:
+    def _new_step(self, cache: KVCache, is_native: bool) -> Step:
+        if is_native:
             return NativeStep(self.model, cache)
         return FusedStep(self.model, cache) if self._is_fused else EagerStep(self.model, cache)
 
-    def last_hidden(self, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
-        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
-
-        Some rows at a time, PREFILL_TOKENS says how many.
-        """
-        n_rows, n_tokens = tokens.shape
-        size = max(1, PREFILL_TOKENS // n_tokens)
-        part_hidden = prefill.last_hidden if self._is_native else _last_hidden
-        states = []
-        for start in range(0, n_rows, size):
-            stop = min(start + size, n_rows)
-            part = cache and cache.part(start, stop)
-            states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
-        return torch.cat(states)
-
     def _compile(self, step: Step) -> Step:
         if not torch._dynamo.is_dynamo_supported():
-            raise EnvironmentFailure("torch.compile does not work here; use --decoding=auto")
+            raise EnvironmentFailure("torch.compile does not work here; use decoding=auto")
         return torch.compile(step, fullgraph=True, dynamic=False)
 
 

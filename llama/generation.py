@@ -355,23 +355,22 @@ class Llama:
         if batch.n_steps == 0:
             return
         model, tokens, pos = self.model, batch.tokens, batch.last
-        rows = torch.arange(tokens.shape[0], device=self.device)
-        cache, decode = None, None
-        if use_cache and batch.n_steps > 1:  # nobody would read the cache after the only step
-            cache, decode = self.decoder.start(len(rows), batch.max_len)
-        logits = model.logits(self.decoder.last_hidden(tokens[:, : batch.longest], pos, cache))
-        for step in range(1, batch.n_steps + 1):
-            token = next_token(logits, *sampling)
-            yield token, logits
-            if step == batch.n_steps:
-                return
-            pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a row past its end stays in its last slot, unread
-            if decode is not None:
-                logits = decode(token[:, None], pos[:, None])[:, 0]
-            else:
-                tokens[rows, pos] = token
-                length = -(-(batch.longest + step) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-                logits = model.logits(self.decoder.last_hidden(tokens[:, :length], pos, None))
+        sequences = torch.arange(len(tokens), device=self.device)
+        has_cache = use_cache and batch.n_steps > 1  # nothing would read the cache after the only step
+        with self.decoder.start(len(tokens), batch.max_len if has_cache else None) as run:
+            logits = model.logits(run.last_hidden(tokens[:, : batch.longest], pos))
+            for step in range(1, batch.n_steps + 1):
+                token = next_token(logits, *sampling)
+                yield token, logits
+                if step == batch.n_steps:
+                    return
+                pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a sequence past its end stays in its last slot, unread
+                if has_cache:
+                    logits = run.step(token[:, None], pos[:, None])[:, 0]
+                else:
+                    tokens[sequences, pos] = token
+                    length = -(-(batch.longest + step) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+                    logits = model.logits(run.last_hidden(tokens[:, :length], pos))
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of each prompt token given those before it, a row at a time, some positions at a time."""

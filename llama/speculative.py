@@ -13,7 +13,7 @@ c is what a draft token costs, in such steps:
 Unless k is fixed, it is chosen anew each round from the acceptance so far, and is 0, plain decoding, where no k pays.
 
     llama.generate(ids, 64, speculation=Speculation(PromptLookup()))
-    python inference.py --draft=lookup
+    python inference.py, with the option draft=lookup
 
 Rejected tokens need no undoing: their slots in the cache lie beyond the row's position, and are overwritten before
 anything can see them. Left out on purpose: trees of draft tokens, drafts with another tokenizer, trained extra heads.
@@ -24,6 +24,7 @@ Shape suffixes: B sequences, k draft tokens, T = k + 1 positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,9 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.cache import KVCache
 from llama.config import ModelArgs
-from llama.decoding import Decoder
+from llama.decoding import Decoder, Generation
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.quantization import Int4Linear, Int8Linear
@@ -73,7 +73,9 @@ class Draft(Protocol):
         """c: the time of one draft token for each row, as a share of the target's decode step."""
         ...
 
-    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
+    def start(
+        self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling
+    ) -> AbstractContextManager[Proposer]:
         """Begin with these texts, which grow to at most `max_len` tokens, draft tokens included."""
         ...
 
@@ -96,50 +98,62 @@ class ModelDraft:
         """The bytes that a step reads over those of the target's, with what calling the operations is worth."""
         return _step_bytes(self.decoder) / _step_bytes(target)
 
-    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
+    @contextmanager
+    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Iterator[Proposer]:
         """Run the prompts through the draft. Its proposer raises NonFinite for logits that are no numbers."""
-        return _ModelProposer(self.decoder, prompts, max_len, sampling)
+        with self.decoder.start(len(prompts), max_len) as run:
+            yield _ModelProposer(run, prompts, sampling)
 
 
 class _ModelProposer:
-    """A draft model with its own cache, kept in step with texts that may go on differently than it proposed."""
+    """A draft model with its own cache, kept in step with texts that may go on differently than it proposed.
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self.cache, self.step = decoder.start(len(prompts), max_len)
-        prefill(decoder, prompts, self.cache)
-        # The cache holds keys and values of the first `known` tokens of each text, and of `ventured` ones after them.
+    Of each text the cache holds the first `known` tokens, and after them those of `ventured`: what the draft proposed
+    last time, but for the last token, which it was never fed. Say it proposed D X Y after the text A B C:
+
+        cache                      A B C D X      known 3, ventured D X
+        text now                   A B C D E      the target took D, and wrote E in place of X
+        to be fed next                     E      at position 4, over X; one token, as after every rejection
+
+        text, had all been right   A B C D X Y F
+        to be fed next                       Y F  at positions 5 and 6
+    """
+
+    def __init__(self, run: Generation, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        self.sampling, self.run = sampling, run
+        prefill(run, prompts)
         self.known = [len(prompt) for prompt in prompts]
         self.ventured: list[list[int]] = [[] for _ in prompts]
 
     def __call__(self, texts: list[list[int]], limits: list[int]) -> Proposal:
-        tokens, pos = self._not_yet_seen(texts)
+        tokens, pos = self._unseen(texts)
         columns, probs = [], []
         for _ in range(max(limits)):
-            token, q = _draft_token(self.step(tokens, pos)[:, -1:], self.sampling)
+            token, q = _draft_token(self.run.step(tokens, pos)[:, -1:], self.sampling)
             columns.append(token)
             probs.append(q)
             tokens, pos = token, pos[:, -1:] + 1
         drafted = torch.cat(columns, 1).tolist()
         self.known = [len(text) for text in texts]
-        self.ventured = [row[:-1] for row in drafted]  # the last one was never fed back
-        proposed = [row[:limit] for row, limit in zip(drafted, limits, strict=True)]
+        self.ventured = [tokens[:-1] for tokens in drafted]
+        proposed = [tokens[:limit] for tokens, limit in zip(drafted, limits, strict=True)]
         return Proposal(proposed, None if self.sampling.temperature == 0 else torch.cat(probs, 1))
 
-    def _not_yet_seen(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """The last tokens of each text and their positions, [B, n]: one after a rejection, two where all were accepted.
+    def _unseen(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """The tokens of each text that the cache does not hold, and their positions, both [B, n].
 
-        After rounds of plain decoding they are more. Rows that lag less see some tokens again, which writes what is
-        there already; before its first token a row has none, and that one is repeated instead.
+        After rounds of plain decoding they are more than two. A text with fewer than others begins earlier, which
+        writes again what the cache holds; before its first token it has none, and that one is repeated instead.
         """
-        lags = []
-        for text, known, ventured in zip(texts, self.known, self.ventured, strict=True):
-            lags.append(max(len(text) - known - _n_equal(text[known:], ventured), 1))
-        width = max(lags)
-        places = [[max(len(text) - i, 0) for i in range(width, 0, -1)] for text in texts]
-        newest = [[text[i] for i in row] for text, row in zip(texts, places, strict=True)]
-        device = self.cache.k.device
-        return torch.tensor(newest, device=device), torch.tensor(places, device=device)
+        held = [
+            known + _n_equal(text[known:], ventured)
+            for text, known, ventured in zip(texts, self.known, self.ventured, strict=True)
+        ]
+        n = max(max(len(text) - n_held, 1) for text, n_held in zip(texts, held, strict=True))
+        pos = [[max(i, 0) for i in range(len(text) - n, len(text))] for text in texts]
+        tokens = [[text[i] for i in indices] for text, indices in zip(texts, pos, strict=True)]
+        device = self.run.cache.k.device
+        return torch.tensor(tokens, device=device), torch.tensor(pos, device=device)
 
 
 class PromptLookup:
@@ -161,30 +175,31 @@ class PromptLookup:
         """Nothing."""
         return 0.0
 
-    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Proposer:
-        """Begin an index for each row: where each n-gram was last followed by something."""
+    @contextmanager
+    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Iterator[Proposer]:
+        """Begin an index for each text: where each n-gram was last followed by something."""
         indexes: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         known = [1] * len(prompts)
 
         def propose(texts: list[list[int]], limits: list[int]) -> Proposal:
-            found = []
-            for row, (text, limit) in enumerate(zip(texts, limits, strict=True)):
-                for end in range(known[row], len(text)):
-                    indexes[row].update({tuple(text[end - n : end]): end for n in self.sizes if n <= end})
-                known[row] = len(text)
-                found.append(self._continue(text, indexes[row], limit))
-            return Proposal(found, None)
+            proposed = []
+            for i, (text, index, limit) in enumerate(zip(texts, indexes, limits, strict=True)):
+                for end in range(known[i], len(text)):
+                    index.update({tuple(text[end - n : end]): end for n in self.sizes if n <= end})
+                known[i] = len(text)
+                proposed.append(self._continue(text, index, limit))
+            return Proposal(proposed, None)
 
-        return propose
+        yield propose
 
     def _continue(self, text: list[int], index: dict[tuple[int, ...], int], limit: int) -> list[int]:
         matches = (index[gram] for n in self.sizes if (gram := tuple(text[-n:])) in index)
-        place = next(matches, None)
-        if place is None:
+        start = next(matches, None)
+        if start is None:
             return []
         drafted: list[int] = []
         while len(drafted) < limit:
-            beyond = place + len(drafted) - len(text)
+            beyond = start + len(drafted) - len(text)
             # Past its end, a text that repeats itself goes on with what was drafted; a negative index is inside it.
             drafted.append(drafted[beyond] if beyond >= 0 else text[beyond])
         return drafted
@@ -289,53 +304,78 @@ class Speculation:
         stops: Sequence[int],
         logprobs: bool,
     ) -> Iterator[tuple[list[list[int]], list[list[float]], Tensor]]:
-        """Yield round by round what each row gets, without stop tokens, until all have stopped or used their budgets.
+        """Yield round by round what each text gets, without stop tokens, until all have stopped or used their budgets.
 
         The tokens; their log-probabilities under the model, where asked for; and the logits [B, T, V], valid until the
-        next round, for whoever looks for NaN. The first round has no draft tokens: the prompt's logits are at hand.
+        next round, to be checked for NaN. A round in which the draft is right twice:
+
+            text so far        The  little
+            drafted                         fox   ran   home
+            the target reads        little  fox   ran   home     at positions 1 to 4
+            its next tokens         fox     ran   away  ...
+            kept                            fox   ran   away     two that were accepted, and one of its own
+
+        The first round drafts nothing: the logits of the prompts are at hand.
         """
-        texts, room = [list(prompt) for prompt in prompts], list(budgets)
-        if not any(room):
+        texts = [_Text(list(prompt), budget) for prompt, budget in zip(prompts, budgets, strict=True)]
+        if not any(text.room for text in texts):
             return
-        # A row at its end takes part in rounds of k draft tokens as long as others go on: k slots more than it needs.
-        max_len = max(map(sum, zip(map(len, texts), room, strict=True))) + (self.draft_tokens or MOST_DRAFT_TOKENS)
-        cache, step = decoder.start(len(texts), max_len)
-        logits = decoder.model.logits(prefill(decoder, prompts, cache))[:, None]
-        propose = self.draft.start(prompts, max_len, sampling)
+        # A text at its end takes part in rounds of k draft tokens as long as others go on: k slots more than it needs.
+        max_len = max(len(text.tokens) + text.room for text in texts) + (self.draft_tokens or MOST_DRAFT_TOKENS)
         length = DraftLength(self.draft.cost(decoder) + len(texts) * _verify_cost(decoder.model))
-        nothing = Proposal([[] for _ in texts], None)
-        proposal, is_first = nothing, True
-        while True:
-            new = verify(logits, proposal, sampling)
-            if not is_first:
-                self._count(new, stops, proposal, room, length)
-            values = _logprobs(logits, new) if logprobs else [[] for _ in new]
-            kept = _keep(texts, room, new, stops)
-            yield kept, [v[: len(row)] for v, row in zip(values, kept, strict=True)], logits
-            if not any(room):
-                return
-            k = self.draft_tokens or length.next()
-            limits = [min(k, n - 1) if n else 0 for n in room]
-            proposal, is_first = propose(texts, limits) if any(limits) else nothing, False
-            newest = [[text[-1], *drafted] for text, drafted in zip(texts, proposal.tokens, strict=True)]
-            tokens = _padded(newest, logits.device)
-            places = [[*range(len(text) - 1, len(text) - 1 + tokens.shape[1])] for text in texts]
-            logits = step(tokens, torch.tensor(places, device=logits.device))
+        with decoder.start(len(texts), max_len) as run, self.draft.start(prompts, max_len, sampling) as propose:
+            logits = decoder.model.logits(prefill(run, prompts))[:, None]
+            proposal = nothing = Proposal([[] for _ in texts], None)
+            is_first = True
+            while True:
+                drawn = verify(logits, proposal, sampling)
+                if not is_first:
+                    self._count(texts, proposal, drawn, stops, length)
+                kept = [text.take(tokens, stops) for text, tokens in zip(texts, drawn, strict=True)]
+                values = _logprobs(logits, drawn) if logprobs else drawn
+                yield kept, [v[: len(new)] if logprobs else [] for v, new in zip(values, kept, strict=True)], logits
+                if not any(text.room for text in texts):
+                    return
+                k, is_first = self.draft_tokens or length.next(), False
+                limits = [min(k, text.room - 1) if text.room else 0 for text in texts]
+                proposal = propose([text.tokens for text in texts], limits) if any(limits) else nothing
+                tokens = _padded([[text.tokens[-1], *new] for text, new in zip(texts, proposal.tokens, strict=True)])
+                pos = torch.tensor([[len(text.tokens) - 1] for text in texts]) + torch.arange(tokens.shape[1])
+                logits = run.step(tokens.to(logits.device), pos.to(logits.device))
 
     def _count(
-        self, new: list[list[int]], stops: Sequence[int], proposal: Proposal, room: list[int], length: DraftLength
+        self, texts: list[_Text], proposal: Proposal, drawn: list[list[int]], stops: Sequence[int], length: DraftLength
     ) -> None:
-        """Add a round of the rows that have not ended."""
-        rows = [(row[:-1], len(drafted)) for row, drafted, left in zip(new, proposal.tokens, room, strict=True) if left]
-        results = [(len(accepted), n) for accepted, n in rows]
-        stopped = sum(a < n for a, n in results)
-        length.observe(sum(a for a, _ in results), stopped)
+        """Add a round of the texts that have not ended."""
+        results = [
+            (new[:-1], len(drafted))
+            for text, drafted, new in zip(texts, proposal.tokens, drawn, strict=True)
+            if text.room
+        ]
+        rejected = sum(len(accepted) < n for accepted, n in results)
+        length.observe(sum(len(accepted) for accepted, _ in results), rejected)
         self.counts.rounds += len(results)
         self.counts.proposed += sum(n for _, n in results)
         # A stop token takes the place of the one that a round has beside the accepted ones.
-        self.counts.accepted += sum(_first(accepted, stops) for accepted, _ in rows)
-        self.counts.rejected += stopped
+        self.counts.accepted += sum(_before_stop(accepted, stops) for accepted, _ in results)
+        self.counts.rejected += rejected
         self.counts.cost += sum(1 + n * length.cost for _, n in results)
+
+
+@dataclass
+class _Text:
+    """A prompt as it grows."""
+
+    tokens: list[int]
+    room: int  # tokens that it may still get; 0 once it has ended
+
+    def take(self, drawn: list[int], stops: Sequence[int]) -> list[int]:
+        """Append tokens up to a stop token or the budget, and return them."""
+        new = drawn[: self.room]
+        end = _before_stop(new, stops)
+        self.room = self.room - len(new) if end == len(new) else 0
+        self.tokens += new[:end]
+        return new[:end]
 
 
 def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[list[int]]:
@@ -350,7 +390,7 @@ def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[l
     if sampling.temperature == 0 or not any(drafted):
         choices = next_token(logits_BTV, *sampling).tolist()
         return [row[: _n_equal(row, tokens) + 1] for row, tokens in zip(choices, drafted, strict=True)]
-    tokens_Bk, device = _padded(drafted, logits_BTV.device), logits_BTV.device
+    tokens_Bk, device = _padded(drafted).to(logits_BTV.device), logits_BTV.device
     counts = torch.tensor([len(tokens) for tokens in drafted], device=device)
     proposed_Bk = torch.arange(tokens_Bk.shape[1], device=device) < counts[:, None]
     p_BTV = logits_to_probs(logits_BTV, sampling.temperature, sampling.top_p, sampling.top_k)
@@ -370,12 +410,11 @@ def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[l
     return [[*tokens[:i], end] for tokens, (i, end) in zip(drafted, torch.stack((n, last), 1).tolist(), strict=True)]
 
 
-def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+def prefill(run: Generation, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Fill the cache with prompts of unequal length; final hidden states [B, dim] at the last token of each."""
-    device = cache.k.device
-    tokens = _padded(prompts, device)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    return decoder.last_hidden(tokens, last, cache)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    device = run.cache.k.device
+    return run.last_hidden(_padded(prompts).to(device), last.to(device))
 
 
 def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
@@ -384,7 +423,7 @@ def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | N
         return next_token(logits, *sampling), None
     probs = logits_to_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
     if not probs.isfinite().all():
-        raise NonFinite("the draft's logits are not finite; its weights are damaged, or --dtype=float32 helps")
+        raise NonFinite("the draft's logits are not finite; its weights are damaged, or dtype=float32 helps")
     return draw(probs, sampling.generator), probs
 
 
@@ -394,35 +433,20 @@ def _n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def _padded(texts: Sequence[Sequence[int]]) -> Tensor:
     """Tokens of unequal length as int64 [B, longest], filled up with zeros."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    longest = max(map(len, texts))
+    return torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], dtype=torch.int64)
 
 
 def _logprobs(logits_BTV: Tensor, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-    """log p of each token under the model, before temperature and cuts; a row's own come first, then filler."""
-    tokens_BT = _padded(tokens, logits_BTV.device)
+    """log p of each token under the model, before temperature and cuts; those of a text come first, then padding."""
+    tokens_BT = _padded(tokens).to(logits_BTV.device)
     return logits_BTV[:, : tokens_BT.shape[1]].float().log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0].tolist()
 
 
-def _keep(texts: list[list[int]], room: list[int], tokens: list[list[int]], stops: Sequence[int]) -> list[list[int]]:
-    """Append to each text the tokens that its row gets, up to a stop token or the budget.
-
-    Updates `texts` and `room`, the tokens that each row may still get. Returns what was appended.
-    """
-    kept = []
-    for row, (text, drawn) in enumerate(zip(texts, tokens, strict=True)):
-        new = drawn[: room[row]]
-        end = _first(new, stops)
-        room[row] = room[row] - len(new) if end == len(new) else 0
-        text += new[:end]
-        kept.append(new[:end])
-    return kept
-
-
-def _first(tokens: list[int], stops: Sequence[int]) -> int:
-    """Tokens before the first stop token."""
+def _before_stop(tokens: list[int], stops: Sequence[int]) -> int:
+    """How many tokens stand before the first stop token."""
     return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
 
@@ -432,8 +456,8 @@ def _step_bytes(decoder: Decoder) -> float:
     table = model.tok_embeddings.weight
     looked_up = 0 if model.output is None else table.nbytes
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    way = decoder.name if decoder.name in LAYER_BYTES else table.device.type
-    return weights - looked_up + model.args.n_layers * LAYER_BYTES[way]
+    name = decoder.name if decoder.name in LAYER_BYTES else table.device.type
+    return weights - looked_up + model.args.n_layers * LAYER_BYTES[name]
 
 
 def _verify_cost(target: Transformer) -> float:

@@ -12,16 +12,15 @@ from conftest import SMALL, TINY, random_model
 from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from llama import KVCache, Llama, Tokenizer
+from llama import Llama, Tokenizer, lora
 from llama.config import PRESETS
-from llama.decoding import CapturedStep, Decoder, EagerStep
+from llama.decoding import CapturedStep, Decoder, EagerStep, _last_hidden
 from llama.errors import InputError
-from llama.kernels.cpu import decode_step, native
+from llama.kernels.cpu import decode_step, native, prefill
 from llama.kernels.gpu import available as gpu
+from llama.speculative import ModelDraft, PromptLookup, Speculation
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
-
-# Head sizes 32, 64 and 96, groups of 1, 2 and 4, a hidden size that is no power of two, tied and untied heads.
 
 
 @needs_kernel
@@ -79,8 +78,9 @@ def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, 
     runs = {}
     for name, decoding in (("native", "auto"), ("eager", "eager"), ("exact", "eager")):
         dtype = torch.float64 if name == "exact" else torch.bfloat16
-        cache = KVCache(args, batch_size, length + 3, dtype, "cpu") if use_cache else None
-        hidden = Decoder(copy.deepcopy(model).to(dtype), decoding).last_hidden(tokens, last, cache)
+        decoder = Decoder(copy.deepcopy(model).to(dtype), decoding)
+        with decoder.start(batch_size, length + 3 if use_cache else None) as run:
+            hidden, cache = run.last_hidden(tokens, last), run.cache
         runs[name] = [part.double() for part in (hidden, *((cache.k, cache.v) if use_cache else ()))]
     for native_part, eager, exact in zip(*runs.values(), strict=True):
         assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()
@@ -195,8 +195,10 @@ def test_compiled_step_equals_eager():
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
         assert llama.generate(prompts, 8, 0, stop_tokens=[]) == eager.generate(prompts, 8, 0, stop_tokens=[])
-    steps = [each.decoder.start(3, 10)[1] for each in (llama, eager)]
-    runs = [step(torch.tensor([[1], [2], [3]]), torch.tensor([[0], [0], [0]])) for step in steps]
+    runs = []
+    for each in (llama, eager):
+        with each.decoder.start(3, 10) as run:
+            runs.append(run.step(torch.tensor([[1], [2], [3]]), torch.tensor([[0], [0], [0]])))
     torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -213,15 +215,18 @@ def test_captured_step_equals_eager():
     prompts = [[1, 2, 3], [4]]
     for _ in range(2):
         assert fast.generate(prompts, 20, 0, stop_tokens=[]) == slow.generate(prompts, 20, 0, stop_tokens=[])
-    _, step = fast.decoder.start(2, 22)
-    assert isinstance(step, CapturedStep) and fast.decoder.start(2, 22)[1] is step
-    _, eager = slow.decoder.start(2, 22)
-    for n_tokens in (1, 4, 1):
-        tokens = torch.arange(2 * n_tokens).view(2, n_tokens).cuda()
-        pos = torch.arange(n_tokens).expand(2, -1).cuda()
-        torch.testing.assert_close(step(tokens, pos), eager(tokens, pos), atol=1e-4, rtol=0)
+    with fast.decoder.start(2, 22) as run, slow.decoder.start(2, 22) as plain:
+        step = run.step
+        assert isinstance(step, CapturedStep)
+        for n_tokens in (1, 4, 1):
+            tokens = torch.arange(2 * n_tokens).view(2, n_tokens).cuda()
+            pos = torch.arange(n_tokens).expand(2, -1).cuda()
+            torch.testing.assert_close(step(tokens, pos), plain.step(tokens, pos), atol=1e-4, rtol=0)
+    with fast.decoder.start(2, 22) as run:
+        assert run.step is step
     model.norm.weight = nn.Parameter(model.norm.weight * 2)
-    assert fast.decoder.start(2, 22)[1] is not step
+    with fast.decoder.start(2, 22) as run:
+        assert run.step is not step
 
 
 def test_unknown_decoding_is_refused():
@@ -238,3 +243,94 @@ def test_prefill_by_parts_equals_prefill_at_once(tiny, monkeypatch, use_cache):
     parts = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
     assert whole[0] == parts[0]
     torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), atol=1e-5, rtol=0)
+
+
+class FakeCapture:
+    """A recorded step, as a GPU has it: it owns the tensors that it reads and writes, so two callers mix them up."""
+
+    def __init__(self, step):
+        self.step, self.logits = step, {}
+
+    def __call__(self, tokens, pos):
+        logits = self.step(tokens, pos)
+        return self.logits.setdefault(logits.shape, logits.clone()).copy_(logits)
+
+
+@pytest.fixture(params=["eager", "compiled", "captured"])
+def prepared(request, monkeypatch) -> str:
+    """The decoding, with steps that are prepared as on a GPU."""
+    monkeypatch.setattr(Decoder, "_compile", lambda self, step: FakeCapture(step))
+    if request.param == "captured":
+        monkeypatch.setattr(Decoder, "_captures", True)
+        monkeypatch.setattr("llama.decoding.CapturedStep", FakeCapture)
+    return "auto" if request.param == "captured" else request.param
+
+
+@pytest.mark.parametrize("draft", [None, "model", "lookup"])
+def test_live_generations_do_not_disturb_each_other(prepared, draft):
+    """Two streams of equal shape token by token, a generate in between, and one that is dropped half-way."""
+    if draft and prepared == "compiled":
+        pytest.skip("speculation takes several tokens a step, for which this one is not compiled")
+    llama = Llama(random_model(), None, max_seq_len=64, decoding=prepared)
+    speculation = Speculation(ModelDraft(llama.model, prepared), 3) if draft == "model" else None
+    speculation = Speculation(PromptLookup(2, 1), 3) if draft == "lookup" else speculation
+    options = {"temperature": 0, "speculation": speculation}
+    prompts = [[1, 2, 3], [9, 8, 7], [4, 5, 6]]
+    alone = [llama.generate([prompt], 20, **options)[0][0] for prompt in prompts]
+    for _ in range(2):
+        streams = [llama.stream(prompt, 20, **options) for prompt in prompts[:2]]
+        dropped = llama.stream(prompts[2], 20, **options)
+        together = [[], []]
+        for number in range(20):
+            for tokens, stream in zip(together, streams, strict=True):
+                tokens.append(next(stream))
+            if number in (3, 11):
+                assert llama.generate([prompts[2]], 20, **options)[0][0] == alone[2]
+                next(dropped)
+        del dropped
+        assert together == alone[:2]
+        assert all(next(stream, None) is None for stream in streams)
+
+
+def test_a_finished_generation_gives_its_prepared_step_back(prepared):
+    if prepared == "eager":
+        pytest.skip("nothing is prepared")
+    decoder = Decoder(random_model(), prepared)
+    with decoder.start(2, 9) as first, decoder.start(2, 9) as second:
+        assert first.step is not second.step and first.cache is not second.cache
+        first.cache.k.fill_(1)
+    with decoder.start(2, 9) as third:
+        assert third.step is first.step and not third.cache.k.any()
+    decoder.model.norm.weight = nn.Parameter(decoder.model.norm.weight * 2)
+    with decoder.start(2, 9) as fourth:
+        assert fourth.step is not first.step
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_kernels_are_chosen_once_a_generation_and_anew_for_changed_modules(monkeypatch, use_cache):
+    """What a model is made of is looked at before the first token, not at each of them; swapped modules are seen."""
+    looks = []
+
+    def supports(model):
+        looks.append(1)
+        return type(model.layers[1].feed_forward.w2) is nn.Linear
+
+    class Step(EagerStep):
+        pass
+
+    monkeypatch.setattr(decode_step, "supports", supports)
+    monkeypatch.setattr("llama.decoding.NativeStep", Step)
+    monkeypatch.setattr(prefill, "last_hidden", _last_hidden)
+    llama = Llama(random_model(), None)
+    llama.generate([[1, 2, 3]], 9, 0, use_cache=use_cache)
+    assert len(looks) == 1
+    with llama.decoder.start(1, 9) as run:
+        assert type(run.step) is Step
+    lora.apply(llama.model, lora.LoRAConfig(targets=("w2",)))
+    with llama.decoder.start(1, 9) as run:
+        assert type(run.step) is EagerStep
+    with torch.no_grad():
+        for module in lora.layers(llama.model).values():
+            module.lora_B.fill_(1.0)
+    tokens = llama.generate([[1, 2, 3]], 9, 0, use_cache=use_cache)
+    assert tokens == Llama(llama.model, None, decoding="eager").generate([[1, 2, 3]], 9, 0, use_cache=use_cache)

@@ -16,7 +16,7 @@ from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
 from benchmarks import hardware as floors
-from llama import KVCache, Llama, Transformer
+from llama import Llama, Transformer
 from llama.config import PRESETS
 from llama.decoding import Decoder, EagerStep
 from llama.kernels.cpu import decode_step, prefill
@@ -138,9 +138,8 @@ def test_native_prefill_is_as_exact_as_the_eager_one(kind, use_cache, monkeypatc
         last = (length - 1 - torch.arange(batch_size)).clamp(min=0)
         runs = []
         for network, decoding in ((model, "auto"), (model, "eager"), (plain, "eager")):
-            dtype = network.norm.weight.dtype
-            cache = KVCache(OTHER, batch_size, length + 3, dtype, "cpu") if use_cache else None
-            hidden = Decoder(network, decoding).last_hidden(tokens, last, cache)
+            with Decoder(network, decoding).start(batch_size, length + 3 if use_cache else None) as run:
+                hidden, cache = run.last_hidden(tokens, last), run.cache
             runs.append([part.double() for part in (hidden, *((cache.k, cache.v) if use_cache else ()))])
         for native_part, eager, exact in zip(*runs, strict=True):
             assert (native_part - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.abs().max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -62,6 +63,7 @@ class Scripted:
     def cost(self, target):
         return 0.0
 
+    @contextmanager
     def start(self, prompts, max_len, sampling):
         assert [text[: len(prompt)] for text, prompt in zip(self.texts, prompts, strict=True)] == list(prompts)
 
@@ -74,7 +76,7 @@ class Scripted:
                 rows.append(ahead[: self.right] + wrong[self.right :])
             return Proposal([row[:limit] for row, limit in zip(rows, limits, strict=True)], None)
 
-        return propose
+        yield propose
 
 
 def drafts(llama: Llama, prompts: list[list[int]], answers: list[list[int]]) -> dict:
@@ -219,9 +221,8 @@ def test_the_draft_is_in_step_after_any_round(llama, monkeypatch):
     checked = []
 
     class Checked(ModelDraft):
+        @contextmanager
         def start(self, *args):
-            propose = super().start(*args)
-
             def check(texts, limits):
                 proposal = propose(texts, limits)
                 expected = alone.generate(texts, max(limits), 0)[0]
@@ -229,7 +230,8 @@ def test_the_draft_is_in_step_after_any_round(llama, monkeypatch):
                 checked.append(limits)
                 return proposal
 
-            return check
+            with super().start(*args) as propose:
+                yield check
 
     speculation = Speculation(Checked(similar))
     prompts = ragged_prompts(4, 30)
@@ -251,19 +253,14 @@ def test_after_rollback_the_caches_hold_the_accepted_text_and_nothing_else_count
     monkeypatch.setattr(KVCache, "update", spy)
     prompts = [PROMPT]
     answers = llama.generate(prompts, NEW, 0)[0]
-    script = Scripted(answers, prompts, right).start(prompts, 0, None)
 
     class Mixed(ModelDraft):
         """A model with a cache of its own, whose tokens are replaced by scripted ones."""
 
+        @contextmanager
         def start(self, *args):
-            own = super().start(*args)
-
-            def propose(texts, limits):
-                own(texts, limits)
-                return script(texts, limits)
-
-            return propose
+            with super().start(*args) as own, Scripted(answers, prompts, right).start(prompts, 0, None) as script:
+                yield lambda texts, limits: own(texts, limits) and script(texts, limits)
 
     for draft in (Mixed(llama.model), ModelDraft(llama.model), ModelDraft(small(seed=1))):
         caches.clear(), highest.clear()
@@ -464,10 +461,10 @@ def test_a_useless_draft_costs_next_to_nothing(llama):
 
 def test_lookup_proposes_what_followed_before():
     greedy = Sampling(0, 1, None, torch.Generator())
-    propose = PromptLookup().start([[]], 0, greedy)
 
     def proposed(text: list[int], limit: int) -> list[int]:
-        tokens, probs = PromptLookup().start([text], 0, greedy)([text], [limit])
+        with PromptLookup().start([text], 0, greedy) as propose:
+            tokens, probs = propose([text], [limit])
         assert probs is None and len(tokens) == 1
         return tokens[0]
 
@@ -477,11 +474,13 @@ def test_lookup_proposes_what_followed_before():
     assert proposed([1, 2, 3, 4], 3) == proposed([1], 3) == proposed([3, 4, 3], 3) == []
     assert proposed([5, 6, 7, 5, 6, 7, 5, 6], 7) == [7, 5, 6, 7, 5, 6, 7]  # on beyond the end
     texts = [[1, 2, 3, 1, 2], [4, 5], [1, 1, 1, 1]]
-    assert PromptLookup().start(texts, 0, greedy)(texts, [2, 2, 0]).tokens == [[3, 1], [], []]
+    with PromptLookup().start(texts, 0, greedy) as propose:
+        assert propose(texts, [2, 2, 0]).tokens == [[3, 1], [], []]
     grown = []
-    for token in [1, 2, 3, 4, 1, 2]:  # kept up to date as the text grows
-        grown.append(token)
-        last = propose([grown], [2])
+    with PromptLookup().start([[]], 0, greedy) as propose:
+        for token in [1, 2, 3, 4, 1, 2]:  # kept up to date as the text grows
+            grown.append(token)
+            last = propose([grown], [2])
     assert last.tokens == [[3, 4]]
 
 
