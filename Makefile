@@ -16,7 +16,7 @@ reports: page .venv/dev.stamp
 	.venv/bin/python -m reports.pdf.build
 
 page: .venv/run.stamp
-	.venv/bin/python -m reports.page.build
+	.venv/bin/python -m reports.build page
 
 test: .venv/dev.stamp
 	.venv/bin/ruff check .

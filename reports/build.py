@@ -1,6 +1,7 @@
 """Documents from measured rows.
 
     python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md, and the charts
+    python -m reports.build page      # all that was measured: reports/index.html, which needs no network
 
 A document shows the tables of NAME between the lines `<!-- begin: NAME -->` and `<!-- end -->`; what stands there is
 replaced, all else is left alone. The same rows give the same bytes.
@@ -17,13 +18,14 @@ from benchmarks.rows import Row, read_folder
 from llama import cli
 from llama.cli import option
 from llama.errors import InputError
+from reports import page as results_page
 from reports import tables
 from reports.cells import Table
 from reports.charts import CHARTS
 from reports.render import markdown, save_svg, write
 
 ROOT = Path(__file__).parents[1]
-RESULTS, FIGURES = ROOT / "reports" / "results", ROOT / "reports" / "figures"
+RESULTS, FIGURES, PAGE = (ROOT / "reports" / name for name in ("results", "figures", "index.html"))
 DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
 PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -93,5 +95,22 @@ def filled(document: str, rows: dict[str, list[Row]]) -> str:
     return PART.sub(part, document)
 
 
+@dataclass(frozen=True)
+class PageOptions(cli.Options):
+    """Make the results page from measured rows."""
+
+    results: str | None = option(None, "folder of measured rows; default: reports/results")
+    page: str | None = option(None, "file to write; default: reports/index.html")
+
+
+def page(options: PageOptions) -> None:
+    rows = read_folder(Path(options.results) if options.results is not None else RESULTS)
+    path = Path(options.page) if options.page is not None else PAGE
+    write(path, results_page.render(rows).encode())
+    print(f"{sum(map(len, rows.values()))} rows of {len(rows)} experiments in {path}")
+
+
+COMMANDS = {"readme": readme, "page": page}
+
 if __name__ == "__main__":
-    cli.run({"readme": readme})
+    cli.run(COMMANDS)

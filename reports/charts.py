@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.rows import Row, group
 from reports.cells import chosen
+from reports.tables import step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
 BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by colours of its own
@@ -29,8 +30,6 @@ STYLE |= {"lines.markersize": 4, "legend.frameon": False, "legend.handlelength":
 MANY = 20  # points; beyond, they stand too close for markers
 CATEGORIES = {"weights": "", "optimizer": "..", "gradients": "////", "copies": "----"}  # of training/memory.py
 CATEGORIES |= {"activations": "xxxx", "temporary": "||||"}
-TECHNIQUES = {"lean": "lean", "half": "16-bit base", "checkpointing": "checkpointing", "amp": "mixed precision"}
-TECHNIQUES |= {"lora": "LoRA"}
 Named = dict[str, Figure]
 
 
@@ -64,13 +63,9 @@ def generation(rows: Sequence[Row]) -> Named:
 def steps(rows: Sequence[Row]) -> Named:
     """Memory at the peak by category with the measured peak, and time per step with its limit; one batch per step."""
     found: Named = {}
-    names = ("half", "lean", "lora", "amp", "checkpointing")
     for same in group(rows, "model", "seq_len", "memory_limit_gb", dtype=False):
-        single = sorted(
-            chosen(same, batch_size=1, accumulation=1),
-            key=lambda row: (row.cell["engine"] != "llama", *(row.cell[name] for name in names)),
-        )
-        labelled = [(_step_name(row), row) for row in single]
+        single = sorted(chosen(same, batch_size=1, accumulation=1), key=step_order)
+        labelled = [(step_label(row).removeprefix("llama, "), row) for row in single]
         about = "Memory at the peak of a step by what it holds, and the measured peak, for each choice of techniques."
         parts = {f"{category}_at_peak_mb": (category, hatch) for category, hatch in CATEGORIES.items()}
         _bars(
@@ -80,11 +75,6 @@ def steps(rows: Sequence[Row]) -> Named:
         parts = {"step_s": ("measured", "")}
         _bars(found, "steps-time", "Time per step (s)", about, labelled, parts, "floor_step_s", "hardware limit")
     return found
-
-
-def _step_name(row: Row) -> str:
-    techniques = " + ".join(name for key, name in TECHNIQUES.items() if row.cell[key]) or "plain"
-    return techniques if row.cell["engine"] == "llama" else f"{row.cell['engine']}: {techniques}"
 
 
 def loss(rows: Sequence[Row]) -> Named:
@@ -202,7 +192,7 @@ def _bars(
 
     parts: name and hatch of each metric; where there is one alone, its spread is drawn, too.
     """
-    labelled = [(label, row) for label, row in labelled if any(map(row.has, parts))]
+    labelled = [(label, row) for label, row in labelled if any(map(row.has, (*parts, mark)))]
     if not labelled:
         return
     figure, axes = _plot(title, [row for _, row in labelled], about, 0.9 + BAR * len(labelled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -62,7 +63,7 @@ def with_provenance(tables: Sequence[Table]) -> list[tuple[Table, Provenance | N
     """Each table with the provenance of its rows; None where the next one has the same, which then says so for both."""
     found = [Provenance.of(table.rows) if table.rows else None for table in tables]
     following = [*found[1:], None]
-    return [(table, None if own == after else own) for table, own, after in zip(tables, found, following, strict=True)]
+    return [(table, None if own == after else own) for table, own, after in zip(tables, found, following, strict=False)]
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -85,12 +86,17 @@ def _escaped(words: str) -> str:
 
 def html(tables: Sequence[Table]) -> Markup:
     """Tables whose figures are <data> elements that name the file, the line and the field they stand in."""
+    return template("tables.html", shown=with_provenance(tables))
+
+
+def template(file: str, /, **shown: Any) -> Markup:
+    """A template of reports/templates with what it shows; text is escaped there."""
     import jinja2
     from markupsafe import Markup
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters["parts"] = parts
-    return Markup(environment.get_template("tables.html").render(shown=with_provenance(tables)))
+    return Markup(environment.get_template(file).render(**shown))
 
 
 def typst(table: Table) -> dict[str, Any]:
@@ -130,4 +136,5 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         raise EnvironmentFailure(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()

@@ -230,7 +230,7 @@ def table_3(rows: list[Row]) -> list[Table]:
     tables = []
     for name, title, marks, wanted in modes:
         columns = {words: _yes_or_no(mark) for mark, words in marks.items()} | figures
-        own = sorted(chosen(rows, **wanted), key=_order)
+        own = sorted(chosen(rows, **wanted), key=step_order)
         tables += [table(name, _steps_title(rows) + title, own, columns)] if own else []
     return tables
 
@@ -239,7 +239,7 @@ def _yes_or_no(name: str) -> Column:
     return lambda row: "yes" if row.cell[name] else "no"
 
 
-def _order(row: Row) -> tuple[Any, ...]:
+def step_order(row: Row) -> tuple[Any, ...]:
     names = ("half", "lean", "accumulation", "batch_size", "lora", "amp", "checkpointing")
     return row.cell["engine"] != "llama", *(row.cell[name] for name in names)
 
@@ -255,7 +255,7 @@ def step_label(row: Row) -> str:
 @of_steps
 def step_details(rows: list[Row]) -> list[Table]:
     """Every cell with its spread, the hardware limit and the predicted peak; then what checkpointing gains."""
-    rows.sort(key=_order)
+    rows.sort(key=step_order)
 
     def like(row: Row, is_wanted: bool, **changes: Any) -> Row | None:
         same = {name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)}

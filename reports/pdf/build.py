@@ -18,7 +18,7 @@ from typing import Any
 
 from llama import cli
 from llama.errors import EnvironmentFailure, InputError
-from reports.page import rows as measured
+from benchmarks import rows as measured
 from reports.pdf import content
 
 ROOT = Path(__file__).parents[2]

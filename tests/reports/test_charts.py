@@ -56,7 +56,7 @@ def test_steps_draw_every_category_peak_and_limit():
         sizes = {round(row.median(name), 6) for row in rows if row.has(name := f"{category}_at_peak_mb")} - {0.0}
         assert {width for width, _ in memory.get(category, ())} == sizes
     assert {x for x, _ in memory["measured peak"]} == {
-        row.median("peak_memory_mb") for row in rows if row.has("peak_memory_mb", "weights_at_peak_mb")
+        row.median("peak_memory_mb") for row in rows if row.has("peak_memory_mb")
     }
     assert {width for width, _ in time["measured"]} == {round(row.median("step_s"), 6) for row in rows}
     assert {x for x, _ in time["hardware limit"]} == {

@@ -1,0 +1,94 @@
+"""The results page: every measured row in tables and charts, and a replay of generation, in one file without network.
+
+The page says nothing that no row says: each figure names its row, and what was not measured is said to be so. An
+experiment without a section here comes as a plain table of its rows. Layout, style and the replay's script: templates/.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.rows import Row, group
+from reports import charts, tables
+from reports.cells import computed, figure
+from reports.render import TEMPLATES, Provenance, html, svg, template
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+# Anchor, title, the experiment whose rows a section shows, its tables, and whether the experiment's chart stands there.
+SECTIONS: list[tuple[str, str, str, list[Callable[..., Any]], bool]] = [
+    ("table-1", "Table 1: memory and runtime of generation", "inference",
+     [tables.table_1, tables.generation_details], True),
+    ("table-2", "Table 2: what each technique does to memory and time", "benchmark_finetuning",
+     [tables.table_2], False),
+    ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning",
+     [tables.table_3, tables.step_details], True),
+    ("fine-tuning", "Fine-tuning: does it learn", "finetuning", [tables.learning, tables.answers], True),
+    ("loading", "Loading", "loading", [tables.loading], False),
+    ("formats", "Generation with quantized weights", "formats", [tables.generation_details], False),
+    ("ladder", "The ladder: one change per row", "ladder", [tables.ladder, tables.drafts], True),
+    ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels", [tables.kernels], False),
+    ("pruning", "Pruning: size, quality and speed", "pruning", [tables.pruning_quality, tables.pruning_speed], True),
+    ("perplexity", "Perplexity", "perplexity", [tables.perplexity], False),
+    ("embedded", "The embedded models", "tiny", [tables.embedded], False),
+]  # fmt: skip
+COLOURS = {charts.BLUE: "var(--a)", charts.RED: "var(--b)", charts.GREY: "var(--c)", "#d9d9d9": "var(--rule)"}
+COLOURS |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}  # of charts, by those of style.css: light and dark
+
+
+def render(rows: dict[str, list[Row]]) -> str:
+    """The page as text, the same for the same rows."""
+    sections = [("replay", "With and without the KV cache, as it ran", replays(rows.get("replay", [])))]
+    for anchor, title, experiment, make, has_chart in SECTIONS:
+        sections.append((anchor, title, section(rows.get(experiment, []), make, has_chart)))
+    known = {"replay", *(experiment for _, _, experiment, *_ in SECTIONS)}
+    for name in rows:
+        if name not in known:
+            sections.append((name, name.replace("_", " ").capitalize(), html(tables.generic(rows[name]))))
+    devices = dict.fromkeys(row.data["device"]["name"] for found in rows.values() for row in found)
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "replay.js"))
+    return template("page.html", sections=sections, devices=list(devices), style=style, script=script)
+
+
+def section(rows: Sequence[Row], make: Sequence[Callable[..., Any]], has_chart: bool) -> Markup | str:
+    """Tables with charts after the first of them; nothing without rows."""
+    first, *others = (html(function(rows)) for function in make)
+    drawn = charts.CHARTS[rows[0].data["experiment"]](rows) if has_chart and rows else {}
+    figures = [inline(name, found) for name, found in drawn.items()]
+    return template("section.html", first=first, figures=figures, others=others) if rows else ""
+
+
+def inline(name: str, found: charts.Figure) -> dict[str, str]:
+    """A chart as part of the page: in its colours, with ids of its own, and in words for who cannot see it."""
+    text = svg(found)
+    for colour, ours in COLOURS.items():
+        text = text.replace(colour, ours)
+    text = re.sub(r'\b(id="|href="#)|(url\(#)', lambda match: f"{match[0]}{name}-", text)
+    box, content = re.fullmatch(r'(?s)<svg .*?viewBox="([^"]*)".*?>(.*)</svg>\s*', text).groups()
+    return {"name": name, "title": found.get_suptitle(), "about": found.get_label(), "box": box, "content": content}
+
+
+def replays(rows: Sequence[Row]) -> Markup | str:
+    """Side by side, the newest recording of each prompt with the cache and without."""
+    found = []
+    for same in group(rows, "model", "prompt"):
+        sides = {row.cell.get("use_cache"): row for row in same if row.data.get("series", {}).get("token_s")}
+        if set(sides) == {True, False}:
+            pair = [sides[True], sides[False]]
+            found.append({"sides": [side(row) for row in pair], "row": pair[0], "about": Provenance.of(pair)})
+    return template("replay.html", replays=found) if found else ""
+
+
+def side(row: Row) -> dict[str, Any]:
+    """One recorded run: its time, its tokens and its rate, and the tokens with their seconds."""
+    series = row.data["series"]
+    count = computed("{}", int, "d", (row, "cell.output_len"))
+    rate = computed("{} / {}", operator.truediv, ".1f", (row, "cell.output_len"), (row, "replayed_s"))
+    figures = [("time", "time", (figure(row, "replayed_s", ".2f"), " s")), ("tokens", "count", count)]
+    figures.append(("rate", "rate", (rate, " tokens/s")))
+    texts = series.get("text", [None] * len(series["token_s"]))
+    return {"row": row, "figures": figures, "tokens": list(zip(series["token_s"], texts, strict=True))}
