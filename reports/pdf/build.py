@@ -16,9 +16,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rows as measured
 from llama import cli
 from llama.errors import EnvironmentFailure, InputError
-from benchmarks import rows as measured
 from reports.pdf import content
 
 ROOT = Path(__file__).parents[2]
