@@ -23,7 +23,8 @@ import torch
 from benchmarks import rows as row_files
 from benchmarks import stopwatch
 from data import text
-from data.tiny import EMBEDDED, directory_of, train
+from data.tiny import EMBEDDED, directory_of
+from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Transformer, checkpoint, cli, files, lora
 from llama import device as devices
 from llama.cli import option
@@ -100,7 +101,7 @@ def main(options: Options) -> None:
     is_embedded = files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")
     context = options.context
     if context is None:
-        context = train.SEQ_LEN + 1 if is_embedded else CONTEXT
+        context = SEQ_LEN + 1 if is_embedded else CONTEXT
     for side in sides:
         check(side, tokenizer, context)
     for side in sides[1:]:
@@ -154,7 +155,7 @@ def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[
         return text.read(Path(options.data), tokenizer)[: options.max_tokens]
     if not is_embedded:
         raise InputError("--data is missing; pass a text file to measure on")
-    return train.held_out(tokenizer).flatten().tolist()[: options.max_tokens]
+    return held_out(tokenizer).flatten().tolist()[: options.max_tokens]
 
 
 def load(side: Side, device: torch.device) -> Transformer:

@@ -31,7 +31,7 @@ from benchmarks import hardware as floors
 from benchmarks import rows as row_files
 from benchmarks import stopwatch
 from benchmarks import workers as cells
-from data.tiny import train
+from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Llama, Transformer, checkpoint, cli, pruning, quantization
 from llama import device as devices
 from llama.config import PRESETS
@@ -167,7 +167,7 @@ def check_flags(model: str, input_len: int, output_len: int, repeats: int, max_t
     cli.require_one_of("model", model, PRESETS)
     cli.require_at_least(2, input_len=input_len, output_len=output_len)
     cli.require_at_least(1, repeats=repeats)
-    longest = train.SEQ_LEN if model == "tiny" else PRESETS[model].trained_context
+    longest = SEQ_LEN if model == "tiny" else PRESETS[model].trained_context
     if input_len + output_len > longest:
         raise InputError(f"--input_len={input_len} --output_len={output_len}: more than the model's {longest:,} tokens")
     if max_tokens is not None and model != "tiny":
@@ -224,7 +224,7 @@ def make_prompts(model: str, input_len: int, seed: int) -> dict[str, list[list[i
         generator = torch.Generator().manual_seed(seed)
         return {RANDOM: torch.randint(PRESETS[model].vocab_size, (1, input_len), generator=generator).tolist()}
     tokenizer = Tokenizer(EMBEDDED / "tokenizer.model")
-    own = train.held_out(tokenizer, n_rows=N_PROMPTS)[:, :input_len].tolist()
+    own = held_out(tokenizer, n=N_PROMPTS)[:, :input_len].tolist()
     questions = [tokenizer.encode(question, bos=True, eos=False) for question in QUESTIONS]
     length = min(input_len, *map(len, questions))
     return {OWN: own, REPETITIVE: [ids[-length:] for ids in questions]}
@@ -233,11 +233,11 @@ def make_prompts(model: str, input_len: int, seed: int) -> dict[str, list[list[i
 def losses(plan: Plan, max_tokens: int | None) -> dict[str, dict[str, float]]:
     """Loss and perplexity of each form of the embedded model, counted as evaluate.py counts."""
     device, dtype = devices.resolve(plan.device, plan.dtype)
-    ids = train.held_out(Tokenizer(EMBEDDED / "tokenizer.model")).flatten().tolist()[:max_tokens]
+    ids = held_out(Tokenizer(EMBEDDED / "tokenizer.model")).flatten().tolist()[:max_tokens]
     found = {}
     for name, directory in plan.directories.items():
         network = checkpoint.load(directory, dtype, device)
-        result = perplexity.evaluate(network, ids, train.SEQ_LEN + 1, progress=True)
+        result = perplexity.evaluate(network, ids, SEQ_LEN + 1, progress=True)
         found[name] = {"loss_nats": result.loss, "perplexity_x": result.perplexity, "scored_tokens": result.tokens}
     return found
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.alpaca import Sample
-from data.tiny import train
+from data.tiny.sequences import SEQ_LEN, held_out, sequences
 from llama import order
 from llama.errors import InputError
 from llama.evaluation import perplexity
@@ -23,7 +23,7 @@ from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
 LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
-VALIDATION_ROWS = 64  # at most
+VALIDATION = 64  # at most
 VALIDATION_SHARE = 0.1  # of a file, its end
 
 
@@ -67,13 +67,13 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
-    """The last tenth of a file validates, at most VALIDATION_ROWS of `context` tokens; samples of the rest train.
+    """The last tenth of a file validates, at most VALIDATION of `context` tokens; samples of the rest train.
 
     Samples come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
     is too short for one sample.
     """
     ids = read(path, tokenizer)
-    n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_ROWS * context)
+    n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION * context)
     training = ids[: len(ids) - n_validation]
     if len(training) < context or n_validation < 2:
         least = int(context / (1 - VALIDATION_SHARE)) + 1
@@ -91,11 +91,11 @@ def of_embedded_model(tokenizer: Tokenizer, batch_size: int, seed: int) -> Text:
     """Text of the embedded model's world, made up as it is asked for: no sample is seen twice by design."""
 
     def samples(step: int) -> list[Sample]:
-        stream = train.rows(tokenizer, f"text-{seed}-{step}")
-        return [_sample(f"row {step}.{i}", next(stream)) for i in range(batch_size)]
+        stream = sequences(tokenizer, f"text-{seed}-{step}")
+        return [_sample(f"sample {step}.{i}", next(stream)) for i in range(batch_size)]
 
-    validation = train.held_out(tokenizer, n_rows=VALIDATION_ROWS).flatten().tolist()
-    return Text(samples, validation, train.SEQ_LEN + 1)
+    validation = held_out(tokenizer, n=VALIDATION).flatten().tolist()
+    return Text(samples, validation, SEQ_LEN + 1)
 
 
 def _sample(name: str, ids: list[int]) -> Sample:

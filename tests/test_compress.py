@@ -24,8 +24,8 @@ import evaluate
 import finetuning
 import inference
 from benchmarks.hardware import decode_bytes
-from data.tiny import train
 from data.tiny.corpus import SAMPLE_PROMPTS
+from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Llama, checkpoint, cli, lora, quantization
 from llama.errors import InputError
 from llama.evaluation import perplexity
@@ -203,9 +203,9 @@ def test_hugging_faces_layout_is_refused(plain, tmp_path):
 @pytest.mark.slow
 def test_perplexity_hardly_grows(tiny, embedded):
     """On an eighth of the embedded model's held-out text, against the model of 16 bits that both were made from."""
-    ids = train.held_out(tiny.tokenizer, n_rows=32).flatten().tolist()
+    ids = held_out(tiny.tokenizer, n=32).flatten().tolist()
     plain, int8, int4 = (
-        perplexity.evaluate(checkpoint.load(path, torch.float32), ids, train.SEQ_LEN + 1, batch_size=8).perplexity
+        perplexity.evaluate(checkpoint.load(path, torch.float32), ids, SEQ_LEN + 1, batch_size=8).perplexity
         for path in (TINY, embedded["int8"], embedded["int4"])
     )
     assert int8 <= 1.005 * plain and int4 <= 1.05 * plain

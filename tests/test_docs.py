@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+from benchmarks import embedded
 from benchmarks.rows import read_folder
 from data.tiny import train
 from llama import checkpoint
@@ -180,10 +181,10 @@ def test_the_embedded_model_is_what_its_page_says(tiny):
     """Measured again: the held-out loss of both models, the samples, the size of what ships."""
     for row in read_folder(ROOT / "reports" / "results")["tiny"]:
         directory = {preset: folder for preset, folder, *_ in train.MODELS.values()}[row.cell["model"]]
-        loss = train.held_out_loss(checkpoint.load(directory, torch.float32), tiny.tokenizer, n_rows=16)
+        loss = embedded.held_out_loss(checkpoint.load(directory, torch.float32), tiny.tokenizer, n=16)
         assert loss == pytest.approx(row.median("held_out_loss_nats"), abs=0.1)
     text = TEXTS["data/tiny/README.md"]
-    assert re.search(r"<!-- samples -->\n(.*?)<!-- end -->", text, re.DOTALL)[1] == train.samples(tiny)
+    assert re.search(r"<!-- samples -->\n(.*?)<!-- end -->", text, re.DOTALL)[1] == embedded.samples(tiny)
     shipped = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(os.path.getsize(path) for path in shipped) <= 12e6
     main, draft = (checkpoint.load(TINY / part).args.n_params() for part in ("", "draft"))

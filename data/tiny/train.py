@@ -1,7 +1,8 @@
 """Train the embedded model and its draft, from the tokenizer on, on text that corpus.py makes up as it goes.
 
-    python -m data.tiny.train                  # tokenizer, model, draft, figures: an hour on two cores
-    python -m data.tiny.train --only draft     # one of: tokenizer, model, draft, report
+    python -m data.tiny.train                  # tokenizer, model, draft: an hour on two cores
+    python -m data.tiny.train --only draft     # one of: tokenizer, model, draft
+    python -m benchmarks.embedded              # measure what was trained
 
 Each batch is a function of (seed, step), so no text is seen twice by design and an interrupted run continues where its
 last saved state stands, with the same command. Deterministic for one machine and torch build; the text is the same
@@ -11,7 +12,6 @@ everywhere. Needs requirements-dev.txt (the byte-pair trainer of `tokenizers`).
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import math
@@ -19,24 +19,24 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks import rows as row_files
-from benchmarks import stopwatch
 from data.tiny import corpus
-from llama import Llama, checkpoint, cli
+from data.tiny.sequences import SEQ_LEN, sequences
+from llama import checkpoint, cli
 from llama import device as devices
+from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.model import Transformer
-from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, ChatFormat, Tokenizer
+from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, Tokenizer
 
 HERE = Path(__file__).parent
-SEQ_LEN = 256
 BATCH_SIZE = 16
 # Two phases: mostly stories, for grammar, then mostly questions and instructions, for facts. Each warms up and decays
 # the learning rate on its own: (mix of documents, optimizer steps, peak rate).
@@ -47,34 +47,28 @@ MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
     "model": ("tiny", HERE, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
     "draft": ("tiny-draft", HERE / "draft", [(corpus.BALANCED, 1000, 6e-3), (corpus.QUESTIONS, 1000, 4e-3)]),
 }
-HELD_OUT_ROWS = 256
-SAMPLE_LEN = 64
 SAVE_EVERY = 250
 WORTH_COMPILING = 500  # steps: compiling takes a minute or two and saves a third of each
-RESULTS = HERE.parents[1] / "reports" / "results" / "tiny.jsonl"
 
 
-def main(*, only: str | None = None, seed: int = 1, device: str = "cpu", work_dir: str = "runs/tiny") -> None:
-    """Train what the repository ships.
+@dataclass(frozen=True)
+class Options(cli.Options):
+    """Train what the repository ships."""
 
-    Args:
-        only: tokenizer, model, draft or report; all of them in this order by default.
-        seed: of the corpus and of the initial weights.
-        device: cpu or cuda.
-        work_dir: where the training state is kept for resuming; may be deleted afterwards.
-    """
+    only: str | None = option(None, "one stage alone; default: all, in this order", choices=("tokenizer", *MODELS))
+    seed: int = option(1, "seed of the corpus and of the initial weights", least=0)
+    device: str = option("cpu", cli.DEVICE)
+    work_dir: str = option("runs/tiny", "where the training state is kept for resuming; may be deleted afterwards")
+
+
+def main(options: Options) -> None:
     devices.keep_freed_memory()
-    target, _ = devices.resolve(device, "float32")
-    stages = ["tokenizer", *MODELS, "report"]
-    if only is not None and only not in stages:
-        raise InputError(f"--only={only}: expected one of {', '.join(stages)}")
-    for stage in [only] if only else stages:
-        if stage == "tokenizer":
-            train_tokenizer(seed)
-        elif stage == "report":
-            write_report(seed, target)
-        else:
-            train_model(stage, seed, target, Path(work_dir))
+    device, _ = devices.resolve(options.device, "float32")
+    if options.only in (None, "tokenizer"):
+        train_tokenizer(options.seed)
+    for name in MODELS:
+        if options.only in (None, name):
+            train_model(name, options.seed, device, Path(options.work_dir))
 
 
 def train_tokenizer(seed: int, n_documents: int = 40_000) -> None:
@@ -109,27 +103,9 @@ def _piece_bytes(piece: str) -> bytes:
     return bytes(shifted.get(ord(char), ord(char)) for char in piece)
 
 
-def rows(tokenizer: Tokenizer, name: str, mix: corpus.Mix = corpus.BALANCED) -> Iterator[list[int]]:
-    """Endless rows of SEQ_LEN + 1 ids, documents end to end, a pure function of `name` and the mix."""
-    rng = random.Random(name)
-    chat = ChatFormat(tokenizer)
-    ids: list[int] = []
-    while True:
-        while len(ids) < SEQ_LEN + 1:
-            doc = corpus.document(rng, mix)
-            if doc.dialog:
-                ids.append(tokenizer.bos_id)
-                for role, content in doc.dialog:
-                    ids += chat.encode_message({"role": role, "content": content})
-            else:
-                ids += tokenizer.encode(doc.text, bos=True, eos=True)
-        yield ids[: SEQ_LEN + 1]
-        ids = []  # every row begins with a document, as every prompt does
-
-
 def batch(tokenizer: Tokenizer, seed: int, step: int, mix: corpus.Mix) -> torch.Tensor:
     """The [BATCH_SIZE, SEQ_LEN + 1] ids of one step."""
-    stream = rows(tokenizer, f"train-{seed}-{step}", mix)
+    stream = sequences(tokenizer, f"train-{seed}-{step}", mix)
     return torch.tensor([next(stream) for _ in range(BATCH_SIZE)])
 
 
@@ -147,9 +123,9 @@ def schedule(phases: list[Phase]) -> Iterator[tuple[corpus.Mix, float]]:
             yield mix, peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def new_run(stage: str, seed: int, device: torch.device) -> tuple[Transformer, torch.optim.Optimizer]:
+def new_run(name: str, seed: int, device: torch.device) -> tuple[Transformer, torch.optim.Optimizer]:
     """The untrained model and its optimizer: AdamW, weight decay on matrices only."""
-    model = Transformer(PRESETS[MODELS[stage][0]])
+    model = Transformer(PRESETS[MODELS[name][0]])
     model.init_weights(torch.Generator().manual_seed(seed))
     model.to(device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -158,9 +134,9 @@ def new_run(stage: str, seed: int, device: torch.device) -> tuple[Transformer, t
     return model, torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=True)
 
 
-def fast_loss(stage: str, device: torch.device) -> LossFunction:
+def fast_loss(name: str, device: torch.device) -> LossFunction:
     """`loss_of`, compiled for a long run on a CPU that has a C++ compiler."""
-    n_steps = sum(steps for _, steps, _ in MODELS[stage][2])
+    n_steps = sum(steps for _, steps, _ in MODELS[name][2])
     pays = device.type == "cpu" and n_steps >= WORTH_COMPILING and shutil.which("g++")
     return torch.compile(loss_of, dynamic=False) if pays else loss_of
 
@@ -180,13 +156,13 @@ def train_step(
     return loss.detach()
 
 
-def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> None:
+def train_model(name: str, seed: int, device: torch.device, work_dir: Path) -> None:
     """Train one model, resuming from `work_dir`, and write it in Meta's layout and 16 bits."""
-    preset, directory, phases = MODELS[stage]
-    plan, loss_function = list(schedule(phases)), fast_loss(stage, device)
+    preset, directory, phases = MODELS[name]
+    plan, loss_function = list(schedule(phases)), fast_loss(name, device)
     tokenizer = Tokenizer(HERE / "tokenizer.model")
-    model, optimizer = new_run(stage, seed, device)
-    state_path, recipe = work_dir / f"{stage}-{seed}.pt", _recipe(stage)
+    model, optimizer = new_run(name, seed, device)
+    state_path, recipe = work_dir / f"{name}-{seed}.pt", _recipe(name)
     start = _resume(state_path, recipe, model, optimizer)
     bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=f"{preset} ({model.args.n_params():,})")
     for step in bar:
@@ -199,10 +175,10 @@ def train_model(stage: str, seed: int, device: torch.device, work_dir: Path) -> 
     _export(model.to(torch.bfloat16), directory)
 
 
-def _recipe(stage: str) -> str:
+def _recipe(name: str) -> str:
     """A hash of what a run is made of: resuming with another corpus, tokenizer or schedule would mix two runs."""
-    parts = [(HERE / name).read_bytes() for name in ("words.py", "corpus.py", "tokenizer.model")]
-    parts.append(repr((MODELS[stage][0], MODELS[stage][2], BATCH_SIZE, SEQ_LEN)).encode())
+    parts = [(HERE / file).read_bytes() for file in ("words.py", "corpus.py", "tokenizer.model")]
+    parts.append(repr((MODELS[name][0], MODELS[name][2], BATCH_SIZE, SEQ_LEN)).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -233,84 +209,6 @@ def _export(model: Transformer, directory: Path) -> None:
     for file in fresh.iterdir():
         os.replace(file, directory / file.name)
     fresh.rmdir()
-
-
-def held_out(tokenizer: Tokenizer, mix: corpus.Mix = corpus.BALANCED, n_rows: int = HELD_OUT_ROWS) -> torch.Tensor:
-    """[n_rows, SEQ_LEN + 1] ids of text from a seed that training never uses."""
-    stream = rows(tokenizer, "held-out", mix)
-    return torch.tensor([next(stream) for _ in range(n_rows)])
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: Transformer, tokenizer: Tokenizer, mix: corpus.Mix = corpus.BALANCED, n_rows: int = HELD_OUT_ROWS
-) -> float:
-    """Mean loss in nats per token on held-out text."""
-    parts = held_out(tokenizer, mix, n_rows).split(16)
-    return torch.stack([loss_of(model, part) for part in parts]).mean().item()
-
-
-def step_seconds(stage: str, seed: int, device: torch.device, n: int = 20) -> list[float]:
-    """Wall-clock time of some training steps, batches included, after two to warm up."""
-    tokenizer = Tokenizer(HERE / "tokenizer.model")
-    model, optimizer = new_run(stage, seed, device)
-    loss_function = fast_loss(stage, device)
-
-    def step(number: int) -> None:
-        train_step(model, optimizer, loss_function, batch(tokenizer, seed, number, corpus.BALANCED).to(device), 0.0)
-
-    return [stopwatch.measure(functools.partial(step, i), device)[1].seconds for i in range(n + 2)][2:]
-
-
-def write_report(seed: int, device: torch.device) -> None:
-    """Measure the files as shipped, in fp32, append the rows, and put figures and samples into README.md."""
-    tokenizer = Tokenizer(HERE / "tokenizer.model")
-    measured = []
-    for stage, (preset, directory, phases) in MODELS.items():
-        model = checkpoint.load(directory, torch.float32)
-        values = {
-            "held_out_loss_nats": [held_out_loss(model, tokenizer)],
-            "held_out_story_loss_nats": [held_out_loss(model, tokenizer, {"story": 1.0})],
-            "parameters": [model.args.n_params()],
-            "file_mb": [(directory / "consolidated.00.pth").stat().st_size / devices.MB],
-            "train_steps": [sum(steps for _, steps, _ in phases)],
-            "step_s": step_seconds(stage, seed, device),
-        }
-        metrics = {name: row_files.spread(measurements) for name, measurements in values.items()}
-        measured.append(row_files.append_row(RESULTS, "tiny", {"model": preset}, metrics, device, "float32", seed))
-    llama = Llama(checkpoint.load(HERE, torch.float32), tokenizer)
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, content in (("figures", figures_table(measured)), ("samples", samples(llama))):
-        before, marker, rest = text.partition(f"<!-- {name} -->\n")
-        text = before + marker + content + "<!-- end -->" + rest.partition("<!-- end -->")[2]
-    readme.write_text(text, encoding="utf-8")
-
-
-def figures_table(measured: list[dict]) -> str:
-    """The rows of both models as a Markdown table."""
-    lines = ["| model | parameters | file | training | held-out loss | perplexity | stories: loss | perplexity |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for row in measured:
-        value = row_files.medians(row)
-        losses = (value["held_out_loss_nats"], value["held_out_story_loss_nats"])
-        cells = " | ".join(f"{loss:.3f} | {math.exp(loss):.2f}" for loss in losses)
-        steps, seconds = value["train_steps"], value["step_s"]
-        work = f"{steps:,} steps of {BATCH_SIZE * SEQ_LEN:,} tokens and {seconds:.2f} s: {steps * seconds / 60:.0f} min"
-        lines.append(
-            f"| {row['cell']['model']} | {value['parameters']:,} | {value['file_mb']:.2f} MB | {work} | {cells} |"
-        )
-    repeats = measured[0]["metrics"]["step_s"]["n"]
-    lines.append(f"\nTime of a step: median of {repeats}, on {row_files.setting(measured[0])}.")
-    return "\n".join(lines) + "\n"
-
-
-def samples(llama: Llama) -> str:
-    """What the model writes after the sample prompts with greedy decoding, as a Markdown block."""
-    prompts = corpus.SAMPLE_PROMPTS
-    results = llama.text_completion(prompts, temperature=0, max_gen_len=SAMPLE_LEN)
-    texts = [f"> {prompt}\n{result['generation'].strip()}" for prompt, result in zip(prompts, results, strict=True)]
-    return "```text\n" + "\n\n".join(texts) + "\n```\n"
 
 
 if __name__ == "__main__":

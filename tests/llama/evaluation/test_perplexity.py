@@ -18,7 +18,8 @@ from conftest import SMALL, TINY, asset, random_model
 import evaluate
 from benchmarks import stopwatch
 from data import text as data_text
-from data.tiny import train
+from data.tiny.sequences import held_out
+from data.tiny.train import loss_of
 from llama import Transformer, checkpoint, cli, lora
 from llama import device as devices
 from llama.config import PRESETS
@@ -289,12 +290,14 @@ def small(tmp_path_factory):
 
 
 def test_the_default_is_the_published_held_out_text(tiny, tmp_path, monkeypatch, capsys):
-    """Without flags, each window is one row of what train.held_out_loss measures; here the first four of them."""
+    """Without flags, each window is one held-out sequence; here the first four of them."""
     flags = (f"--max_tokens={4 * 257}", f"--results={tmp_path}/rows.jsonl")
     code, out, err = call(monkeypatch, capsys, *flags)
     assert (code, err) == (0, "") and out.startswith("| model | loss | perplexity |")
     (row,) = newest(tmp_path / "rows.jsonl")
-    assert value(row, "loss_nats") == pytest.approx(train.held_out_loss(tiny.model, tiny.tokenizer, n_rows=4), abs=1e-6)
+    with torch.no_grad():
+        loss = loss_of(tiny.model, held_out(tiny.tokenizer, n=4)).item()
+    assert value(row, "loss_nats") == pytest.approx(loss, abs=1e-6)
     assert row["cell"]["model"] == "tiny" and row["cell"]["context"] == row["cell"]["stride"] == 257
     assert row["experiment"] == "perplexity" and value(row, "windows") == 4 and value(row, "scored_tokens") == 4 * 256
 
