@@ -19,7 +19,7 @@ from reports import build, charts, render, tables
 from reports import page as results_page
 
 RESULTS = ROOT / "reports" / "results"
-VOID = {"meta", "link", "input"}
+VOID = {"meta", "link", "input", "wbr"}
 
 
 class Element:
