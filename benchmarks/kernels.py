@@ -53,7 +53,8 @@ from llama.lora import LoRAConfig
 from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.quantization import Quantization
 from llama.training import lean_loss
-from reports import formats as tables
+from reports import tables
+from reports.render import markdown
 
 RESULTS = Path(__file__).parents[1] / "reports" / "results" / "kernels.jsonl"
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -69,7 +70,6 @@ QUANTIZED = {"int8": Quantization(8), "int4": Quantization(4)}
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05
 VOCAB = 16  # of the models that lend their blocks: the least that the kernel takes
 SAME = 1 / 16  # of the norm of a result: tells another operation from another rounding, and no more
-SECONDS_TO_MS = 1e3
 Draw = Callable[..., Tensor]  # random bfloat16 of a shape
 
 
@@ -141,11 +141,11 @@ def main(
     with torch.no_grad():
         for operation, runs in measure(args, tokens, wanted, repeats, seed, place, dtype):
             for engine, values in runs.items():
-                metrics = {name: row_files.spread([run[name] for run in values]) for name in values[0]}
+                by_name = {name: [run[name] for run in values] for name in values[0]}
                 cell = operation.cell(model, engine)
                 name = str(dtype).removeprefix("torch.")
-                rows.append(row_files.append_row(path, "kernels", cell, metrics, place, name, seed))
-    print(table(rows))
+                rows.append(row_files.record(path, "kernels", cell, by_name, place, name, seed))
+    print(markdown(tables.kernels(rows)))
     print(f"rows appended to {path}")
 
 
@@ -529,50 +529,6 @@ def gpu_products(weights: str, model: Transformer, rows: int, draw: Draw) -> Ope
     plain = recorded(without(gpu, "ops", work), device)
     shape = f"x [{rows}, {args.dim}]"
     return Operation("gpu", "products of a block", shape, "test_products", plain, kernel, moved, **about)
-
-
-# What was measured
-
-
-def paired(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """What each operation is called in its rows, with its metrics by engine, in the order of the rows."""
-    found: dict[tuple, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {}
-    for row in rows:
-        cell = {name: value for name, value in row["cell"].items() if name != "engine"}
-        found.setdefault(tuple(cell.items()), (cell, {}))[1][row["cell"]["engine"]] = row["metrics"]
-    return list(found.values())
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Every operation in both forms, and which kernels do not pay; as Markdown, made from rows of one model."""
-    titles = "part | operation | operands | kernel (ms) | plain (ms) | x as fast | x as F.linear in 16 bits"
-    lines = [f"| {titles} | moved (MB) | GB/s | of reading | held equal by |", "|" + "---|" * 11]
-    slower = []
-    for cell, sides in paired(rows):
-        ours, plain = sides.get("kernel"), sides.get("plain")
-        name = cell["operation"] + (f", {cell['weights']}" if "weights" in cell else "")
-        times = [tables.spread(m, "run_s", ".3f", SECONDS_TO_MS) for m in (ours, plain)]
-        ratios = [tables.median(ours, f"{other}_over_kernel_x", ".2f") for other in ("plain", "linear")]
-        rates = [tables.median(ours or plain, "moved_mb", ",.1f")]
-        rates += [tables.median(ours, "moved_gb_s", ".1f"), tables.median(ours, "of_reading_x", ".2f")]
-        columns = [cell["part"], name, cell["shape"], *times, *ratios, *rates, f"`{cell['equality']}`"]
-        lines.append(f"| {' | '.join(columns)} |")
-        if ours and ours["plain_over_kernel_x"]["median"] < 1:
-            slower.append(f"{name} ({cell['part']}, {cell['shape']})")
-    runs = tables.counts(row["metrics"]["run_s"]["n"] for row in rows)
-    read = sorted(row["metrics"]["read_gb_s"]["median"] for row in rows)
-    has_kernels = any(row["cell"]["engine"] == "kernel" for row in rows)
-    verdict = (
-        f"Slower than plain PyTorch here: {'; '.join(slower)}." if slower else "No kernel is slower than its twin."
-    )
-    lines.append(
-        f"\nMedians (least to most) of {runs} runs of {rows[0]['cell']['model']}'s shapes; {row_files.setting(rows[0])}"
-        f", {rows[0]['dtype']}. Moved: operands and results once, of products the weights of one block. GB/s are the "
-        f"kernel's; of reading: over the best rate of any reading kernel in the same round, {read[0]:.1f} to "
-        f"{read[-1]:.1f} GB/s; activations may lie in caches, which are faster. "
-        f"{verdict if has_kernels else 'No kernel runs here.'}"
-    )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

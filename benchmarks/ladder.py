@@ -40,7 +40,8 @@ from llama.evaluation import perplexity
 from llama.quantization import Quantization
 from llama.speculative import Draft, ModelDraft, PromptLookup, Speculation
 from llama.tokenizer import Tokenizer
-from reports import formats as tables
+from reports import tables
+from reports.render import markdown
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "data" / "tiny"
@@ -154,11 +155,11 @@ def main(
         runs = measure(plan, wanted, repeats, seed)
     rows = []
     for cell in wanted:
-        place, metrics, series = describe(model, plan, cell, runs, quality.get(cell.weights, {}))
-        rows.append(row_files.append_row(path, "ladder", place, metrics, target, name, seed, series))
-    print(report(rows))
+        place, values, series = describe(model, plan, cell, runs, quality.get(cell.weights, {}))
+        rows.append(row_files.record(path, "ladder", place, values, target, name, seed, series))
+    print(markdown([*tables.ladder(rows), *tables.drafts(rows)]))
     image = Path(figure) if figure is not None else FIGURES / f"ladder-{model}-{target.type}.png"
-    plot(rows, image)
+    plot([row.data for row in rows], image)
     print(f"rows appended to {path}; plot in {image}")
 
 
@@ -304,8 +305,8 @@ class Runner:
 
 def describe(
     model: str, plan: Plan, cell: Cell, runs: dict[Cell, list[dict[str, Any]]], quality: dict[str, float]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, list]]:
-    """Cell, metrics and series of a row: what ran, how fast, and the test that holds it; no metrics out of memory."""
+) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, list]]:
+    """Cell, values and series of a row: what ran, how fast in each run, its test; no values where memory ran out."""
     own = runs[cell]
     decoding = own[0]["decoding"] if own else cell.decoding
     name = STEPS.get(decoding, decoding) if cell.name == "auto" else cell.name
@@ -316,12 +317,12 @@ def describe(
     series = {"test": [TESTS[name]]}
     if not own:
         return place, {}, series
-    metrics = {key: row_files.spread([run["values"][key] for run in own]) for key in own[0]["values"]}
-    metrics |= {key: row_files.spread([value]) for key, value in quality.items()}
+    values = {key: [run["values"][key] for run in own] for key in own[0]["values"]}
+    values |= {key: [value] for key, value in quality.items()}
     base = next((runs[other] for other in runs if other.row == cell.changes), [])
     if base:
-        metrics["tokens_equal"] = row_files.spread([equal_tokens(run["ids"], base[0]["ids"]) for run in own])
-    return place, metrics, series
+        values["tokens_equal"] = [equal_tokens(run["ids"], base[0]["ids"]) for run in own]
+    return place, values, series
 
 
 def equal_tokens(ids: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
@@ -331,89 +332,6 @@ def equal_tokens(ids: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) 
         pairs = enumerate(zip(own, other, strict=True))
         n_equal += next((place for place, (a, b) in pairs if a != b), len(own))
     return n_equal
-
-
-def faster(row: dict[str, Any], other: dict[str, Any] | None) -> str:
-    """How many times as fast as another row this one is, by medians; x or - where one of them has no time."""
-    if not row["metrics"]:
-        return "x"
-    if other is None or not other["metrics"] or other is row:
-        return "-"
-    return f"{other['metrics']['runtime_s']['median'] / row['metrics']['runtime_s']['median']:.2f}"
-
-
-def base_of(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row that a row changes."""
-    return next((other for other in rows if other["cell"]["row"] == row["cell"]["changes"]), None)
-
-
-def first_of(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    """The first row on the same text."""
-    return next((other for other in rows if other["cell"]["text"] == row["cell"]["text"]), None)
-
-
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The ladder of each model, and what came of its drafts, as Markdown."""
-    models = dict.fromkeys(row["cell"]["model"] for row in rows)
-    chosen = [[row for row in rows if row["cell"]["model"] == model] for model in models]
-    return "\n".join(part for found in chosen for part in (table(found), drafts(found)) if part)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The ladder of one model, as Markdown."""
-    head = ["row", "what", "changes row", "text", "runtime (s)", "tokens/s", "x that row", "x first", "same tokens"]
-    head += ["weights (MB)", "peak (MB)", "perplexity", "held by"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in sorted(rows, key=lambda row: row["cell"]["row"]):
-        cell = row["cell"]
-        columns = [str(cell["row"]), cell["name"], str(cell["changes"] or "-"), cell["text"]]
-        columns.append(tables.spread(row["metrics"], "runtime_s", ".3f"))
-        columns += [tables.median(row["metrics"], "tokens_per_s", ",.0f"), faster(row, base_of(rows, row))]
-        columns.append(faster(row, first_of(rows, row)))
-        n_tokens = cell["prompts"] * cell["output_len"]
-        same = tables.median(row["metrics"], "tokens_equal", ",.0f")
-        columns.append(same if same in ("x", "-") else f"{same} of {n_tokens:,}")
-        columns += [
-            tables.median(row["metrics"], "weights_mb", ",.1f"),
-            tables.median(row["metrics"], "peak_memory_mb", ",.0f"),
-        ]
-        columns += [
-            tables.median(row["metrics"], "perplexity_x", ".4f"),
-            f"`{row['series']['test'][0].rpartition('::')[2]}`",
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join([*lines, "", *notes(rows), ""])
-
-
-def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """On what the ladder was measured."""
-    row = rows[0]
-    runs = tables.counts(other["metrics"]["runtime_s"]["n"] for other in rows if other["metrics"])
-    texts = {other["cell"]["text"]: other["cell"] for other in rows}
-    work = [f"{text}: {c['prompts']} x ({c['input_len']} + {c['output_len']}) tokens" for text, c in texts.items()]
-    found = [
-        f"Medians (least to most) of {runs} runs of {row['cell']['model']}, greedy, one prompt after another.",
-        f"{'; '.join(work)}. {row_files.setting(row)}, {row['dtype']}.",
-    ]
-    if any("perplexity_x" in other["metrics"] for other in rows):
-        scored = next(o["metrics"]["scored_tokens"]["median"] for o in rows if "scored_tokens" in o["metrics"])
-        found.append(f"Perplexity: {scored:,.0f} tokens of held-out text.")
-    else:
-        found.append("The weights are random: no perplexity, and no draft, whose acceptance would mean nothing.")
-    return found
-
-
-def drafts(rows: Sequence[dict[str, Any]]) -> str:
-    """What came of speculation, as Markdown; nothing where there was none."""
-    found = [row for row in rows if row["cell"]["draft"] and row["metrics"]]
-    if not found:
-        return ""
-    lines = ["| draft | text | speed-up | acceptance | tokens a round |", "|" + "---|" * 5]
-    for row in sorted(found, key=lambda row: row["cell"]["row"]):
-        m, cell = row_files.medians(row), row["cell"]
-        figures = f"{faster(row, base_of(rows, row))} | {m['acceptance']:.2f} | {m['tokens_a_round']:.2f}"
-        lines.append(f"| {cell['name']} | {cell['text']} | {figures} |")
-    return "\n".join([*lines, ""])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -25,6 +25,8 @@ from llama import device as devices
 from llama.config import PRESETS
 from llama.device import DTYPES
 from llama.errors import EnvironmentFailure
+from reports import tables
+from reports.render import markdown
 
 RESULTS = Path(__file__).parents[1] / "reports" / "results" / "loading.jsonl"
 
@@ -69,24 +71,10 @@ def main(
                 figures[layout, dtype].append(load_in_fresh_process(Path(folder) / layout, dtype))
     rows = []
     for (layout, dtype), runs in figures.items():
-        metrics = {name: row_files.spread([run[name] for run in runs]) for name in runs[0]}
+        values = {name: [run[name] for run in runs] for name in runs[0]}
         cell = {"model": model, "layout": layout, "stored": "bfloat16"}
-        rows.append(row_files.append_row(target, "loading", cell, metrics, torch.device("cpu"), dtype, seed=0))
-    print(markdown(rows), end="")
-
-
-def markdown(rows: list[dict]) -> str:
-    """Measured rows as a table. "ready": every weight has been read once."""
-    lines = ["| model | layout | loaded as | returns after | ready after | peak memory | of the weights |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        value = row_files.medians(row)
-        times = f"{value['load_s']:.2f} s | {value['ready_s']:.2f} s"
-        memory = f"{value['peak_memory_mb']:,.0f} MB | {value['peak_over_weights_x']:.3f} x"
-        lines.append(f"| {row['cell']['model']} | {row['cell']['layout']} | {row['dtype']} | {times} | {memory} |")
-    repeats = rows[0]["metrics"]["load_s"]["n"]
-    lines.append(f"\nMedian of {repeats} loads; {row_files.setting(rows[0])}; the file is in the page cache.")
-    return "\n".join(lines) + "\n"
+        rows.append(row_files.record(target, "loading", cell, values, torch.device("cpu"), dtype))
+    print(markdown(tables.loading(rows)), end="")
 
 
 def load_in_fresh_process(directory: Path, dtype: str) -> dict[str, float]:

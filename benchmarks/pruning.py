@@ -37,6 +37,8 @@ from llama.tokenizer import Tokenizer
 from llama.training.batch import Batch, collate
 from llama.training.step import Settings
 from llama.training.step import fine_tune as train
+from reports import tables
+from reports.render import markdown
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "data" / "tiny"
@@ -96,7 +98,8 @@ def main(
         for cell, metrics in measured:
             row_files.append_row(path, "pruning", cell, metrics, target, name, seed)
     rows = newest(path)
-    print(quality_table(rows), speed_table(rows), sep="\n")
+    shown = [row_files.Row(path.name, 0, row) for row in rows]
+    print(markdown([*tables.pruning_quality(shown), *tables.pruning_speed(shown)]))
     plot(rows, Path(figure) if figure is not None else FIGURE)
 
 
@@ -233,7 +236,7 @@ def time_generation(llama: Llama, prompts: list[list[int]]) -> dict[str, float]:
     return {"ttft_s": first, "tpot_s": (whole.seconds - first) / (OUTPUT_LEN - 1), "floor_tpot_s": n_bytes / bandwidth}
 
 
-# From rows to table and plot
+# From rows to plot
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
@@ -260,52 +263,6 @@ def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """Rows whose cell has these values, by share."""
     found = [row for row in rows if all(row["cell"].get(name) == value for name, value in wanted.items())]
     return sorted(found, key=lambda row: (row["cell"]["share"], row["cell"].get("steps", 0)))
-
-
-def quality_table(rows: list[dict[str, Any]]) -> str:
-    """Validation loss by share, as Markdown."""
-    kinds = [(method, part) for method in pruning.METHODS[::-1] for part in ("one-round", "one-shot", "iterative")]
-    lines = [
-        "| share | steps | "
-        + " | ".join(f"{method}, {part}" for method, part in kinds)
-        + " | parameters left by dimensions |"
-    ]
-    lines.append("|" + "---|" * (len(kinds) + 3))
-    for row in pick(rows, part="dense"):
-        m = row_files.medians(row)
-        columns = " | ".join([f"{m['loss_nats']:.3f}"] * len(kinds))
-        lines.append(f"| 0 | {row['cell']['steps']} | {columns} | {m['parameters']:,.0f} |")
-    cut = [row for row in rows if row["cell"]["part"] in ("one-round", "one-shot", "iterative")]
-    longest = {row["cell"]["share"]: row["cell"]["steps"] for row in pick(cut)}
-    for share, steps in sorted(longest.items()):
-        columns = []
-        for method, part in kinds:
-            found = pick(cut, share=share, method=method, part=part)
-            columns.append(f"{row_files.medians(found[0])['loss_nats']:.3f}" if found else "-")
-        found = pick(cut, share=share, method="dimensions")
-        left = f"{row_files.medians(found[0])['parameters']:,.0f}" if found else "-"
-        lines.append(f"| {share:g} | {steps} | {' | '.join(columns)} | {left} |")
-    return "\n".join([*lines, ""])
-
-
-def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Times by share, as Markdown."""
-    lines = ["| model | share | parameters | stored (MB) | first token (ms) | x as fast | each next (ms) | x as fast |"]
-    lines[0] += " x floor |"
-    lines.append("|" + "---|" * 9)
-    for name in sorted({row["cell"]["model"] for row in rows if row["cell"]["part"] == "speed"}):
-        found = [(row, row_files.medians(row)) for row in pick(rows, part="speed", model=name)]
-        dense = found[0][1]
-        for row, m in found:
-            times = [f"{1e3 * m[key]:,.2f} | {dense[key] / m[key]:.2f}" for key in ("ttft_s", "tpot_s")]
-            share = f"{row['cell']['share']:g} | {m['parameters']:,.0f} | {m['stored_mb']:,.1f}"
-            lines.append(f"| {name} | {share} | {' | '.join(times)} | {m['tpot_s'] / m['floor_tpot_s']:.2f} |")
-        row = found[0][0]
-        repeats = row["metrics"]["tpot_s"]["n"]
-        shape = f"{row['cell']['input_len']} + {row['cell']['output_len']} tokens, batch 1"
-        lines.append(f"\nMedians of {repeats} runs; {shape}; {row_files.setting(row)}, {row['dtype']}.\n")
-        lines += lines[:2]
-    return "\n".join(lines[:-2] if len(lines) > 2 else []) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

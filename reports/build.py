@@ -50,6 +50,7 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {
     "table-3": ("benchmark_finetuning", tables.table_3),
     "table-3-short": ("benchmark_finetuning", in_short("table-3", tables.table_3)),
     "steps": ("benchmark_finetuning", tables.step_details),
+    "estimates": ("estimates", tables.estimates),
     "learning": ("finetuning", tables.learning),
     "answers": ("finetuning", tables.answers),
     "loading": ("loading", tables.loading),

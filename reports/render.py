@@ -40,7 +40,8 @@ class Provenance:
         runs = sorted({row.metrics[name]["n"] for row in rows for name in REPEATED if name in row.metrics})
         limits = sorted({row.cell["memory_limit_gb"] for row in rows if row.cell.get("memory_limit_gb")})
         held = "".join(f", held to {limit:g} GB" for limit in limits)
-        counts = f"; medians (least to most) of {_span(runs)} runs" if runs and runs[-1] > 1 else ""
+        what = "steps" if any(row.has("step_s") for row in rows) else "runs"
+        counts = f"; medians (least to most) of {_span(runs)} {what}" if runs and runs[-1] > 1 else ""
         days, commits = ({row.data[name][:12]: None for row in rows} for name in ("time", "commit"))
         when = f"{_span(sorted({day[:10] for day in days}))}, commit {', '.join(commits)}"
         return cls(f"{settings}{held}{counts}", when, tuple(dict.fromkeys(row.data["command"] for row in rows)))
@@ -62,8 +63,8 @@ def text(cell: Cell) -> str:
 def with_provenance(tables: Sequence[Table]) -> list[tuple[Table, Provenance | None]]:
     """Each table with the provenance of its rows; None where the next one has the same, which then says so for both."""
     found = [Provenance.of(table.rows) if table.rows else None for table in tables]
-    following = [*found[1:], None]
-    return [(table, None if own == after else own) for table, own, after in zip(tables, found, following, strict=False)]
+    after = iter([*found[1:], None])
+    return [(table, None if own == next(after) else own) for table, own in zip(tables, found, strict=True)]
 
 
 def markdown(tables: Sequence[Table]) -> str:

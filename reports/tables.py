@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
+from llama.training import memory
 from reports.cells import (
     Cell,
     Column,
@@ -310,6 +311,25 @@ def _saved(whole: Row, recomputed: Row) -> Cell:
     if whole.median("peak_memory_mb") - recomputed.median("peak_memory_mb") <= CHANGED * whole.median("peak_memory_mb"):
         return "nothing saved"
     return saved if recomputed.median("step_s") > whole.median("step_s") else "no slower"
+
+
+@per_setting("model", "seq_len", "limit_gb", dtype=False)
+def estimates(rows: list[Row]) -> list[Table]:
+    """What the memory of a step is predicted to be at its peak, by category, and whether it fits."""
+    limit = rows[0].cell["limit_gb"]
+    columns: dict[str, Column] = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {name: metric(f"{name}_at_peak_mb", ",.0f") for name in memory.CATEGORIES}
+    columns[f"within {limit:g} GB"] = lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"
+    note = "Predicted, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside."
+    return [
+        table(
+            "estimates",
+            f"{_steps_title(rows)}: predicted memory at the peak",
+            sorted(rows, key=step_order),
+            columns,
+            note,
+        )
+    ]
 
 
 @per_setting("model", dtype=False)

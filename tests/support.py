@@ -11,6 +11,7 @@ import torch
 from conftest import SMALL, random_model
 
 from benchmarks import stopwatch
+from benchmarks.rows import Row, read_folder
 from data.alpaca import Sample
 from llama import KVCache, ModelArgs, Transformer, lora
 from llama.config import PRESETS
@@ -18,6 +19,8 @@ from llama.kernels.cpu import decode_step
 from llama.lora import LoRAConfig
 from llama.quantization import Int4Linear, Int8Linear, Quantization, pack, quantize_groups, quantize_rows
 from llama.training.batch import Batch, collate
+from reports import build, tables
+from reports.cells import Table
 
 
 def same_weights(a, b) -> bool:
@@ -145,3 +148,22 @@ class FakeGPU:
     def queue(self, seconds, n_bytes=0):
         self.busy_until = max(self.busy_until, self.now) + seconds
         self.peak = max(self.peak, self.allocated + n_bytes)
+
+
+def tables_of_committed_rows() -> list[Table]:
+    """Every table of every row in reports/results; rows without a table of their own come as plain tables."""
+    rows = read_folder(build.RESULTS)
+    known = {experiment for experiment, _ in build.PARTS.values()}
+    found = [table for experiment, make in build.PARTS.values() for table in make(rows.get(experiment, []))]
+    return found + [table for name in rows if name not in known for table in tables.generic(rows[name])]
+
+
+def measured_row(metrics: dict, line: int = 1, **cell) -> Row:
+    """A row of medians, or of lists of median, least and most."""
+    spreads = {}
+    for name, value in metrics.items():
+        median, low, high = value if isinstance(value, list) else (value, value, value)
+        spreads[name] = {"median": median, "min": low, "max": high, "n": 3 if isinstance(value, list) else 1}
+    about = {"device": {"kind": "cpu", "name": "A CPU"}, "dtype": "float32", "threads": 2, "torch": "2.13.0"}
+    about |= {"commit": "0123456789ab", "command": "python x.py", "time": "2026-11-22T10:00:00+00:00"}
+    return Row("rows.jsonl", line, {"experiment": "e", "cell": cell, "metrics": spreads, **about})

@@ -15,13 +15,15 @@ from conftest import ROOT, random_model
 
 from benchmarks import hardware as floors
 from benchmarks import kernels as benchmark_kernels
-from benchmarks.kernels import Operation, compared, table, take_turns
+from benchmarks.kernels import Operation, compared, take_turns
+from benchmarks.rows import Row
 from llama import cli
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.kernels.cpu import decode_step, train_ops
 from llama.kernels.gpu import available as gpu
-from reports import formats as tables
+from reports import tables
+from reports.render import markdown
 
 TINY = PRESETS["tiny"]
 TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora_up_ lora_outer logsumexp".split()
@@ -109,7 +111,7 @@ def test_a_machine_without_kernels_measures_the_plain_twins(tmp_path, capsys, mo
     assert {row["cell"]["engine"] for row in rows} == {"plain"} and len(rows) == 6 + len(PREFILL) + len(TRAIN)
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("no kernels here for decode, prefill, train (they need Linux, AVX-512")
-    assert "No kernel runs here." in out and "x as fast" in out and table(rows) in out
+    assert "No kernel runs here." in out and "times as fast" in out and table(rows) in out
 
 
 def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
@@ -150,12 +152,25 @@ def test_nothing_is_timed_that_does_not_do_the_same():
     assert compared("train", "double", "", "test", lambda x: x * 1.001, lambda x: x, torch.ones(4)).moved == 32
 
 
+def table(rows: list[dict]) -> str:
+    """What the benchmark prints of these rows."""
+    return markdown(tables.kernels([Row("kernels.jsonl", line, row) for line, row in enumerate(rows, 1)]))
+
+
 def made_rows(kernel: float, plain: float) -> list[dict]:
     """The two rows of an operation."""
     one = Operation("train", "norm", "x [2]", "test_norm", lambda: None, lambda: None, 10)
     metrics = {"run_s": kernel, "moved_mb": 77.7, "moved_gb_s": 66.6, "read_gb_s": 21.5, "of_reading_x": 3.25}
     sides = {"kernel": {**metrics, "plain_over_kernel_x": plain / kernel}, "plain": {**metrics, "run_s": plain}}
-    about = {"dtype": "bfloat16", "threads": 2, "torch": "2", "device": {"name": "a CPU"}}
+    about = {
+        "dtype": "bfloat16",
+        "threads": 2,
+        "torch": "2",
+        "device": {"name": "a CPU"},
+        "commit": "0",
+        "time": "",
+        "command": "",
+    }
     spreads = {
         side: {name: {"median": v, "min": v / 2, "max": v * 2, "n": 5} for name, v in values.items()}
         for side, values in sides.items()
@@ -166,22 +181,13 @@ def made_rows(kernel: float, plain: float) -> list[dict]:
 def test_every_figure_of_the_table_stands_in_a_row_and_what_does_not_pay_is_named():
     rows = made_rows(0.004, 0.006)
     text = table(rows)
-    assert "| 4.000 (2.000 to 8.000) | 6.000 (3.000 to 12.000) | 1.50 | - | 77.7 | 66.6 | 3.25 | `test_norm` |" in text
-    assert "of 5 runs of tiny's shapes" in text and "No kernel is slower than its twin." in text
+    assert "| 4.000 (2.000 to 8.000) | 6.000 (3.000 to 12.000) | 1.50 | - | 77.7 | 66.6 | 3.25 | test_norm |" in text
+    assert "of 5 runs" in text and "tiny: kernels, train" in text and "No kernel is slower than plain PyTorch." in text
     for i, name in [(0, name) for name in rows[0]["metrics"]] + [(1, "run_s")]:
         changed = json.loads(json.dumps(rows))
         changed[i]["metrics"][name]["median"] *= 1.5
         assert table(changed) != text, name
-    assert "Slower than plain PyTorch here: norm (train, x [2])." in table(made_rows(0.006, 0.004))
-
-
-def test_figures_as_text():
-    metrics = {"step_s": {"median": 1.25, "min": 1.2, "max": 1.306, "n": 3}}
-    assert tables.median(metrics, "step_s", ".1f") == "1.2"
-    assert tables.spread(metrics, "step_s", ".0f", 1e3) == "1250 (1200 to 1306)"
-    for text in (tables.median, tables.spread):
-        assert [text(found, "peak_mb", ".1f") for found in (None, {}, metrics)] == ["-", "x", "-"]
-    assert [tables.counts(numbers) for numbers in ([], [5, 5], [5, 3, 4])] == ["no", "5", "3 to 5"]
+    assert "Slower than plain PyTorch: norm (x [2])." in table(made_rows(0.006, 0.004))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ from conftest import ROOT, TINY
 from benchmarks import ladder as benchmark_ladder
 from benchmarks import rows as row_files
 from benchmarks.ladder import OWN, REPETITIVE, Cell, Plan, Runner, ladder
+from benchmarks.rows import Row
 from llama import cli
 from llama.errors import InputError
+from reports import tables
+from reports.render import markdown
 
 CELLS, CPU = ladder(True), torch.device("cpu")
 PLAN = Plan({"whole": str(TINY)}, {OWN: [[1, 2, 3]] * 2, REPETITIVE: [[4, 5, 6]] * 2}, 4, "cpu", "float32")
@@ -31,9 +34,15 @@ def imagined_rows():
     rows = []
     for cell in CELLS:
         quality = {"perplexity_x": 1.5 + cell.row / 7, "loss_nats": 0.4, "scored_tokens": 65_536}
-        place, metrics, series = benchmark_ladder.describe("tiny", PLAN, cell, runs, quality)
-        rows.append(row_files.make_row("ladder", place, metrics, CPU, "bfloat16", 1, series))
+        place, values, series = benchmark_ladder.describe("tiny", PLAN, cell, runs, quality)
+        rows.append(row_files.record(None, "ladder", place, values, CPU, "bfloat16", 1, series).data)
     return json.loads(json.dumps(rows))
+
+
+def report(rows: list[dict]) -> str:
+    """What the benchmark prints of these rows."""
+    found = [Row("ladder.jsonl", line, row) for line, row in enumerate(rows, 1)]
+    return markdown([*tables.ladder(found), *tables.drafts(found)])
 
 
 def imagined_run(cell: Cell, turn: int) -> dict:
@@ -70,7 +79,7 @@ def test_every_row_is_held_by_a_test_that_exists():
 
 def test_every_number_of_the_table_stands_in_a_row():
     rows = imagined_rows()
-    shown = benchmark_ladder.report(rows)
+    shown = report(rows)
     values = {v[part] for row in rows for v in row["metrics"].values() for part in ("median", "min", "max", "n")}
     times = [row["metrics"]["runtime_s"]["median"] for row in rows if row["metrics"]]
     values |= {a / b for a in times for b in times}
@@ -83,19 +92,19 @@ def test_every_number_of_the_table_stands_in_a_row():
             if name in row["metrics"]:
                 changed = json.loads(json.dumps(rows))
                 changed[number]["metrics"][name]["median"] += 1000
-                assert benchmark_ladder.report(changed) != shown, (row["cell"]["name"], name)
+                assert report(changed) != shown, (row["cell"]["name"], name)
 
 
 def test_ratios_are_to_the_row_that_is_changed_and_to_the_first_on_the_same_text():
     rows = imagined_rows()
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in benchmark_ladder.table(rows).split("\n")]
-    shown = {line[0]: line for line in lines if len(line) == 13}
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in report(rows).split("\n")]
+    shown = {line[0].partition(".")[0]: line for line in lines if len(line) == 12}
     time = {row["cell"]["row"]: row["metrics"].get("runtime_s", {}).get("median") for row in rows}
-    assert shown["1"][6:9] == ["-", "-", "-"] and shown["3"][1] == "C step"
-    assert shown["6"][6:8] == [f"{time[3] / time[6]:.2f}", f"{time[1] / time[6]:.2f}"]
-    assert shown["13"][6:8] == [f"{time[11] / time[13]:.2f}", f"{time[9] / time[13]:.2f}"]
-    assert shown["6"][8] == "7 of 8"  # the imagined ids part at the last token of the first text
-    assert shown["12"][4:12] == ["x"] * 8 and "| draft | repetitive |" not in benchmark_ladder.drafts(rows)
+    assert shown["1"][5:8] == ["-", "-", "-"] and shown["3"][0] == "3. C step"
+    assert shown["6"][5:7] == [f"{time[3] / time[6]:.2f}", f"{time[1] / time[6]:.2f}"]
+    assert shown["13"][5:7] == [f"{time[11] / time[13]:.2f}", f"{time[9] / time[13]:.2f}"]
+    assert shown["6"][7] == "7 of 8"  # the imagined ids part at the last token of the first text
+    assert shown["12"][3:11] == ["x"] * 8 and "| draft | repetitive |" not in report(rows)
 
 
 def test_equal_tokens_end_where_texts_part():
@@ -138,7 +147,7 @@ def test_it_measures_random_weights_without_perplexity_and_drafts(tmp_path, monk
     assert [row["metrics"]["tokens_equal"]["min"] for row in rows[1:3]] == [4, 4]
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
-    assert benchmark_ladder.report(rows) in out and "no draft, whose acceptance would mean nothing" in out
+    assert report(rows) in out and "no draft, whose acceptance would mean nothing" in out
 
 
 @pytest.mark.slow
@@ -154,7 +163,7 @@ def test_it_measures_every_row(tmp_path):
     quality = {row["cell"]["weights"]: row["metrics"]["perplexity_x"]["median"] for row in rows}
     assert quality["whole"] < quality["int4"] < quality["pruned"]
     assert all(row["metrics"]["peak_memory_mb"]["median"] > 0 for row in rows)
-    assert benchmark_ladder.report(rows) in run.stdout
+    assert report(rows) in run.stdout
 
 
 @pytest.mark.parametrize(
