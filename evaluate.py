@@ -12,7 +12,6 @@ once, before its first character.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import confidence
 from llama.tokenizer import Tokenizer, find_tokenizer
+from reports import render, tables
 
 CONTEXT = 2048  # what papers on quantization use
 WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
@@ -116,7 +116,7 @@ def main(options: Options) -> None:
     data = None if options.data is None else Path(options.data)
     name = "the embedded model's held-out text" if data is None else data.name
     cell = {"data": name, "data_sha256": data and files.sha256(data), "tokens": len(ids), **settings}
-    print(table(make_rows(sides, measured, cell, target, options.results)), end="")
+    print(render.markdown(tables.perplexity(make_rows(sides, measured, cell, target, options.results))), end="")
 
 
 def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
@@ -209,7 +209,7 @@ def make_rows(
     cell: dict[str, Any],
     device: torch.device,
     results: str | None,
-) -> list[dict[str, Any]]:
+) -> list[row_files.Row]:
     """A row for each model, appended to `results` where there is one; the first also holds the difference."""
     rows = []
     for side, (_, values) in zip(sides, measured, strict=True):
@@ -217,44 +217,9 @@ def make_rows(
         if side is sides[0] and len(sides) == 2:
             place["against"] = {**sides[1].cell, "dtype": sides[1].dtype_name}
             values = values | difference(measured[0][0], measured[1][0], cell["context"])
-        metrics = {name: row_files.spread([value]) for name, value in values.items()}
-        keep = row_files.make_row if results is None else partial(row_files.append_row, Path(results))
-        rows.append(keep("perplexity", place, metrics, device, side.dtype_name, seed=0))
+        path, runs = results and Path(results), {name: [value] for name, value in values.items()}
+        rows.append(row_files.record(path, "perplexity", place, runs, device, side.dtype_name))
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """One measured model, or two and their difference, in Markdown."""
-    lines = ["| model | loss | perplexity | scored tokens | tokens/s | peak memory |", "|" + "---|" * 6]
-    for row in rows:
-        m, cell = row_files.medians(row), row["cell"]
-        name = f"{cell['model']}{' with adapter' if cell['adapter'] else ''}, {row['dtype']}"
-        peak = f"{m['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in m else "-"
-        figures = (
-            f"{m['loss_nats']:.4f} | {m['perplexity_x']:.4f} | {m['scored_tokens']:,.0f} | {m['tokens_per_s']:,.0f}"
-        )
-        lines.append(f"| {name} | {figures} | {peak} |")
-    lines.append("")
-    m, cell = row_files.medians(rows[0]), rows[0]["cell"]
-    if "difference_nats" in m:
-        lines.append(verdict(m))
-    scored = "side by side, each without its first token" if cell["stride"] == cell["context"] else "sliding"
-    lines.append(f"Loss in nats a token, over {cell['tokens']:,} tokens of {cell['data']}.")
-    lines.append(f"{m['windows']:,.0f} windows of {cell['context']:,}, stride {cell['stride']:,}: {scored}.")
-    if len(rows) > 1:
-        lines.append("Peak memory of the first includes what the libraries set up once.")
-    return "\n".join([*lines, f"{row_files.setting(rows[0])}.", ""])
-
-
-def verdict(m: dict[str, float]) -> str:
-    """How the first model compares with the second, in one line."""
-    change = m["difference_nats"]
-    line = f"Loss of the first less that of the second: {change:+.5f}, so {math.exp(change):.4f} times its perplexity"
-    if "difference_low_nats" not in m:
-        return f"{line}; too little text for an interval."
-    low, high = m["difference_low_nats"], m["difference_high_nats"]
-    words = "the first is worse" if low > 0 else "the first is better" if high < 0 else "no difference that shows"
-    return f"{line} [95 %: {low:+.5f} to {high:+.5f}]: {words}."
 
 
 if __name__ == "__main__":

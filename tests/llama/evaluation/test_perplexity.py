@@ -17,6 +17,7 @@ from conftest import SMALL, TINY, asset, random_model
 
 import evaluate
 from benchmarks import stopwatch
+from benchmarks.rows import Row
 from data import text as data_text
 from data.tiny.sequences import held_out
 from data.tiny.train import loss_of
@@ -26,6 +27,7 @@ from llama.config import PRESETS
 from llama.errors import InputError, NonFinite
 from llama.evaluation import perplexity
 from llama.training.loss import CHUNK
+from reports import render, tables
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:
@@ -273,6 +275,11 @@ def newest(path, n: int = 1) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()[-n:]]
 
 
+def table(rows: list[dict]) -> str:
+    """What evaluate.py prints of these rows."""
+    return render.markdown(tables.perplexity([Row("r", line, row) for line, row in enumerate(rows, 1)]))
+
+
 def value(row: dict, name: str) -> float:
     assert row["metrics"][name]["n"] == 1
     return row["metrics"][name]["median"]
@@ -293,7 +300,9 @@ def test_the_default_is_the_published_held_out_text(tiny, tmp_path, monkeypatch,
     """Without flags, each window is one held-out sequence; here the first four of them."""
     flags = (f"--max_tokens={4 * 257}", f"--results={tmp_path}/rows.jsonl")
     code, out, err = call(monkeypatch, capsys, *flags)
-    assert (code, err) == (0, "") and out.startswith("| model | loss | perplexity |")
+    assert (code, err) == (0, "") and out.startswith(
+        "**Perplexity on the embedded model's held-out text**\n\n| model | loss | perplexity |"
+    )
     (row,) = newest(tmp_path / "rows.jsonl")
     with torch.no_grad():
         loss = loss_of(tiny.model, held_out(tiny.tokenizer, n=4)).item()
@@ -342,7 +351,9 @@ def test_the_difference_has_the_right_sign(tmp_path, monkeypatch, capsys):
     assert value(ours, "difference_low_nats") < change < value(ours, "difference_high_nats") < 0
     assert ours["cell"]["against"] == {"model": "draft", "adapter": None, "dtype": "float32"}
     assert theirs["cell"]["model"] == "draft" and "against" not in theirs["cell"]
-    turned = evaluate.verdict({"difference_nats": 0.5, "difference_low_nats": 0.4, "difference_high_nats": 0.6})
+    for name, value_of in (("difference", 0.5), ("difference_low", 0.4), ("difference_high", 0.6)):
+        ours["metrics"][f"{name}_nats"]["median"] = value_of
+    turned = table([ours, theirs])
     assert "+0.50000, so 1.6487 times its perplexity [95 %: +0.40000 to +0.60000]: the first is worse." in turned
 
 
@@ -449,18 +460,18 @@ def test_every_number_of_the_table_stands_in_a_row(small, tmp_path, monkeypatch,
     flags = (f"--ckpt_dir={small}/m", f"--data={small}/text.txt", "--context=32", "--against_dtype=bfloat16")
     _, out, _ = call(monkeypatch, capsys, *flags, f"--results={tmp_path}/r")
     rows = newest(tmp_path / "r", 2)
-    assert evaluate.table(rows) == out
+    assert table(rows) == out
     shown = ("loss_nats", "perplexity_x", "scored_tokens", "tokens_per_s", "peak_memory_mb")
     compared = ("windows", "difference_nats", "difference_low_nats", "difference_high_nats")
     for row, names in ((rows[0], shown + compared), (rows[1], shown)):
         for name in names:
             before = row["metrics"][name]["median"]
             row["metrics"][name]["median"] = before + 123
-            assert evaluate.table(rows) != out
+            assert table(rows) != out
             row["metrics"][name]["median"] = before
     for name in ("context", "stride", "tokens"):
         rows[0]["cell"][name] += 1
-        assert evaluate.table(rows) != out
+        assert table(rows) != out
         rows[0]["cell"][name] -= 1
     del rows[0]["metrics"]["peak_memory_mb"]  # where the system does not tell
-    assert evaluate.table(rows).splitlines()[2].endswith("| - |")
+    assert table(rows).splitlines()[4].endswith("| - |")
