@@ -47,8 +47,8 @@ from llama import device as devices
 from llama.config import PRESETS
 from llama.decoding import EagerStep, record
 from llama.errors import InputError
+from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, train_ops
-from llama.kernels.gpu import available as gpu
 from llama.lora import LoRAConfig
 from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.quantization import Quantization

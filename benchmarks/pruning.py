@@ -229,7 +229,7 @@ def time_generation(llama: Llama, prompts: list[list[int]]) -> dict[str, float]:
             times.append(time.perf_counter())
 
     bandwidth = max(floors.read_bandwidth(llama.model).values())
-    n_bytes = llama.model.args.decode_bytes(1, INPUT_LEN + OUTPUT_LEN // 2, weight.dtype.itemsize)
+    n_bytes = floors.decode_bytes(llama.model, 1, INPUT_LEN + OUTPUT_LEN // 2)
     began = time.perf_counter()
     _, whole = stopwatch.measure(lambda: llama.generate(prompts, OUTPUT_LEN, 0, on_step=at_step), weight.device)
     first = times[0] - began

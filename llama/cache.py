@@ -1,8 +1,12 @@
 """The KV cache: keys and values of every layer and position in one preallocated pair of tensors.
 
-Created by the generation loop, passed down through `Transformer.forward`, owned by nobody else: a new call starts with
-a new cache, and taking tokens back (speculative decoding) is a smaller `pos`. Shapes never change, so that a decode
-step can be captured or compiled.
+Created by the generation loop, passed down through `Transformer.forward`, owned by one generation; taking tokens back
+(speculative decoding) is a smaller `pos`. Shapes never change, so that a decode step can be captured or compiled.
+Two prompts, three tokens later; each sequence writes at its own `pos`, over the padding of the shorter prompt:
+
+    slot          0      1      2      3      4      5
+    sequence 0    The    little fox    ran    away   -        next write at slot 5
+    sequence 1    Once   upon   a      time   -      -        next write at slot 4
 """
 
 from __future__ import annotations
@@ -31,26 +35,22 @@ class KVCache:
         # Zeros, not empty: a masked slot still takes part as 0 * v, and 0 * NaN would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(batch_size, device=device)[:, None]
+        self.sequences = torch.arange(batch_size, device=device)[:, None]
         self.max_len = max_len
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
     def clear(self) -> None:
-        """Start over in place, for a recorded step that holds the addresses. Zeros for the same reason as above."""
+        """Start over in place, for a recorded step that holds the addresses."""
         self.k.zero_()
         self.v.zero_()
 
     def part(self, start: int, stop: int) -> KVCache:
         """Sequences start..stop-1 of the same storage."""
         view = copy.copy(self)
-        view.k, view.v, view.rows = self.k[:, start:stop], self.v[:, start:stop], self.rows[: stop - start]
+        view.k, view.v, view.sequences = self.k[:, start:stop], self.v[:, start:stop], self.sequences[: stop - start]
         return view
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Write K and V of T new tokens at `pos` ([B, T]; None: 0..T-1) and return all slots of the layer.
+        """Write K and V of T new tokens at `pos` ([B, T]; None: 0..T-1) and return the cached K and V of the layer.
 
         Raises ValueError under autograd: a cache is written in place, so it cannot be part of a backward pass. A
         position outside the slots is an IndexError on the CPU and a device assert on CUDA, never a lost write.
@@ -64,8 +64,8 @@ class KVCache:
             T = k_BKTD.shape[2]
             keys[:, :, :T], values[:, :, :T] = k_BKTD, v_BKTD
         else:
-            # Indexed assignment touches T slots a row; scatter_ on a CPU copies the whole layer first (45 ms a step).
-            # Unlike a slice, it does not convert: under autocast K and V come in another dtype.
-            keys.transpose(1, 2)[self.rows, pos] = k_BKTD.transpose(1, 2).to(keys.dtype)
-            values.transpose(1, 2)[self.rows, pos] = v_BKTD.transpose(1, 2).to(values.dtype)
+            # Indexed assignment touches T slots per sequence; scatter_ on a CPU copies the whole layer first (45 ms).
+            # Unlike a slice, it does not convert: under autocast K and V come in a different dtype.
+            keys.transpose(1, 2)[self.sequences, pos] = k_BKTD.transpose(1, 2).to(keys.dtype)
+            values.transpose(1, 2)[self.sequences, pos] = v_BKTD.transpose(1, 2).to(values.dtype)
         return keys, values

@@ -2,7 +2,7 @@
 
 `ModelArgs` has Meta's field names, so that a `params.json` reads straight into it. Sizes, FLOPs and bytes are methods
 here, so that no benchmark derives them again; the tests compare each with a model that was really built.
-Needs no torch: a plan for a machine can be made where nothing is installed.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ModelArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     use_scaled_rope: bool = False
-    rope_scale_factor: float | None = None  # ours; None: from KNOWN_SHAPES when use_scaled_rope is set
-    tie_word_embeddings: bool | None = None  # ours; None: from KNOWN_SHAPES, else False
+    rope_scale_factor: float | None = None  # not Meta's; None: from KNOWN_SHAPES if use_scaled_rope
+    tie_word_embeddings: bool | None = None  # not Meta's; None: from KNOWN_SHAPES, else False
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of"):
@@ -128,15 +128,15 @@ class ModelArgs:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     def with_ffn_dim(self, ffn_dim: int) -> ModelArgs:
-        """The same shape with another hidden size of the feed-forward.
+        """The same shape with a feed-forward of this hidden size.
 
-        Meta's params.json has no field for the size itself: the multiplier and the rounding that give it are found.
+        Meta's params.json has no field for the size itself, so a multiplier and a rounding are chosen that give it.
         """
         for multiple_of in (256, 1024):
             for multiplier in (None, 1.0, 1.3, 1.5):  # those of the released models
-                found = replace(self, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-                if found.ffn_dim == ffn_dim:
-                    return found
+                args = replace(self, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+                if args.ffn_dim == ffn_dim:
+                    return args
         exact = (ffn_dim + 0.5) / (2 * (4 * self.dim) // 3)  # rounded down when used, hence the half
         return replace(self, multiple_of=1, ffn_dim_multiplier=exact)
 
@@ -150,7 +150,7 @@ class ModelArgs:
             return 131_072
         return ROPE_ORIGINAL_CONTEXT if self.rope_theta >= 500_000 else 4096
 
-    # Counts. "token" is one position of one sequence.
+    # Counts
 
     def block_linear_params(self) -> int:
         """Weights in the matrix products of one block: wq, wk, wv, wo, w1, w2, w3."""
@@ -183,14 +183,6 @@ class ModelArgs:
         body = 2 * self.n_layers * self.block_linear_params() * n_tokens
         pairs = sum(range(start + 1, start + n_tokens + 1))
         return body + self.n_layers * 4 * self.dim * pairs + 2 * self.vocab_size * self.dim * logit_rows
-
-    def decode_bytes(self, batch_size: int, context: int, bytes_per_value: int) -> int:
-        """Bytes that one cached decode step cannot avoid reading: each matrix once, and the K and V of the context.
-
-        An untied embedding table is only looked up, so it does not count; a tied one is the head.
-        """
-        read = self.n_params() - (0 if self.tie_word_embeddings else self.vocab_size * self.dim)
-        return read * bytes_per_value + self.kv_cache_bytes(batch_size, context, bytes_per_value)
 
 
 def _require(name: str, value: Any, kind: type, low: float, high: float) -> None:

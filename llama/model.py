@@ -23,12 +23,12 @@ from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGI
 
 
 class Cache(Protocol):
-    """What attention needs of a KV cache; cache.KVCache is the one there is."""
+    """What attention needs of a KV cache, such as cache.KVCache."""
 
     max_len: int
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Store K and V of the new tokens, return those of all slots, each [B, K, S, D]."""
+        """Store K and V of the new tokens; return the cached keys and values, each [B, K, S, D]."""
         ...
 
 
@@ -96,10 +96,11 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) 
     `mask` is [B, 1, T, S], True where attention is allowed; None means causal with S = T.
     """
     (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
-    if T == 1 and mask is not None:
-        # Decoding reads the whole cache once per step. Its H / K query heads become H / K query rows of their key/value
-        # head, so that no kernel ever repeats K and V.
-        out = F.scaled_dot_product_attention(q_BHTD.reshape(B, K, H // K, D), k_BKSD, v_BKSD, mask)
+    if mask is not None and (T == 1 or (H != K and not _kernel_groups_heads(q_BHTD, mask))):
+        # With a cache S >> T. The H / K query heads of a key/value head, T rows each, become H / K * T rows of one
+        # head, so that no kernel ever repeats K and V: only the small q and mask take another form.
+        mask = mask if T == 1 else mask.repeat(1, 1, H // K, 1)
+        out = F.scaled_dot_product_attention(q_BHTD.reshape(B, K, H // K * T, D), k_BKSD, v_BKSD, mask)
         return out.reshape(B, H, T, D)  # not view: the memory-efficient kernel returns another memory layout
     if H != K and not _kernel_groups_heads(q_BHTD, mask):
         k_BKSD, v_BKSD = k_BKSD.repeat_interleave(H // K, dim=1), v_BKSD.repeat_interleave(H // K, dim=1)
@@ -140,19 +141,19 @@ class Attention(nn.Module):
         v = v_BTKD.transpose(1, 2)
         if cache is not None:
             k_all, v_all = cache.update(self.layer, k, v, pos)
-            if mask is not None:  # without a mask the tokens start at position 0, and their own keys are all there is
+            if mask is not None:  # without a mask the tokens start at position 0, and attend to each other alone
                 k, v = k_all, v_all
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). Meta's names: w1 is the gate, w3 is up, w2 is down."""
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # gate
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)  # down
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
     def random(
         cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> Transformer:
-        """A model of random weights, made in `dtype` on `device`: never in fp32 first, nor in another place."""
+        """A model of random weights, made in `dtype` on `device` at once, not in fp32 on the CPU first."""
         with torch.device("meta"):
             model = cls(args)
         model = model.to(dtype).to_empty(device=device)
@@ -246,9 +247,7 @@ class Transformer(nn.Module):
         else:
             key_pos = pos[:, None, None] if cache is None else torch.arange(cache.max_len, device=pos.device)
             mask = key_pos <= pos[:, None, :, None]  # [B, 1, T, S]
-            if (
-                cache is None
-            ):  # positions that start again begin another text, which the ones before cannot be seen from
+            if cache is None:  # positions that start again begin a new text, which does not see those before it
                 start = pos - torch.arange(T, device=pos.device)
                 mask = mask & (start[:, None, None] == start[:, None, :, None])
             pos_BT = pos
@@ -266,9 +265,9 @@ class Transformer(nn.Module):
         """Logits [B, T, V] in the dtype of the weights.
 
         tokens: [B, T] int64.
-        pos: [B, T] int64, the position of each token, default 0..T-1 in every row; it alone drives RoPE, the cache
-            writes and the mask (a key is visible where its position is <= the query's). Without a cache a row may
-            hold several texts end to end, each with positions from 0: they do not see each other.
+        pos: [B, T] int64, the position of each token, default 0..T-1 in every sequence; it alone drives RoPE, the
+            cache writes and the mask (a key is visible where its position is <= the query's). Without a cache a
+            sequence may hold several texts end to end, each with positions from 0: they do not see each other.
         cache: keys and values of earlier positions are read from it and those of `tokens` written to it; None is
             "KV cache off", and the form used in training.
         """

@@ -11,8 +11,8 @@ A decode step spends its time on reading weights, so half or a quarter of the by
 
 Tables (embedding and head, mostly one and the same) have int8 also in an int4 model: their rows are looked up and
 multiplied alike, and the head is what the logits hang on. Norms keep their precision, and say what dtype the model
-computes in. No weight is ever widened as a whole: in a decode step its codes are (kernels/decode_step.py on a CPU,
-kernels/triton_ops.py on a GPU), and else a slab of rows at a time is, in the dtype of x, and multiplied.
+computes in. No weight is ever widened as a whole: in a decode step its codes are (kernels/cpu/decode_step.py on a CPU,
+kernels/gpu/triton_ops.py on a GPU), and else a slab of rows at a time is, in the dtype of x, and multiplied.
 
 Layout of int4: each 32 columns of a row are 16 bytes; byte j holds column j in its low nibble and column j + 16 in its
 high one; nibble c stands for code c - 8. So one shift and two masks give 32 codes in order.
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.errors import InputError
-from llama.kernels.gpu import available as gpu
+from llama.kernels import gpu
 from llama.model import TokenEmbedding, Transformer
 from llama.surgery import FrozenLinear, replace_modules
 

@@ -3,13 +3,13 @@
     sgd = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
 
     LeanRMSNorm      keeps its input and one number for each position; the plain one keeps four tensors of that size
-    LeanAttention    rotates in one operation that keeps nothing; on AMX, gradients by kernels/attention.c
+    LeanAttention    rotates in one operation that keeps nothing; on AMX, gradients by kernels/cpu/attention_backward.c
     LeanFeedForward  keeps gate and up, two of the four tensors of the hidden size
     LeanLinear       under autocast, the 16-bit copy of a weight lives as long as one product, not the whole step
     LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
     InBackward       where the weights themselves are trained: SGD as soon as a gradient is known, so that none is kept
 
-The logits are lean in lean_loss.py, and kernels/train_ops.py holds the arithmetic. With SGD inside the backward pass a
+The logits are lean in lean_loss.py, the arithmetic in kernels/cpu/train_ops.py. With SGD inside the backward pass a
 weight has one chance to move: no accumulation, no clipping, no momentum, no loss scale. The results are those of the
 plain parts up to the order of additions; under autocast, gradients that meet are added in 16 bits instead of 32. Tests
 compare the two part by part.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from llama.kernels.cpu import attention, train_ops
+from llama.kernels.cpu import attention_backward, train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
 from llama.surgery import FrozenLinear, compute_dtype, replace_modules
@@ -257,8 +257,8 @@ class LeanAttention(Attention):
             return super().forward(x, freqs_cis, mask, pos, cache)
         q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q_BTHD, k_BTKD = (_Rotation.apply(part, freqs_cis) for part in (q_BTHD, k_BTKD))
-        if mask is None and attention.supports(q_BTHD):
-            return self.wo(attention.causal_attention(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
+        if mask is None and attention_backward.supports(q_BTHD):
+            return self.wo(attention_backward.causal_attention(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
         q, k, v = (part.transpose(1, 2) for part in (q_BTHD, k_BTKD, v_BTKD))
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 

@@ -20,8 +20,8 @@ from benchmarks.rows import Row
 from llama import cli
 from llama.config import PRESETS
 from llama.errors import InputError
+from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, train_ops
-from llama.kernels.gpu import available as gpu
 from reports import tables
 from reports.render import markdown
 

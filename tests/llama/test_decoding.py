@@ -16,8 +16,8 @@ from llama import Llama, Tokenizer, lora
 from llama.config import PRESETS
 from llama.decoding import CapturedStep, Decoder, EagerStep, _last_hidden
 from llama.errors import InputError
+from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native, prefill
-from llama.kernels.gpu import available as gpu
 from llama.speculative import ModelDraft, PromptLookup, Speculation
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, random_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,7 +147,7 @@ def test_training_needs_no_cache_and_every_weight_gets_a_gradient():
 
 def test_the_cache_is_written_and_holds_what_was_asked_for(model):
     cache = new_cache(model, 2, 6)
-    assert cache.nbytes == SMALL.kv_cache_bytes(2, 6, 4) == 2 * cache.k.numel() * 4
+    assert cache.k.nbytes + cache.v.nbytes == SMALL.kv_cache_bytes(2, 6, 4) == 2 * cache.k.numel() * 4
     with torch.no_grad():
         model(random_tokens(2, 4), None, cache)
         assert cache.k[:, :, :, :4].abs().amin(-1).gt(0).all() and not cache.k[:, :, :, 4:].any()
@@ -210,14 +211,6 @@ def test_flop_count(args):
     assert args.forward_flops(9, logit_rows=0) == sum(per_token)
 
 
-def test_decode_bytes():
-    args = PRESETS["llama3.2-1b"]
-    assert args.decode_bytes(1, 0, 2) == args.weight_bytes(2) == 2_471_628_800
-    assert args.decode_bytes(8, 100, 2) - args.decode_bytes(8, 0, 2) == 8 * 100 * 32_768
-    untied = PRESETS["llama3.1-8b"]
-    assert untied.weight_bytes(2) - untied.decode_bytes(1, 0, 2) == 128_256 * 4096 * 2
-
-
 def test_params_round_trip_and_stay_metas_where_the_shape_says_the_rest():
     for args in PRESETS.values():
         assert ModelArgs.from_params(args.to_params()) == args
@@ -229,3 +222,27 @@ def test_params_round_trip_and_stay_metas_where_the_shape_says_the_rest():
 def test_scaling_factor_follows_from_the_shape(preset):
     expected = {"llama3.2-1b": 32.0, "llama3.2-3b": 32.0, "llama3.1-8b": 8.0}[preset]
     assert PRESETS[preset].rope_scale_factor == expected
+
+
+@pytest.mark.parametrize(("T", "S", "n_heads", "n_kv_heads"), [(1, 9, 4, 2), (5, 9, 4, 2), (9, 40, 8, 1), (3, 7, 2, 2)])
+def test_a_masked_query_of_several_tokens_never_repeats_the_cache(monkeypatch, T, S, n_heads, n_kv_heads):
+    """As on a GPU, whose masked kernels take no groups: K and V go in as they are; as exact as with repeated heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, n_heads, T, 16), (3, n_kv_heads, S, 16), (3, n_kv_heads, S, 16)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    last = torch.tensor([0, 1, S - T])
+    mask = torch.arange(S) <= (last[:, None] + torch.arange(T))[:, None, :, None]
+    exact = attend(q.double(), k.double(), v.double(), mask)
+    plain = attend(q, k, v, mask)
+    taken, product = [], F.scaled_dot_product_attention
+
+    def spy(*args, **named):
+        taken.append(args)
+        return product(*args, **named)
+
+    monkeypatch.setattr("llama.model._kernel_groups_heads", lambda q, mask: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    folded = attend(q, k, v, mask)
+    assert taken[0][1] is k and taken[0][2] is v
+    torch.testing.assert_close(attend(q.double(), k.double(), v.double(), mask), exact, atol=1e-12, rtol=0)
+    assert folded.shape == exact.shape and (folded - exact).norm() <= 2 * (plain - exact).norm() + 1e-7 * exact.norm()

@@ -213,9 +213,14 @@ def test_floors_of_quantized_weights_count_the_bytes_that_lie_in_memory():
         assert floors.weight_bytes(model) == n_bytes
         table = model.tok_embeddings.weight.nbytes + model.tok_embeddings.scales.nbytes
         assert floors.decode_bytes(model, 3, 10) == n_bytes - table + OTHER.kv_cache_bytes(3, 10, 2)
-    for args in (WIDE, OTHER):
-        plain = random_model(args).bfloat16()
-        assert floors.decode_bytes(plain, 3, 10) == args.decode_bytes(3, 10, 2)
+
+
+def test_floors_of_plain_weights_count_a_tied_table_as_the_head_and_leave_out_an_untied_one():
+    with torch.device("meta"):
+        tied, untied = (Transformer(PRESETS[name]).bfloat16() for name in ("llama3.2-1b", "llama3.1-8b"))
+    assert floors.decode_bytes(tied, 1, 0) == tied.args.weight_bytes(2) == 2_471_628_800
+    assert floors.decode_bytes(tied, 8, 100) - floors.decode_bytes(tied, 8, 0) == 8 * 100 * 32_768
+    assert untied.args.weight_bytes(2) - floors.decode_bytes(untied, 1, 0) == 128_256 * 4096 * 2
 
 
 @pytest.mark.slow

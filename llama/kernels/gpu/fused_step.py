@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.cache import KVCache
-from llama.kernels.gpu import available as gpu
+from llama.kernels import gpu
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, attend, rope_table
 
 PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm}  # whose forward this takes the place of

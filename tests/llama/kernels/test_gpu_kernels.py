@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import KVCache, Llama, Tokenizer, Transformer, lora
 from llama.decoding import Decoder, EagerStep
-from llama.kernels.gpu import available as gpu
+from llama.kernels import gpu
 from llama.kernels.gpu import fused_step
 from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
 from llama.pruning import keep_units
@@ -194,7 +194,8 @@ def test_fused_step_is_as_exact_as_the_eager_one(ops, device, batch_size, n_toke
         for name, cls in (("fused", fused_step.FusedStep), ("eager", EagerStep), ("exact", EagerStep)):
             kept = copy.deepcopy(model).to(device, torch.float64 if name == "exact" else dtype)
             cache = full_cache(args, batch_size, 21, kept.dtype)
-            cache.k, cache.v, cache.rows = cache.k.to(device), cache.v.to(device), cache.rows.to(device)
+            cache.k, cache.v = cache.k.to(device), cache.v.to(device)
+            cache.sequences = cache.sequences.to(device)
             assert name == "exact" or fused_step.supports(kept)
             logits = cls(kept, cache)(tokens.to(device), pos.to(device))
             runs[name] = [part.double() for part in (logits, cache.k, cache.v)]

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama.kernels.cpu import attention
+from llama.kernels.cpu import attention_backward
 
-pytestmark = pytest.mark.skipif(attention.library() is None, reason="no AMX, or no C compiler")
+pytestmark = pytest.mark.skipif(attention_backward.library() is None, reason="no AMX, or no C compiler")
 BF16 = torch.bfloat16
 
 
@@ -36,14 +36,14 @@ def test_gradients(T, H, K, D):
     d_out = draw(2, T, H, D, seed=3)
     exact = results(plain, given, d_out, torch.float64)
     theirs = results(plain, given, d_out, BF16)
-    ours = results(attention.causal_attention, given, d_out, BF16)
+    ours = results(attention_backward.causal_attention, given, d_out, BF16)
     for found, usual, wanted in zip(ours, theirs, exact, strict=True):
         assert (found - wanted).norm() <= 2 * (usual - wanted).norm() + wanted.norm() / 512
 
 
 def test_the_same_bits_every_time():
     given, d_out = [draw(2, 70, heads, 64, seed=heads) for heads in (8, 4, 4)], draw(2, 70, 8, 64, seed=9)
-    first, second = (results(attention.causal_attention, given, d_out, BF16) for _ in range(2))
+    first, second = (results(attention_backward.causal_attention, given, d_out, BF16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -51,7 +51,7 @@ def test_the_same_bits_every_time():
 def test_what_is_not_finite_stays_so(bad):
     given, d_out = [draw(1, 40, heads, 64, seed=heads) for heads in (2, 1, 1)], draw(1, 40, 2, 64, seed=9)
     d_out[0, 39, 1, 5] = bad
-    _, dq, dk, dv = results(attention.causal_attention, given, d_out, BF16)
+    _, dq, dk, dv = results(attention_backward.causal_attention, given, d_out, BF16)
     assert not dq[0, 39, 1].isfinite().all() and dq[0, 39, 0].isfinite().all() and dq[0, 38].isfinite().all()
     assert not dk.isfinite().all() and not dv.isfinite().all()
 
@@ -59,5 +59,5 @@ def test_what_is_not_finite_stays_so(bad):
 def test_fake_tensors_are_not_read():
     with FakeTensorMode():
         q, k, v = (torch.empty(1, 40, heads, 64, dtype=BF16, requires_grad=True) for heads in (2, 1, 1))
-        attention.causal_attention(q, k, v).sum().backward()
+        attention_backward.causal_attention(q, k, v).sum().backward()
         assert q.grad.shape == q.shape and k.grad.shape == k.shape

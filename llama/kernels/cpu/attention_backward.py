@@ -1,8 +1,8 @@
 """Causal attention for training: PyTorch's flash attention forward, and gradients by a kernel of our own on AMX.
 
 On two cores, 512 tokens and 32 heads of 64, PyTorch's own backward pass takes 51 ms in bfloat16, six times as long as
-its forward pass and a sixth of a LoRA step of Llama 3.2 1B. attention.c says how the gradients are made. The slow twin
-is `F.scaled_dot_product_attention`.
+its forward pass and a sixth of a LoRA step of Llama 3.2 1B. The .c file says how the gradients are made. Its slow twin:
+`F.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where this machine cannot run it: no AMX, no C compiler."""
     if not torch.cpu._is_amx_tile_supported():
         return None
-    loaded = native.load("attention", FLAGS)
+    loaded = native.load("attention_backward", FLAGS)
     if loaded is None or loaded.attention_init() != 0:
         return None
     loaded.attention_backward.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 5
