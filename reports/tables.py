@@ -7,6 +7,7 @@ render.py turns those into Markdown, which the terminal shows too, HTML and Typs
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -99,30 +100,19 @@ def generation_details(rows: list[Row]) -> list[Table]:
         own = cache + (f", {weights_of(row)}" if len(formats) > 1 else "")
         return f"batch {row.cell['batch_size']}, {row.cell['engine']}" + own * (row.cell["engine"] == "llama")
 
-    columns: dict[str, Column] = {
-        "configuration": label,
-        "runtime (s)": runs("runtime_s", ".2f"),
-        "runtime vs. limit": metric("runtime_over_floor_x", ".2f"),
-        "TTFT (s)": metric("ttft_s", ".3f"),
-        "TTFT vs. limit": metric("ttft_over_floor_x", ".2f"),
-        "TPOT (ms)": metric("tpot_s", ",.1f", 1e3),
-        "TPOT vs. limit": metric("tpot_over_floor_x", ".2f"),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-        "memory vs. limit": metric("peak_memory_over_floor_x", ".2f"),
-        "time relative to ours": relative(lambda row: ours.get(row.cell["batch_size"]), "runtime_s"),
-    }
+    columns = {"configuration": label, "runtime (s)": runs("runtime_s", ".2f")}
+    columns |= {"runtime vs. limit": metric("runtime_over_floor_x", ".2f"), "TTFT (s)": metric("ttft_s", ".3f")}
+    columns |= {"TTFT vs. limit": metric("ttft_over_floor_x", ".2f"), "TPOT (ms)": metric("tpot_s", ",.1f", 1e3)}
+    columns |= {"TPOT vs. limit": metric("tpot_over_floor_x", ".2f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"memory vs. limit": metric("peak_memory_over_floor_x", ".2f")}
+    columns |= {"time relative to ours": relative(lambda row: ours.get(row.cell["batch_size"]), "runtime_s")}
     note = f"TTFT: time to first token. TPOT: time per output token after it. {RELATIVE}."
-    limits: dict[str, Column] = {
-        "configuration": label,
-        "prompt (s)": metric("floor_ttft_s", ".3f"),
-        "step (ms)": metric("floor_tpot_s", ",.1f", 1e3),
-        "runtime (s)": metric("floor_runtime_s", ".2f"),
-        "memory (MB)": metric("floor_peak_memory_mb", ",.0f"),
-        "read per step (GB)": metric("step_bytes_gb", ".2f"),
-        "reading (GB/s)": metric("read_gb_s", ".1f"),
-        "products (TFLOP/s)": metric("product_tflop_s", ".3f"),
-        "larger part": _larger_part,
-    }
+    limits = {"configuration": label, "prompt (s)": metric("floor_ttft_s", ".3f")}
+    limits |= {"step (ms)": metric("floor_tpot_s", ",.1f", 1e3), "runtime (s)": metric("floor_runtime_s", ".2f")}
+    limits |= {"memory (MB)": metric("floor_peak_memory_mb", ",.0f")}
+    limits |= {"read per step (GB)": metric("step_bytes_gb", ".2f"), "reading (GB/s)": metric("read_gb_s", ".1f")}
+    limits |= {"products (TFLOP/s)": metric("product_tflop_s", ".3f"), "larger part": _larger_part}
     about = (
         "Both rates are measured in the same round. A step reads each weight as it is stored, and the cached keys and "
         "values, once at the best rate of any reading kernel; a prompt, and without the cache every token, takes its "
@@ -258,27 +248,26 @@ def step_details(rows: list[Row]) -> list[Table]:
     """Every cell with its spread, the hardware limit and the predicted peak; then what checkpointing gains."""
     rows.sort(key=step_order)
 
-    def like(row: Row, is_wanted: bool, **changes: Any) -> Row | None:
-        same = {name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)}
-        return newest(rows, **same | changes) if is_wanted else None
+    def like(row: Row, **changes: Any) -> Row | None:
+        return newest(rows, **{name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)} | changes)
 
     def plain(row: Row) -> Row | None:
-        return like(row, row.cell["checkpointing"], checkpointing=False)
+        return like(row, checkpointing=False) if row.cell["checkpointing"] else None
 
     def ours(row: Row) -> Row | None:
-        return like(row, row.cell["engine"] != "llama", engine="llama", lean=True)
+        return like(row, engine="llama", lean=True) if row.cell["engine"] != "llama" else None
 
-    columns: dict[str, Column] = {
-        "configuration": step_label,
-        "time per step (s)": runs("step_s", ".2f"),
-        "time vs. limit": metric("step_over_floor_x", ".2f"),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-        "predicted (MB)": metric("expected_peak_memory_mb", ",.0f"),
-        "predicted / measured": lambda row: ratio(row, row, "expected_peak_memory_mb", ".3f", "peak_memory_mb"),
-        "time relative to no checkpointing": relative(plain, "step_s"),
-        "time relative to ours": relative(ours, "step_s"),
-        "memory relative to ours": relative(ours, "peak_memory_mb"),
-    }
+    def recomputed(row: Row) -> Row | None:
+        return like(row, checkpointing=True)
+
+    columns = {"configuration": step_label, "time per step (s)": runs("step_s", ".2f")}
+    columns |= {"time vs. limit": metric("step_over_floor_x", ".2f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"predicted (MB)": metric("expected_peak_memory_mb", ",.0f")}
+    columns |= {"predicted / measured": lambda row: ratio(row, row, "expected_peak_memory_mb", ".3f", "peak_memory_mb")}
+    columns |= {"time relative to no checkpointing": relative(plain, "step_s")}
+    columns |= {"time relative to ours": relative(ours, "step_s")}
+    columns |= {"memory relative to ours": relative(ours, "peak_memory_mb")}
     note = (
         f"A step is forward, backward and the optimizer's step. {RELATIVE}, the time of the step's matrix products, "
         "recomputed ones included, at the best rate of the network's own largest products in the same round. Ours, for "
@@ -286,19 +275,15 @@ def step_details(rows: list[Row]) -> list[Table]:
     )
     tables = [table("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)]
     whole = chosen(rows, checkpointing=False, batch_size=1, accumulation=1, engine="llama")
-    pairs = {row.line: (row, like(row, True, checkpointing=True)) for row in whole}
-    paired = [row for row in whole if pairs[row.line][1] is not None]
-    gain: dict[str, Column] = {
-        "mode": lambda row: step_label(row).removeprefix("llama, "),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-        "all recomputed (MB)": lambda row: figure(pairs[row.line][1], "peak_memory_mb", ",.0f"),
-        "time per step (s)": metric("step_s", ".2f"),
-        "all recomputed (s)": lambda row: figure(pairs[row.line][1], "step_s", ".2f"),
-        "MB saved per second": lambda row: _saved(*pairs[row.line]),
-    }
+    paired = [row for row in whole if recomputed(row) is not None]
+    gain = {"mode": lambda row: step_label(row).removeprefix("llama, ")}
+    gain |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    gain |= {"all recomputed (MB)": lambda row: figure(recomputed(row), "peak_memory_mb", ",.0f")}
+    gain |= {"time per step (s)": metric("step_s", ".2f")}
+    gain |= {"all recomputed (s)": lambda row: figure(recomputed(row), "step_s", ".2f")}
+    gain |= {"MB saved per second": lambda row: _saved(row, recomputed(row))}
     title = f"{_steps_title(rows)}: no layer recomputed, and all of them"
-    gained = table("gain", title, paired, gain)
-    return [*tables, gained] if paired else tables
+    return tables + ([table("gain", title, paired, gain)] if paired else [])
 
 
 def _saved(whole: Row, recomputed: Row) -> Cell:
@@ -317,19 +302,13 @@ def _saved(whole: Row, recomputed: Row) -> Cell:
 def estimates(rows: list[Row]) -> list[Table]:
     """What the memory of a step is predicted to be at its peak, by category, and whether it fits."""
     limit = rows[0].cell["limit_gb"]
-    columns: dict[str, Column] = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
+    columns = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {name: metric(f"{name}_at_peak_mb", ",.0f") for name in memory.CATEGORIES}
-    columns[f"within {limit:g} GB"] = lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"
+    columns |= {f"within {limit:g} GB": lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"}
     note = "Predicted, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside."
-    return [
-        table(
-            "estimates",
-            f"{_steps_title(rows)}: predicted memory at the peak",
-            sorted(rows, key=step_order),
-            columns,
-            note,
-        )
-    ]
+    rows = sorted((row for row in rows if row.metrics), key=step_order)
+    title = "predicted memory at the peak of a step"
+    return [table("estimates", f"{_steps_title(rows)}: {title}", rows, columns, note)] if rows else []
 
 
 @per_setting("model", dtype=False)
@@ -339,15 +318,10 @@ def learning(rows: list[Row]) -> list[Table]:
     def right(name: str) -> Column:
         return lambda row: (figure(row, name, ".0f"), " of ", figure(row, "held_out_asked", ".0f"))
 
-    columns: dict[str, Column] = {
-        "preset": word("preset"),
-        "held-out loss before": metric("held_out_loss_before_nats", ".3f"),
-        "held-out loss after": metric("held_out_loss_nats", ".3f"),
-        "right answers before": right("held_out_right_before"),
-        "right answers after": right("held_out_right"),
-        "steps": metric("step_s", ",.0f", stat="n"),
-        "time per step (s)": metric("step_s", ".3f"),
-    }
+    columns = {"preset": word("preset"), "held-out loss before": metric("held_out_loss_before_nats", ".3f")}
+    columns |= {"held-out loss after": metric("held_out_loss_nats", ".3f")}
+    columns |= {"right answers before": right("held_out_right_before"), "right answers after": right("held_out_right")}
+    columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".3f")}
     note = "Loss in nats per label token, on held-out samples; a right answer is the sample's word for word."
     return [table("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)]
 
@@ -363,7 +337,7 @@ def answers(rows: Sequence[Row]) -> list[Table]:
 @per_setting("data", "data_sha256", "tokens", "context", "stride", "batch_size", dtype=False)
 def perplexity(rows: list[Row]) -> list[Table]:
     """Models on a text, and how each compares with the one that it was measured against."""
-    columns: dict[str, Column] = {
+    columns = {
         "model": lambda row: (
             f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}, {row.data['dtype']}"
         ),
@@ -407,18 +381,12 @@ def embedded(rows: list[Row]) -> list[Table]:
     def minutes(row: Row) -> Cell:
         return computed("{} * {} / 60", lambda n, s: n * s / 60, ",.0f", (row, "train_steps"), (row, "step_s"))
 
-    columns: dict[str, Column] = {
-        "model": word("model"),
-        "parameters": metric("parameters", ",.0f"),
-        "file (MB)": metric("file_mb", ".2f"),
-        "training steps": metric("train_steps", ",.0f"),
-        "time per step (s)": metric("step_s", ".2f"),
-        "training (min)": minutes,
-        "held-out loss": metric("held_out_loss_nats", ".3f"),
-        "perplexity": per_token("held_out_loss_nats"),
-        "loss on stories": metric("held_out_story_loss_nats", ".3f"),
-        "perplexity on stories": per_token("held_out_story_loss_nats"),
-    }
+    columns = {"model": word("model"), "parameters": metric("parameters", ",.0f")}
+    columns |= {"file (MB)": metric("file_mb", ".2f"), "training steps": metric("train_steps", ",.0f")}
+    columns |= {"time per step (s)": metric("step_s", ".2f"), "training (min)": minutes}
+    columns |= {"held-out loss": metric("held_out_loss_nats", ".3f"), "perplexity": per_token("held_out_loss_nats")}
+    columns |= {"loss on stories": metric("held_out_story_loss_nats", ".3f")}
+    columns |= {"perplexity on stories": per_token("held_out_story_loss_nats")}
     return [table("embedded", "The embedded models", rows, columns)]
 
 
@@ -428,15 +396,10 @@ def embedded(rows: list[Row]) -> list[Table]:
 @per_setting("model", dtype=False)
 def loading(rows: list[Row]) -> list[Table]:
     """How long a checkpoint takes to load, and how much memory."""
-    columns: dict[str, Column] = {
-        "layout": word("layout"),
-        "stored as": word("stored"),
-        "loaded as": lambda row: row.data["dtype"],
-        "returns after (s)": metric("load_s", ".2f"),
-        "ready after (s)": metric("ready_s", ".2f"),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-        "relative to the weights": metric("peak_over_weights_x", ".3f"),
-    }
+    columns = {"layout": word("layout"), "stored as": word("stored"), "loaded as": lambda row: row.data["dtype"]}
+    columns |= {"returns after (s)": metric("load_s", ".2f"), "ready after (s)": metric("ready_s", ".2f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"relative to the weights": metric("peak_over_weights_x", ".3f")}
     note = "Each load in a fresh process, its file in the page cache. Ready: every weight has been read once."
     return [table("loading", f"Loading {rows[0].cell['model']}", rows, columns, note)]
 
@@ -455,20 +418,14 @@ def ladder(rows: list[Row]) -> list[Table]:
         every = computed("{} * {}", operator.mul, ",.0f", (row, "cell.prompts"), (row, "cell.output_len"))
         return (same, " of ", every) if isinstance(same, Figure) else same
 
-    columns: dict[str, Column] = {
-        "row": lambda row: f"{row.cell['row']}. {row.cell['name']}",
-        "changes row": lambda row: str(row.cell["changes"] or "-"),
-        "text": word("text"),
-        "runtime (s)": runs("runtime_s", ".3f"),
-        "tokens/s": metric("tokens_per_s", ",.0f"),
-        "times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s"),
-        "as the first": faster(first, "runtime_s"),
-        "same tokens": same_tokens,
-        "weights (MB)": metric("weights_mb", ",.1f"),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-        "perplexity": metric("perplexity_x", ".4f"),
-        "tested by": lambda row: row.data.get("series", {}).get("test", ["-"])[0].rpartition("::")[2],
-    }
+    columns = {"row": lambda row: f"{row.cell['row']}. {row.cell['name']}"}
+    columns |= {"changes row": lambda row: str(row.cell["changes"] or "-"), "text": word("text")}
+    columns |= {"runtime (s)": runs("runtime_s", ".3f"), "tokens/s": metric("tokens_per_s", ",.0f")}
+    columns |= {"times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s")}
+    columns |= {"as the first": faster(first, "runtime_s"), "same tokens": same_tokens}
+    columns |= {"weights (MB)": metric("weights_mb", ",.1f"), "peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"perplexity": metric("perplexity_x", ".4f")}
+    columns |= {"tested by": lambda row: row.data.get("series", {}).get("test", ["-"])[0].rpartition("::")[2]}
     title = f"{rows[0].cell['model']}: one change per row"
     return [table("ladder", title, rows, columns, *_ladder_notes(rows))]
 
@@ -489,13 +446,9 @@ def _ladder_notes(rows: Sequence[Row]) -> list[Cell]:
 def drafts(rows: list[Row]) -> list[Table]:
     """What speculative decoding brings over the row that it changes."""
     used = [row for row in sorted(rows, key=lambda row: row.cell["row"]) if row.cell.get("draft") and row.metrics]
-    columns: dict[str, Column] = {
-        "draft": word("name"),
-        "text": word("text"),
-        "times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s"),
-        "acceptance rate": metric("acceptance", ".2f"),
-        "tokens per round": metric("tokens_a_round", ".2f"),
-    }
+    columns = {"draft": word("name"), "text": word("text")}
+    columns |= {"times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s")}
+    columns |= {"acceptance rate": metric("acceptance", ".2f"), "tokens per round": metric("tokens_a_round", ".2f")}
     return [table("drafts", f"{rows[0].cell['model']}: speculative decoding", used, columns)] if used else []
 
 
@@ -513,18 +466,13 @@ def kernels(rows: list[Row]) -> list[Table]:
     def operation(row: Row) -> str:
         return row.cell["operation"] + (f", {row.cell['weights']}" if row.cell.get("weights") else "")
 
-    columns: dict[str, Column] = {
-        "operation": operation,
-        "operands": word("shape"),
-        "kernel (ms)": lambda row: spread(ours(row), "run_s", ".3f", 1e3),
-        "plain (ms)": runs("run_s", ".3f", 1e3),
-        "times as fast": kernel("plain_over_kernel_x", ".2f"),
-        "as F.linear in 16 bits": kernel("linear_over_kernel_x", ".2f"),
-        "moved (MB)": lambda row: figure(ours(row) or row, "moved_mb", ",.1f"),
-        "moved (GB/s)": kernel("moved_gb_s", ".1f"),
-        "share of memory bandwidth": kernel("of_reading_x", ".2f"),
-        "tested by": word("equality"),
-    }
+    columns = {"operation": operation, "operands": word("shape")}
+    columns |= {"kernel (ms)": lambda row: spread(ours(row), "run_s", ".3f", 1e3)}
+    columns |= {"plain (ms)": runs("run_s", ".3f", 1e3), "times as fast": kernel("plain_over_kernel_x", ".2f")}
+    columns |= {"as F.linear in 16 bits": kernel("linear_over_kernel_x", ".2f")}
+    columns |= {"moved (MB)": lambda row: figure(ours(row) or row, "moved_mb", ",.1f")}
+    columns |= {"moved (GB/s)": kernel("moved_gb_s", ".1f"), "share of memory bandwidth": kernel("of_reading_x", ".2f")}
+    columns |= {"tested by": word("equality")}
     slower = [
         f"{operation(row)} ({row.cell['shape']})"
         for row in twins
@@ -541,13 +489,7 @@ def kernels(rows: list[Row]) -> list[Table]:
         least, most = (figure(row, "read_gb_s", ".1f") for row in (read[0], read[-1]))
         note.append((words, least, " to ", most, " GB/s; activations may lie in caches, which are faster."))
     title = "{model}: kernels, {part}".format_map(rows[0].cell)
-    return [Table("kernels", title, *_grid(twins, columns), note, rows)]
-
-
-def _grid(rows: Sequence[Row], columns: dict[str, Column]) -> tuple[list[str], list[list[Cell]]]:
-    """Head and body of a table that also says something of rows without a line of their own."""
-    shown = table("", "", rows, columns)
-    return list(shown.head), [list(line) for line in shown.body]
+    return [dataclasses.replace(table("kernels", title, twins, columns, *note), rows=rows)]
 
 
 @per_setting("model", "batch_size", "lr")
@@ -582,16 +524,11 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
 def pruning_speed(rows: list[Row]) -> list[Table]:
     """First token and decode step of a model with fewer and fewer hidden units, beside those of the whole one."""
     rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
-    columns: dict[str, Column] = {
-        "share": lambda row: f"{row.cell['share']:g}",
-        "parameters": metric("parameters", ",.0f"),
-        "stored (MB)": metric("stored_mb", ",.1f"),
-        "TTFT (ms)": runs("ttft_s", ",.2f", 1e3),
-        "TTFT, times as fast": faster(lambda _: rows[0], "ttft_s"),
-        "TPOT (ms)": runs("tpot_s", ",.2f", 1e3),
-        "TPOT, times as fast": faster(lambda _: rows[0], "tpot_s"),
-        "TPOT vs. limit": lambda row: ratio(row, row, "tpot_s", other="floor_tpot_s"),
-    }
+    columns = {"share": lambda row: f"{row.cell['share']:g}", "parameters": metric("parameters", ",.0f")}
+    columns |= {"stored (MB)": metric("stored_mb", ",.1f"), "TTFT (ms)": runs("ttft_s", ",.2f", 1e3)}
+    columns |= {"TTFT, times as fast": faster(lambda _: rows[0], "ttft_s"), "TPOT (ms)": runs("tpot_s", ",.2f", 1e3)}
+    columns |= {"TPOT, times as fast": faster(lambda _: rows[0], "tpot_s")}
+    columns |= {"TPOT vs. limit": lambda row: ratio(row, row, "tpot_s", other="floor_tpot_s")}
     note = (
         "Share: of the hidden units that are taken out. TTFT: time to first token. TPOT: time per output token after "
         f"it. {RELATIVE}, the time in which the best reading kernel goes through a step's bytes."
