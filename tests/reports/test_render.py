@@ -30,7 +30,8 @@ class Cells(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.open.append(tag)
+        if tag != "wbr":  # where a long name may break; it has no end
+            self.open.append(tag)
         if tag == "tr":
             self.lines.append([])
         elif tag in ("th", "td"):
