@@ -274,7 +274,7 @@ class Llama:
             if not 1 <= len(prompt) <= self.max_seq_len:
                 raise InputError(
                     f"prompt {row} has {len(prompt)} tokens, outside 1 to max_seq_len {self.max_seq_len}; "
-                    "shorten it or raise --max_seq_len"
+                    "shorten it or raise max_seq_len"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
@@ -332,7 +332,7 @@ class Llama:
     ) -> Iterator[tuple[int, list[int], list[float]]]:
         """Yield a row's number, its next tokens and their log-probabilities, if asked for, up to where it ends."""
         if not use_cache:
-            raise InputError("speculative decoding needs the KV cache; leave out --draft or --use_cache=False")
+            raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         speculation.check(self.decoder, self.max_seq_len)
         for tokens, values, logits in speculation.rounds(
             self.decoder, prompts, batch.budgets, sampling, stops, logprobs
@@ -343,7 +343,7 @@ class Llama:
     def _require_finite(self, finite: Tensor) -> None:
         if not finite:
             dtype = devices.dtype_name(self.model.dtype)
-            remedy = "the weights are damaged" if dtype == "float32" else "try --dtype=float32"
+            remedy = "the weights are damaged" if dtype == "float32" else "try dtype=float32"
             raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 
     def _steps(self, batch: _Batch, sampling: Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -183,22 +183,22 @@ def keep_units(model: Transformer, n_units: int) -> Transformer:
 def check(args: ModelArgs, method: str, share: float, rounds: int = 1) -> None:
     """Raise InputError where this share of such a model cannot be cut so; method: magnitude or dimensions."""
     if method not in METHODS:
-        raise InputError(f"--method={method}: expected one of {', '.join(METHODS)}")
+        raise InputError(f"method={method}: expected one of {', '.join(METHODS)}")
     if not 0 < share < 1:
-        raise InputError(f"--share={share:g}: expected a number between 0 and 1, such as 0.5")
+        raise InputError(f"share={share:g}: expected a number between 0 and 1, such as 0.5")
     if method == "magnitude":
         least = args.dim * min(args.n_kv_heads * args.head_dim, args.ffn_dim)  # weights of the smallest matrix
         if not 0 < round(share * least) < least:
             left = "none" if share > 0.5 else "all"
-            raise InputError(f"--share={share:g}: {left} of the {least:,} weights of a matrix would be left")
+            raise InputError(f"share={share:g}: {left} of the {least:,} weights of a matrix would be left")
         return
     kept = kept_units(args.ffn_dim, share)
     if not 0 < kept < args.ffn_dim:
         left = f"{'none' if kept == 0 else 'all'} of {args.ffn_dim} hidden units would be left"
-        raise InputError(f"--share={share:g}: {left}; they go in groups of {UNITS}")
+        raise InputError(f"share={share:g}: {left}; they go in groups of {UNITS}")
     most = math.floor(share * args.ffn_dim / UNITS + 1e-9)
     if rounds > most:
-        raise InputError(f"--rounds={rounds}: this share is {most} groups of {UNITS} hidden units; use --rounds={most}")
+        raise InputError(f"rounds={rounds}: this share is {most} groups of {UNITS} hidden units; use rounds={most}")
 
 
 def require_plain(model: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Weight-only quantization: weights of 8 or 4 bits, activations of the usual kind.
 
     errors = quantize(model, Quantization(bits=8))      # swaps the layers; relative error of each matrix
-    python compress.py quantize --bits=4 --out_dir=runs/int4
 
 A decode step spends its time on reading weights, so half or a quarter of the bytes is worth nearly that much time.
 

@@ -13,7 +13,6 @@ c is what a draft token costs, in such steps:
 Unless k is fixed, it is chosen anew each round from the acceptance so far, and is 0, plain decoding, where no k pays.
 
     llama.generate(ids, 64, speculation=Speculation(PromptLookup()))
-    python inference.py, with the option draft=lookup
 
 Rejected tokens need no undoing: their slots in the cache lie beyond the row's position, and are overwritten before
 anything can see them. Left out on purpose: trees of draft tokens, drafts with another tokenizer, trained extra heads.

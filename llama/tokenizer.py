@@ -65,12 +65,12 @@ class Tokenizer:
     def __init__(self, model_path: str | Path) -> None:
         path = Path(model_path)
         if not path.is_file():
-            raise InputError(f"tokenizer {path} is not a file; pass --tokenizer_path")
+            raise InputError(f"tokenizer {path} is not a file; pass tokenizer_path=FILE")
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass --tokenizer_path") from error
+            raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass tokenizer_path=FILE") from error
         if len(data) > MAX_FILE_BYTES:
             raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is no tokenizer")
         self.backend = _backend_for(data, path)
@@ -138,7 +138,7 @@ def find_tokenizer(ckpt_dir: str | Path) -> Path:
     for path in (Path(ckpt_dir) / place for place in TOKENIZER_PLACES):
         if path.is_file():
             return path
-    raise InputError(f"{ckpt_dir} holds no tokenizer.model; pass --tokenizer_path")
+    raise InputError(f"{ckpt_dir} holds no tokenizer.model; pass tokenizer_path=FILE")
 
 
 def _backend_for(data: bytes, path: Path) -> _Tiktoken | _SentencePiece:

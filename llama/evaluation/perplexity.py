@@ -167,5 +167,5 @@ def _require_finite(model: Transformer, window: Window, nats: float) -> None:
         dtype = dtype_name(model.dtype)
         raise NonFinite(
             f"tokens {window.start} to {window.stop} of the text: the loss is not finite in {dtype} ({nats:g} nats); "
-            "use --dtype=float32, and if it already is, the weights are damaged"
+            "use dtype=float32, and if it already is, the weights are damaged"
         )

@@ -223,7 +223,7 @@ def test_truncated_sentencepiece_model(tmp_path, llama2_tokenizer):
 
 
 def test_where_a_tokenizer_is_looked_for(tmp_path):
-    with pytest.raises(InputError, match="--tokenizer_path"):
+    with pytest.raises(InputError, match="tokenizer_path=FILE"):
         find_tokenizer(tmp_path)
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tokenizer.model").touch()
