@@ -63,7 +63,7 @@ class Options(cli.Options):
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
-    adapter: str | None = option(None, "directory of a LoRA adapter for the model, from finetuning.py or PEFT")
+    adapter: str | None = option(None, cli.ADAPTER)
     data: str | None = option(
         None,
         "a text file in UTF-8, scored as it is after one begin-of-text token; models with the embedded model's "

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from llama import files, lora
 from llama.device import device_name
 from llama.errors import InputError
+from llama.quantization import Quantization
 
 OUTPUT_FLAGS = ("--results", "--figure", "--out_dir", "--work_dir")
 FIELDS = {"experiment": str, "cell": dict, "metrics": dict, "device": dict, "dtype": str, "threads": int}
@@ -86,6 +88,21 @@ def record(
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(data) + "\n")
     return Row(path.name, line + 1, data)
+
+
+def model_cell(name: str, quantization: Quantization | None, adapter: Path | None) -> dict[str, Any]:
+    """What the cell of a row says of a model: its name, and where it has them the format of its weights and an adapter.
+
+    An adapter is known by its content as well: every run of finetuning.py calls its own `adapter`.
+    """
+    cell: dict[str, Any] = {"model": name}
+    if quantization is not None:
+        cell["weights"] = f"int{quantization.bits}"
+    if quantization is not None and quantization.group_size is not None:
+        cell["group_size"] = quantization.group_size
+    if adapter is not None:
+        cell |= {"adapter": adapter.resolve().name, "adapter_sha256": files.sha256(adapter / lora.WEIGHTS)}
+    return cell
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:

@@ -109,7 +109,9 @@ class _Int8(FrozenLinear):
         ops = gpu.ops(x.device)
         if ops is not None and ops.multiplies(x):
             return ops.int8_linear(x, self.weight, self.scales)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS and self.in_features % 32 == 0:
+        is_small = x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS and self.in_features % 32 == 0
+        # From 4 rows on, the kernel crashes where a weight does not begin at 16 bytes: a memory-mapped one may not.
+        if x.device.type == "cpu" and is_small and (len(x) < 4 or self.weight.data_ptr() % 16 == 0):
             # PyTorch's own kernel, with the scales left to fp32: it would round them to 8 bits.
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
             return y.mul_(self.scales)

@@ -16,9 +16,11 @@ from conftest import ROOT, SMALL, TINY, random_model
 
 import inference
 from benchmarks.stopwatch import Measurement
-from llama import checkpoint, cli, lora
+from llama import checkpoint, cli, lora, quantization
 from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
+from llama.evaluation import agreement
+from llama.quantization import Quantization
 from llama.speculative import Counts
 
 PROMPT = "--prompt=The little fox"
@@ -61,16 +63,16 @@ def test_compare_names_the_first_difference(tiny, monkeypatch):
     prompt = tiny.encode_prompt("The little fox")
     right = tiny.generate([prompt], 8, 0)[0][0]
     wrong = [*right[:3], (right[3] + 1) % 3840, *right[4:]]
-    text = inference.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
+    text = agreement.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
     margin = float(re.search(r"first differ at token 4: .* against .*, logit margin ([\d.]+)", text)[1])
     with torch.no_grad():
         logits = tiny.model(torch.tensor([prompt + right[:3]]))[0, -1]
     assert margin == pytest.approx(abs(logits[right[3]] - logits[wrong[3]]).item(), abs=1e-3)
     assert "MORE THAN ROUNDING" in text
-    monkeypatch.setitem(inference.ROUNDING_MARGIN, torch.float32, margin + 1)
-    assert "within rounding" in inference.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
+    monkeypatch.setitem(agreement.ROUNDING_MARGIN, torch.float32, margin + 1)
+    assert "within rounding" in agreement.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
     chat_stops = tiny.tokenizer.chat_stop_tokens
-    ended = inference.verdict(tiny, prompt, right, [*right, 5], chat_stops)
+    ended = agreement.verdict(tiny, prompt, right, [*right, 5], chat_stops)
     assert "first differ at token 9" in ended and "<|" in ended  # against the stop token that ended the shorter one
 
 
@@ -220,9 +222,7 @@ def test_a_draft_changes_no_text_and_its_figures_are_printed(monkeypatch, capsys
     body = call(monkeypatch, capsys, *flags)[1].split("\n[")[0]
     code, out, err = call(monkeypatch, capsys, *flags, f"--draft={draft}", "--draft_tokens=3")
     assert (code, err) == (0, "") and out.split("\n[")[0] == body
-    wanted = (
-        r"\n\[draft: (\d+) tokens proposed, (\d+) accepted of (\d+) up to .* \(acceptance (0\.\d\d)\), ([1-4]\.\d\d) "
-    )
+    wanted = r"\n\[draft: (\d+) tokens proposed, (\d+) accepted of (\d+) up to .* \(.* rate (0\.\d\d)\), ([1-4]\.\d\d) "
     proposed, accepted, seen, acceptance, tokens = map(float, re.search(wanted, out).groups())
     assert accepted < seen <= proposed and acceptance == pytest.approx(accepted / seen, abs=0.006) and tokens > 1
 
@@ -233,7 +233,7 @@ def test_compare_with_a_draft_compares_with_plain_decoding(monkeypatch, capsys):
     n = len(inference.SAMPLE_PROMPTS)
     assert code == 0 and out.count("tokens    equal (") == out.count("times as fast with the draft\n") == n
     assert f"{n} of {n} prompts give equal tokens with the draft on and off" in out
-    assert re.search(r"\n\[draft: .* tokens a round, expected speed-up \d\.\d\d\]", out)
+    assert re.search(r"\n\[draft: .* tokens per round, expected speed-up \d\.\d\d\]", out)
 
 
 def test_a_draft_that_does_not_pay_is_said_to():
@@ -356,3 +356,38 @@ def test_weights_that_make_decoding_slower_are_warned_of(tiny, monkeypatch):
     assert len(plain.splitlines()) == 1
     monkeypatch.setattr(inference.quantization, "slow_reason", lambda model: "int8 weights save memory here")
     assert inference.describe(tiny, TINY) == plain + "warning: int8 weights save memory here\n"
+
+
+def rows_of(monkeypatch, capsys, path, *flags):
+    """The rows that a comparison with these flags appends."""
+    given = ("--compare", "--max_gen_len=3", "--device=cpu", PROMPT, f"--results={path}", *flags)
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert code == 0, err
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", [Quantization(8), Quantization(4, 64)], ids=["int8", "int4"])
+def test_the_dtype_of_a_comparison_is_that_of_the_computation(tmp_path, monkeypatch, capsys, config):
+    """Quantized tables have codes; what computes is the dtype, and the codes are the format of the weights."""
+    model = checkpoint.load(TINY)
+    quantization.quantize(model, config)
+    checkpoint.save(model, tmp_path / "q", tokenizer_path=TINY / "tokenizer.model")
+    (row,) = rows_of(monkeypatch, capsys, tmp_path / "rows.jsonl", f"--ckpt_dir={tmp_path / 'q'}", "--dtype=bfloat16")
+    assert row["dtype"] == "bfloat16" and row["cell"]["weights"] == f"int{config.bits}"
+    assert row["cell"].get("group_size") == config.group_size
+
+
+def test_what_changes_a_comparison_is_part_of_its_cell(tmp_path, monkeypatch, capsys):
+    """Base, two adapters of one name, both templates and two drafts: none hides the figures of another."""
+    for scale in (0, 1):
+        lora.apply(model := checkpoint.load(TINY), lora.LoRAConfig(r=2))
+        for layer in lora.layers(model).values():
+            layer.lora_B.data.fill_(scale)
+        lora.save(model, lora.LoRAConfig(r=2), tmp_path / str(scale) / "adapter", checkpoint.fingerprint(TINY))
+    more = [[f"--adapter={tmp_path}/{scale}/adapter"] for scale in (0, 1)]
+    more += [["--chat"], ["--alpaca"], ["--draft=lookup"], ["--draft=lookup", "--draft_tokens=2"]]
+    more += [[f"--draft={TINY}/draft"]]
+    for flags in ([], *more):
+        rows = rows_of(monkeypatch, capsys, tmp_path / "rows.jsonl", *flags)
+    cells = {json.dumps(row["cell"], sort_keys=True) for row in rows}
+    assert len(cells) == len(rows) and rows[0]["cell"].keys() == {"model", "max_gen_len", "what", "decoding", "prompt"}

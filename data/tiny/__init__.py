@@ -8,3 +8,8 @@ EMBEDDED = Path(__file__).parent
 def directory_of(ckpt_dir: str | None) -> Path:
     """The checkpoint directory that a user names; the embedded model's without one."""
     return EMBEDDED if ckpt_dir is None else Path(ckpt_dir)
+
+
+def name_of(directory: Path) -> str:
+    """What a measured row calls a model: the last part of its path, for where it lies changes no figure."""
+    return "tiny" if directory.resolve() == EMBEDDED.resolve() else directory.resolve().name

@@ -201,3 +201,17 @@ def test_quantizing_is_deterministic_and_lays_out_what_it_says(config):
     lay_out(empty, config)
     described = [{k: (v.shape, v.dtype) for k, v in model.state_dict().items()} for model in (one, empty)]
     assert described[0] == described[1] and quantization_of(empty) == config
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8, 16, 24])
+@pytest.mark.parametrize("n_rows", [1, 3, 4, 32])
+def test_weights_may_begin_at_any_byte(offset, n_rows):
+    """As a memory-mapped checkpoint places them; PyTorch's kernel for int8 on a CPU crashed at some places."""
+    layer = make_layer(Quantization(8))
+    x = torch.randn(n_rows, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = layer(x)
+    moved = torch.empty(layer.weight.numel() + 64, dtype=torch.int8)
+    start = -moved.data_ptr() % 64 + offset
+    layer.weight.data = moved[start : start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+    assert layer.weight.data_ptr() % 64 == offset
+    assert torch.allclose(layer(x).float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item())
