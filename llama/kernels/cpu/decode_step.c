@@ -66,9 +66,22 @@ typedef struct {
     int64_t N; /* a multiple of 16; K is one of 32, with int8 of 64, with int4 of 128 */
 } Product;
 
-/* 16 rows of w, `spread` rows apart, and where to. Memory delivers most where 16 pages are read side by side, so that
-   rows shorter than a page form a stream with those after them: of 16 streams, this is one row each, `left` bytes before
-   their end, `stride` bytes apart. `next` are the first rows of the streams that this core reads then, or NULL. */
+/* 16 rows of w that are multiplied at once, and where their results go. Memory delivers most where 16 pages are read side
+   by side, so rows shorter than a page form a stream with those after them, and a block is one row of each of 16 streams.
+   A matrix as it lies in memory, from left to right and then down, with three rows to a page (spread = 3):
+
+                     block 0    block 1    block 2
+       stream  0     row  0     row  1     row  2       one page
+       stream  1     row  3     row  4     row  5       the next page
+          ...
+       stream 15     row 45     row 46     row 47       16 streams: a set
+                     block 3    block 4    block 5
+       stream  0     row 48     row 49     row 50       the next set
+          ...
+
+   A core goes through the blocks of a set in order, so that 16 readers move to the right, each through its own page.
+   From a block's row on, a stream has `left` bytes; its rows are `stride` bytes below each other, `spread` rows in the
+   matrix. `next` is where the 16 readers go from the end of the set, or NULL where this core is done then. */
 typedef struct {
     const char *w, *next, *scales, *next_scales;
     bf16 *y;
@@ -465,19 +478,22 @@ static TileConfig config_of(int64_t format, int64_t M) {
     return config;
 }
 
-/* Rows of a matrix that form one stream: as many as a page holds. */
+/* Rows of a matrix that form one stream: as many as a page holds, if whole sets of 16 streams make up the matrix, else
+   fewer; 1 for rows of a page and more. */
 static int64_t spread_of(const Product *product, int64_t K) {
     int64_t spread = larger(1, PAGE / row_bytes_of(product->w, K));
     while (product->N % (ROWS * spread)) spread--;
     return spread;
 }
 
-/* Block j of a matrix in the order in which they are read. */
+/* Block j of a matrix in the order in which they are read: block `nth` of a set, whose rows begin with row `nth` of that
+   set. While it is read, scales are called for as well, the `nth` 16 rows of those of the next set, so that all of them
+   are there when that begins. */
 static Block block_of(const Product *product, int64_t j, int64_t M, int64_t K) {
     const Matrix *w = product->w;
     const int64_t row_bytes = row_bytes_of(w, K), spread = spread_of(product, K);
     const int64_t scale_bytes = w->format == INT4 ? 2 * K / w->group_size : w->format == INT8 ? 4 : 0;
-    const int64_t streams = j / spread, nth = j % spread, row = streams * ROWS * spread + nth;
+    const int64_t set = j / spread, nth = j % spread, row = set * ROWS * spread + nth;
     const char *scales = w->format == BF16 ? NULL : (const char *)w->scales + row * scale_bytes;
     return (Block){
         .w = (const char *)w->data + row * row_bytes,
@@ -496,7 +512,8 @@ static Block block_of(const Product *product, int64_t j, int64_t M, int64_t K) {
     };
 }
 
-/* Several products of the same M <= 16 rows with weights of one format; x is packed once. */
+/* Several products of the same M <= 16 rows with weights of one format; x is packed once. Each core takes a run of whole
+   sets of each matrix; after the last block of a set it goes on with the first of the one after. */
 static void products_of_16(const bf16 *x, void *packed, const Product *list, int count, int64_t M, int64_t K) {
     const int64_t format = list[0].w->format;
     const TileConfig config = config_of(format, M);
@@ -511,12 +528,12 @@ static void products_of_16(const bf16 *x, void *packed, const Product *list, int
         else if (format == INT4) pack_int4_tiles(x, packed, M, K);
         else if (M > 1) pack_bf16(x, packed, M, K);
         for (int i = 0; i < count; i++) {
-            const int64_t spread = spread_of(&list[i], K), streams = list[i].N / ROWS / spread;
-            const int64_t end = streams * (mine + 1) / threads * spread;
-            for (int64_t j = streams * mine / threads * spread; j < end; j++) {
+            const int64_t spread = spread_of(&list[i], K), sets = list[i].N / ROWS / spread;
+            const int64_t end = sets * (mine + 1) / threads * spread;
+            for (int64_t j = sets * mine / threads * spread; j < end; j++) {
                 Block block = block_of(&list[i], j, M, K);
-                const int64_t after = (j / spread + 1) * spread;
-                if (after < end) block.next = block_of(&list[i], after, M, K).w;
+                const int64_t next_set = (j / spread + 1) * spread;
+                if (next_set < end) block.next = block_of(&list[i], next_set, M, K).w;
                 if (format == INT8) block_int8(&block, packed);
                 else if (format == INT4) block_int4(&block, packed);
                 else block_bf16(&block, M > 1 ? packed : x);

@@ -2,11 +2,11 @@
 
 In PyTorch, on two Xeon cores with AMX, a product of one row with a matrix reads 13 GB/s of the 25 that the machine
 delivers, scaled_dot_product_attention reads the cache at 6, and 700 small operations cost another tenth of the step.
-decode_step.c says how it gets around each. Its slow twin is `Transformer.forward` with a cache, to which it is equal up
-to rounding. Several tokens of a row at once give the same bits as one after the other, in every format and however many
-they are. The weights are read once for 16 tokens, which with bfloat16 cost a fifth more than one. With codes it is the
-arithmetic that counts from a few tokens on: four layers of Llama 3.2 1B without a head, in ms, on two threads of one
-core whose memory delivers 26 GB/s (the fastest of 25 runs, on a machine that had other work as well):
+decode_step.c says how it avoids each. Its slow twin is `Transformer.forward` with a cache, to which it is equal up to
+rounding. Several tokens of a sequence at once give the same bits as one after the other, in every format and for any
+number. The weights are read once for 16 tokens, which with bfloat16 cost a fifth more than one. With int8 and int4 the
+time goes into arithmetic from a few tokens on: four layers of Llama 3.2 1B without a head, in ms, on two threads of one
+core whose memory delivers 26 GB/s (the fastest of 25 runs, on a machine with other load):
 
     tokens        1      8     16
     bfloat16   18.7   19.7   22.8
@@ -37,7 +37,7 @@ PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, nn.Modu
 
 
 class _Format(NamedTuple):
-    """How decode_step.c knows a kind of matrix, and how many columns it takes at a time."""
+    """What decode_step.c calls a format of matrix, and how many columns it takes at a time."""
 
     code: int
     dtype: torch.dtype
@@ -110,12 +110,12 @@ def supports(model: Transformer) -> bool:
     args, n_values = model.args, 0
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            return False  # somebody who looks on, and needs the real forward; so do adapters and other layers
+            return False  # a hook needs the real forward; so do adapters and other layers, below
         if not (type(module) in FORMATS or type(module) in PLAIN) or not _is_as_expected(module):
             return False
         n_values += _n_values(module)
     body = {type(m) for block in model.layers for m in block.modules() if type(m) in FORMATS}
-    columns = max(FORMATS[kind].columns for kind in {*body, type(_head(model))})
+    columns = max(FORMATS[layer].columns for layer in {*body, type(_head(model))})
     fits = len(body) == 1 and args.dim % columns == args.ffn_dim % columns == args.vocab_size % 16 == 0
     fits = fits and args.head_dim % 32 == 0 and args.head_dim <= 256 and args.n_kv_heads * args.head_dim % 16 == 0
     return fits and n_values == args.n_params() and library() is not None  # a pruned one has fewer
@@ -132,14 +132,14 @@ def _n_values(module: nn.Module) -> int:
 
 
 def _is_as_expected(module: nn.Module) -> bool:
-    """Tensors in main memory, as they lie in a fresh layer, of the kind's dtypes."""
+    """Contiguous tensors in main memory, of the dtypes that the format has."""
     expected = FORMATS[type(module)].dtype if type(module) in FORMATS else torch.bfloat16
-    kinds = [(p, expected) for p in module._parameters.values() if p is not None]
+    tensors = [(p, expected) for p in module._parameters.values() if p is not None]
     if type(module) in (Int8Linear, Int8Embedding, Int4Linear):
-        kinds.append((module.scales, torch.bfloat16 if type(module) is Int4Linear else torch.float32))
+        tensors.append((module.scales, torch.bfloat16 if type(module) is Int4Linear else torch.float32))
     if type(module) is Int8Embedding and module.dtype is not torch.bfloat16:
         return False
-    return all(t.dtype is dtype and t.device.type == "cpu" and t.is_contiguous() for t, dtype in kinds)
+    return all(t.dtype is dtype and t.device.type == "cpu" and t.is_contiguous() for t, dtype in tensors)
 
 
 class NativeStep:

@@ -1,6 +1,6 @@
 """C kernels for the CPU: compiled once, in under a second, with the machine's own compiler; kept in the user's cache.
 
-Without a compiler, or on another system than Linux on x86-64, there are none, and callers use plain PyTorch.
+Without a compiler, or on a system that is not Linux on x86-64, there are none, and callers use plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 @functools.cache
 def load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library made of `<name>.c` beside this file, or None where it cannot be had.
+    """The library made of `<name>.c` beside this file, or None where that fails.
 
     It shares PyTorch's OpenMP threads: libgomp.so.1 is in the process already, and a second pool would fight for cores.
     """

@@ -1,13 +1,12 @@
 """Whole sequences on a CPU in bfloat16: PyTorch's matrix products, and C for what lies between two of them.
 
-For prompts, and for every step without the KV cache. Three things make it faster than its slow twin,
-`Transformer.hidden`:
+For prompts, and for every step without the KV cache. What makes it faster than its slow twin, `Transformer.hidden`:
 
 - oneDNN copies the second operand of a product into its own layout. `F.linear` makes that the weight, 33 MB of it; here
   the feed-forward runs with features first, w x^T, and the copy is of the activations.
 - RMSNorm, RoPE and SwiGLU are one pass each, in place where they can be.
-- Only the last position of each sequence is wanted. The last block computes keys and values for all of them, and the
-  rest of itself for that one.
+- Only the hidden state at the last position of each sequence is needed. So the last block computes keys and values for
+  all positions, and everything else for that one.
 - Of quantized matrices some rows at a time become bfloat16 and are multiplied while the cache holds them, which takes
   no longer than with weights that are bfloat16 in memory. This rounds each weight once more, by 2^-9 of itself at most;
   the slow twin rounds as much: int8 the sum before its scale, int4 the weight.
@@ -32,23 +31,29 @@ SLAB = 1 << 22  # weights that are widened at once: 8 MB, in the cache of every 
 def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
     """Final hidden states [B, dim] at position `last` [B] of `tokens` [B, T], normalised.
 
-    The model must be one that decode_step supports. Keys and values of positions 0..T-1 are written to the cache.
+    The model must be one that decode_step supports. Keys and values of positions 0..T-1 are written to the cache. The
+    residual stream x is a matrix of a row per token, [B * T, dim]. In the last block it shrinks to a row per sequence:
+
+                     all blocks but the last        the last block
+        keys, values   every row of x                 every row of x
+        queries        every row, causal              row b * T + last[b], over positions 0..last[b]
+        wo, w1 w2 w3   every row                      that row; x is [B, dim] from here on
     """
     args, (B, T) = model.args, tokens.shape
-    if cache is None:  # one layer's worth, which every layer overwrites
+    if cache is None:  # room for one layer, which every layer overwrites
         cache = KVCache(args, B, T, torch.bfloat16, tokens.device, n_layers=1)
     freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
     x = model.tok_embeddings(tokens).flatten(0, 1)
-    gate, up = x.new_empty(2, args.ffn_dim, B * T)  # for all layers: fresh memory of this size costs page faults
+    gate, up = x.new_empty(2, args.ffn_dim, B * T)  # once for all layers: new memory of this size costs page faults
     slab = x.new_empty(SLAB)
-    rows = torch.arange(B) * T + last
+    last_rows = torch.arange(B) * T + last
     for i, block in enumerate(model.layers):
         h = _norm(block.attention_norm, x)
         keys, values = _store(block, h, freqs_cis, cache, i % len(cache.k), (B, T), slab)
         if i + 1 < args.n_layers:
             out = _attend(block, h, freqs_cis, keys, values, (B, T), slab)
         else:
-            x, h = x[rows], h[rows]
+            x, h = x[last_rows], h[last_rows]
             mask = (torch.arange(T) <= last[:, None])[:, None, None]
             out = _attend_last(block, h, freqs_cis[last], keys, values, mask, slab)
         x += _linear(block.attention.wo, out, slab)
@@ -105,7 +110,7 @@ def _attend(
 def _attend_last(
     block: TransformerBlock, h: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, mask: Tensor, slab: Tensor
 ) -> Tensor:
-    """Attention of one position a row, [B, dim]; `freqs_cis` [B, P, 2] holds that row's angles."""
+    """Attention of one position per sequence, [B, dim]; `freqs_cis` [B, P, 2] holds the angles of that position."""
     q_BTHD = _linear(block.attention.wq, h, slab)[:, None].unflatten(-1, (-1, keys.shape[-1]))
     q = apply_rope(q_BTHD, freqs_cis[:, None, None]).transpose(1, 2)
     return attend(q, keys, values, mask).flatten(1)

@@ -36,8 +36,8 @@ def _load(device: torch.device) -> tuple[ModuleType | None, str]:
         return None, f"Triton needs compute capability {'.'.join(map(str, OLDEST))}"
     try:
         module = importlib.import_module("llama.kernels.gpu.triton_ops")
-        one = torch.ones(1, 1, device=device)
-        module.silu_mul(one, one)
+        value = torch.ones(1, 1, device=device)
+        module.silu_mul(value, value)
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         return None, f"Triton does not run here ({' '.join(str(error).split())})"
     return module, ""

@@ -1,7 +1,7 @@
 """A decode step on a GPU with fewer, larger operations: what lies between the products is fused, in Triton.
 
-A step of Llama 3.2 1B is about 800 operations in PyTorch, of which 113 are products and 16 attention; what a GPU needs
-to begin and end each of the others is longer than their work. Here 65 kernels do it: RMSNorm with the sum before it,
+A step of Llama 3.2 1B is about 800 operations in PyTorch, of which 113 are products and 16 attention; launching each of
+the others takes a GPU longer than their work. Here 65 kernels do it: RMSNorm with the sum before it,
 the rotation with the write into the cache, and SwiGLU. Products and attention are the modules' own, so adapters,
 quantized and pruned layers work alike. Its slow twin is `Transformer.forward` with a cache, which rounds at the same
 places.
@@ -16,7 +16,7 @@ from llama.cache import KVCache
 from llama.kernels import gpu
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, attend, rope_table
 
-PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm}  # whose forward this takes the place of
+PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm}  # whose forward this replaces
 
 
 def supports(model: Transformer) -> bool:
@@ -44,7 +44,7 @@ class FusedStep:
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, T, V]. A position outside the slots is a device assert, as a token outside the vocabulary is.
 
-        Raises ValueError for another number of rows than the cache has, and under autograd.
+        Raises ValueError where the cache was made for a different number of sequences, and under autograd.
         """
         ops, model, cache = self._ops, self.model, self.cache
         if torch.is_grad_enabled():

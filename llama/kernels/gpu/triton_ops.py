@@ -1,15 +1,15 @@
 """What lies between the matrix products of a decode step, and products with int8 and int4 weights, in Triton.
 
-    add_rms_norm       x + delta and its RMSNorm                  2 kernels and 4 passes fewer a call than in PyTorch
+    add_rms_norm       x + delta and its RMSNorm                  2 kernels and 4 passes fewer per call than in PyTorch
     rotate_and_store   queries rotated; keys rotated and values, both into the cache
     silu_mul           silu(gate) * up
     int8_linear        x w^T of a few rows with weights that stay int8: each code is read once and widened in registers
     int4_linear        the same with two codes a byte
 
-They compute in fp32 and round where PyTorch's operations do, but that int4 weights are not rounded for a single row of
+They compute in fp32 and round where PyTorch's operations do, except that int4 weights are not rounded for a single row of
 bfloat16. Each wrapper names the plain PyTorch that it equals. All tensors are contiguous, except the cache's.
 
-Import this module where Triton is; `gpu.ops` does, and says where that is. TRITON_INTERPRET=1 runs it on a CPU, slowly.
+Import this module only where Triton is installed; `gpu.ops` does. TRITON_INTERPRET=1 runs it on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from llama.device import computes_bf16
 
 FLAT_BLOCK = 1024  # values of an element-wise operation that one program takes
-# Rows and columns of the weight that one program multiplies at a time with one row of x: 8,192 codes that are on their
-# way at once. Few rows, where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
+# Rows and columns of the weight that one program multiplies at a time with one row of x: 8,192 codes in flight. Fewer
+# rows where the weight has few, so that each of a large GPU's 132 multiprocessors gets some programs.
 ROW_TILES, MANY = {"few": (4, 2048), "many": (8, 1024)}, 8192
-# Rows of x up to which reading the codes anew for each moves less than widening them once does: 5 bytes a weight.
+# Rows of x up to which reading the codes again for each moves less than widening them once does: 5 bytes per weight.
 SINGLE_ROWS = 4
 # With more rows of x: what a tile of the matrix units holds, rows of the weight and columns at a time.
 MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
@@ -33,28 +33,28 @@ MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
 
 @triton.jit
 def _add_rms_norm(x, delta, weight, total, normed, eps, dim: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program."""
+    """One row per program."""
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
-    places = tl.program_id(0).to(tl.int64) * dim + columns
-    value = tl.load(x + places, inside, 0.0)
+    indices = tl.program_id(0).to(tl.int64) * dim + columns
+    value = tl.load(x + indices, inside, 0.0)
     if delta is not None:
-        value = (value.to(tl.float32) + tl.load(delta + places, inside, 0.0).to(tl.float32)).to(value.dtype)
-        tl.store(total + places, value, inside)
+        value = (value.to(tl.float32) + tl.load(delta + indices, inside, 0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + indices, value, inside)
     wide = value.to(tl.float32)
     rounded = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)).to(value.dtype)
     scale = tl.load(weight + columns, inside, 0.0).to(tl.float32)
-    tl.store(normed + places, (rounded.to(tl.float32) * scale).to(value.dtype), inside)
+    tl.store(normed + indices, (rounded.to(tl.float32) * scale).to(value.dtype), inside)
 
 
 @triton.jit
 def _silu_mul(gate, up, y, size, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < size
-    g = tl.load(gate + places, inside, 0.0)
+    indices = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = indices < size
+    g = tl.load(gate + indices, inside, 0.0)
     wide = g.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(g.dtype).to(tl.float32)
-    tl.store(y + places, (silu * tl.load(up + places, inside, 0.0).to(tl.float32)).to(g.dtype), inside)
+    tl.store(y + indices, (silu * tl.load(up + indices, inside, 0.0).to(tl.float32)).to(g.dtype), inside)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _rotate_and_store(
     q, k, v, freqs_cis, pos, rotated, keys, values, row_stride, head_stride,
     T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token a program: the H query heads, then the K key heads, then the K value heads."""
+    """One head of one token per program: the H query heads, then the K key heads, then the K value heads."""
     token, head = tl.program_id(0), tl.program_id(1)
     row, t = token // T, token % T
     angles = freqs_cis + token * D
@@ -124,8 +124,8 @@ def _int8_tile(
         part = tl.load(x + m[:, None] * K + columns[None, :], (m < M)[:, None] & (columns < K)[None, :], 0.0)
         sums = tl.dot(part, code.to(part.dtype), sums)
     sums *= tl.load(scales + rows, rows < N, 0.0)[None, :]
-    places = m.to(tl.int64)[:, None] * N + rows[None, :]
-    tl.store(y + places, sums.to(y.dtype.element_ty), (m < M)[:, None] & (rows < N)[None, :])
+    indices = m.to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(y + indices, sums.to(y.dtype.element_ty), (m < M)[:, None] & (rows < N)[None, :])
 
 
 @triton.jit
@@ -143,10 +143,10 @@ def _int4_row(
     scales += row * (K // GROUP)
     sums = tl.zeros([BLOCK_N, BLOCK_K // 2], tl.float32)
     for start in range(0, K // 2, BLOCK_K // 2):
-        place = start + tl.arange(0, BLOCK_K // 2)
-        inside, block = place < K // 2, place // 16
-        low = block * 32 + place % 16
-        byte = tl.load(packed + place[None, :], inside[None, :], 0).to(tl.int32)
+        offset = start + tl.arange(0, BLOCK_K // 2)
+        inside, block = offset < K // 2, offset // 16
+        low = block * 32 + offset % 16
+        byte = tl.load(packed + offset[None, :], inside[None, :], 0).to(tl.int32)
         scale = tl.load(scales + (block // (GROUP // 32))[None, :], inside[None, :], 0.0).to(tl.float32)
         x_low = tl.load(x + low, inside, 0.0).to(tl.float32)[None, :]
         x_high = tl.load(x + low + 16, inside, 0.0).to(tl.float32)[None, :]
@@ -172,15 +172,15 @@ def _int4_tile(
         byte = tl.load(packed + block * 16 + j, block < K // 32, 0).to(tl.int32)
         scale = tl.load(scales + block // (GROUP // 32), block < K // 32, 0.0).to(tl.float32)
         here = (m < M)[:, None, None] & (block < K // 32)
-        place = x + m[:, None, None] * K + block * 32 + j
-        x_low = tl.reshape(tl.load(place, here, 0.0), [BLOCK_M, BLOCKS * 16])
-        x_high = tl.reshape(tl.load(place + 16, here, 0.0), [BLOCK_M, BLOCKS * 16])
+        source = x + m[:, None, None] * K + block * 32 + j
+        x_low = tl.reshape(tl.load(source, here, 0.0), [BLOCK_M, BLOCKS * 16])
+        x_high = tl.reshape(tl.load(source + 16, here, 0.0), [BLOCK_M, BLOCKS * 16])
         low = (((byte & 15) - 8).to(tl.float32) * scale).to(x_low.dtype)
         high = (((byte >> 4) - 8).to(tl.float32) * scale).to(x_low.dtype)
         sums = tl.dot(x_low, tl.trans(tl.reshape(low, [BLOCK_N, BLOCKS * 16])), sums)
         sums = tl.dot(x_high, tl.trans(tl.reshape(high, [BLOCK_N, BLOCKS * 16])), sums)
-    places = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + places, sums.to(y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
+    indices = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y + indices, sums.to(y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
 
 
 def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, **settings) -> None:
@@ -216,9 +216,9 @@ def rotate_and_store(
     (B, T, width), (_, K, _, D) = q.shape, keys.shape
     H = width // D
     rotated = q.new_empty(B, H, T, D)
-    places = (rotated, keys, values, *keys.stride()[:2])
+    targets = (rotated, keys, values, *keys.stride()[:2])
     sizes = (T, H, K, D, triton.next_power_of_2(D // 2))
-    _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos.contiguous(), *places, *sizes, num_warps=1)
+    _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos.contiguous(), *targets, *sizes, num_warps=1)
     return rotated
 
 
