@@ -6,8 +6,8 @@
     int8_linear        x w^T of a few rows with weights that stay int8: each code is read once and widened in registers
     int4_linear        the same with two codes a byte
 
-They compute in fp32 and round where PyTorch's operations do, except that int4 weights are not rounded for a single row of
-bfloat16. Each wrapper names the plain PyTorch that it equals. All tensors are contiguous, except the cache's.
+They compute in fp32 and round where PyTorch's operations do, except that int4 weights are not rounded for a single row
+of bfloat16. Each wrapper names the plain PyTorch that it equals. All tensors are contiguous, except the cache's.
 
 Import this module only where Triton is installed; `gpu.ops` does. TRITON_INTERPRET=1 runs it on a CPU, slowly.
 """
