@@ -3,14 +3,15 @@
     python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md, and the charts
     python -m reports.build page      # all that was measured: reports/index.html, which needs no network
 
-A document shows the tables of NAME between the lines `<!-- begin: NAME -->` and `<!-- end -->`; what stands there is
-replaced, all else is left alone. The same rows give the same bytes.
+A document shows what a function of tables.py makes of an experiment's rows between the lines
+`<!-- begin: EXPERIMENT FUNCTION -->` and `<!-- end -->`; what stands there is replaced, all else is left alone.
+The same rows give the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,48 +20,15 @@ from llama import cli
 from llama.cli import option
 from llama.errors import InputError
 from reports import page as results_page
-from reports import tables
 from reports.cells import Table
 from reports.charts import CHARTS
 from reports.render import markdown, save_svg, write
+from reports.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES, PAGE = (ROOT / "reports" / name for name in ("results", "figures", "index.html"))
 DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
-PART = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def in_short(name: str, make: Callable[[Sequence[Row]], list[Table]]) -> Callable[[Sequence[Row]], list[Table]]:
-    """The table of this name for the setting measured last: README stays short, however many devices were measured."""
-
-    def last(rows: Sequence[Row]) -> list[Table]:
-        found = [table for table in make(rows) if table.name == name]
-        return sorted(found, key=lambda table: max(row.data["time"] for row in table.rows))[-1:]
-
-    return last
-
-
-# What each part of a document shows: the experiment, and the tables made from its rows.
-PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Table]]]] = {
-    "table-1": ("inference", tables.table_1),
-    "table-1-short": ("inference", in_short("table-1", tables.table_1)),
-    "generation": ("inference", tables.generation_details),
-    "formats": ("formats", tables.generation_details),
-    "table-2": ("benchmark_finetuning", tables.table_2),
-    "table-3": ("benchmark_finetuning", tables.table_3),
-    "table-3-short": ("benchmark_finetuning", in_short("table-3", tables.table_3)),
-    "steps": ("benchmark_finetuning", tables.step_details),
-    "estimates": ("estimates", tables.estimates),
-    "learning": ("finetuning", tables.learning),
-    "answers": ("finetuning", tables.answers),
-    "loading": ("loading", tables.loading),
-    "ladder": ("ladder", tables.ladder),
-    "drafts": ("ladder", tables.drafts),
-    "kernels": ("kernels", tables.kernels),
-    "pruning-quality": ("pruning", tables.pruning_quality),
-    "pruning-speed": ("pruning", tables.pruning_speed),
-    "embedded": ("tiny", tables.embedded),
-}
+PART = re.compile(r"(<!-- begin: (\w+) (\w+)( in short)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -83,17 +51,23 @@ def readme(options: ReadmeOptions) -> None:
 
 
 def filled(document: str, rows: dict[str, list[Row]]) -> str:
-    """A document with each of its parts made anew. Raises InputError for a part of no known name."""
+    """A document with each of its parts made anew. Raises InputError for a table that no experiment has."""
 
     def part(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
-        if name not in PARTS:
-            raise InputError(f"<!-- begin: {name} -->: no such part; known are {', '.join(PARTS)}")
-        experiment, make = PARTS[name]
-        shown = markdown(make(rows.get(experiment, []))) or "Not measured yet.\n"
-        return f"{begin}\n{shown}\n{end}"
+        begin, experiment, name, is_short, end = match.groups()
+        make = next((make for make in TABLES.get(experiment, ()) if make.__name__ == name), None)
+        if make is None:
+            raise InputError(f"{begin.strip()}: there is no table {name} of {experiment}; correct it")
+        found = make(rows.get(experiment, []))
+        return f"{begin}\n{markdown(in_short(found) if is_short else found) or 'Not measured yet.'}\n{end}"
 
     return PART.sub(part, document)
+
+
+def in_short(tables: Sequence[Table]) -> list[Table]:
+    """The first table of the setting that was measured last: README stays short when more devices are measured."""
+    first = [table for table in tables if table.name == tables[0].name]
+    return sorted(first, key=lambda table: max(row.data["time"] for row in table.rows))[-1:]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from reports.cells import (
     Column,
     Figure,
     Table,
+    Tables,
     chosen,
     computed,
     faster,
@@ -587,3 +588,18 @@ def _in_words(name: str, rows: Sequence[Row]) -> tuple[str, float]:
     if unit == "s" and max(row.median(name) for row in rows if row.has(name)) < 0.1:
         unit, scale = "ms", 1e3
     return f"{name.removesuffix(f'_{ending}').replace('_', ' ')} ({unit})", scale
+
+
+TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
+    "inference": (table_1, generation_details),
+    "formats": (generation_details,),
+    "benchmark_finetuning": (table_2, table_3, step_details),
+    "estimates": (estimates,),
+    "finetuning": (learning, answers),
+    "perplexity": (perplexity,),
+    "loading": (loading,),
+    "ladder": (ladder, drafts),
+    "kernels": (kernels,),
+    "pruning": (pruning_quality, pruning_speed),
+    "tiny": (embedded,),
+}

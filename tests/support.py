@@ -153,9 +153,7 @@ class FakeGPU:
 def tables_of_committed_rows() -> list[Table]:
     """Every table of every row in reports/results; rows without a table of their own come as plain tables."""
     rows = read_folder(build.RESULTS)
-    known = {experiment for experiment, _ in build.PARTS.values()}
-    found = [table for experiment, make in build.PARTS.values() for table in make(rows.get(experiment, []))]
-    return found + [table for name in rows if name not in known for table in tables.generic(rows[name])]
+    return [table for name in rows for make in tables.TABLES.get(name, (tables.generic,)) for table in make(rows[name])]
 
 
 def measured_row(metrics: dict, line: int = 1, **cell) -> Row:

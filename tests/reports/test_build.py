@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from conftest import ROOT
 
 import finetuning
 from benchmarks import kernels as benchmark_kernels
 from benchmarks import ladder as benchmark_ladder
-from benchmarks.rows import read_folder
+from benchmarks.rows import Row, read_folder
 from llama import cli
 from llama.errors import InputError
 from reports import build
 from reports.cells import Figure
-from reports.render import parts
+from reports.tables import TABLES, table_1
 
 ROWS = read_folder(build.RESULTS)
 
@@ -33,21 +31,23 @@ def test_a_document_with_another_number_is_noticed():
     assert changed != text and build.filled(changed, ROWS) == text
 
 
-def test_every_part_stands_in_a_document():
+def test_every_table_stands_in_a_document():
     texts = "".join((ROOT / name).read_text(encoding="utf-8") for name in build.DOCUMENTS)
-    named = re.findall(r"<!-- begin: (\S+) -->", texts)
-    assert set(named) == build.PARTS.keys()
+    named = {(experiment, name) for _, experiment, name, *_ in build.PART.findall(texts)}
+    # Perplexity has no committed rows.
+    assert named == {(name, make.__name__) for name in TABLES if name != "perplexity" for make in TABLES[name]}
     assert texts.count("<!-- begin: ") == len(build.PART.findall(texts))  # each has its end
 
 
 def test_what_stands_outside_of_parts_is_left_alone():
-    document = "# A title\n\n<!-- begin: loading -->\nold\n<!-- end -->\n\nmore | text\n"
+    document = "# A title\n\n<!-- begin: loading loading -->\nold\n<!-- end -->\n\nmore | text\n"
     filled = build.filled(document, ROWS)
-    assert filled.startswith("# A title\n\n<!-- begin: loading -->\n\n**Loading llama3.2-1b**\n\n| layout |")
+    assert filled.startswith("# A title\n\n<!-- begin: loading loading -->\n\n**Loading llama3.2-1b**\n\n| layout |")
     assert filled.endswith("\n\n<!-- end -->\n\nmore | text\n") and "old" not in filled
     assert "Not measured yet." in build.filled(document, {})
-    with pytest.raises(InputError, match="<!-- begin: nothing -->: no such part; known are table-1"):
-        build.filled(document.replace("loading", "nothing"), ROWS)
+    for name in ("nothing loading", "loading nothing"):
+        with pytest.raises(InputError, match=f"<!-- begin: {name} -->: there is no table"):
+            build.filled(document.replace("loading loading", name), ROWS)
 
 
 def test_the_command_writes_the_documents(tmp_path, monkeypatch, capsys):
@@ -55,19 +55,11 @@ def test_the_command_writes_the_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "FIGURES", tmp_path / "figures")
     for name in build.DOCUMENTS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("<!-- begin: loading -->\n<!-- end -->\n")
+        (tmp_path / name).write_text("<!-- begin: loading loading -->\n<!-- end -->\n")
     cli.call_command({"readme": build.readme}, ["readme", f"--results={build.RESULTS}"])
     assert capsys.readouterr().out.count(".md\n") == len(build.DOCUMENTS)
     assert "| meta | bfloat16 |" in (tmp_path / "README.md").read_text()
     assert len(list((tmp_path / "figures").glob("*.svg"))) > 5
-
-
-def figures_of(name: str) -> dict[str, Figure]:
-    """Every figure of a part by what it shows, with its value."""
-    experiment, make = build.PARTS[name]
-    found = [table for table in make(ROWS.get(experiment, []))]
-    cells = [cell for table in found for line in table.body for cell in line]
-    return {part.source: part for cell in cells for part in parts(cell) if isinstance(part, Figure)}
 
 
 def test_what_is_published_was_measured_often_enough_and_at_once():
@@ -91,4 +83,16 @@ def test_what_is_published_was_measured_often_enough_and_at_once():
     presets = {row.cell["preset"] for row in ROWS["finetuning"] if row.cell["model"] == "tiny"}
     assert presets == set(finetuning.PRESETS)
     assert {row.cell["part"] for row in ROWS["kernels"]} == set(benchmark_kernels.PARTS["cpu"])
-    assert len(figures_of("table-1")) == 12
+    assert all(
+        isinstance(cell, Figure) for table in table_1(ROWS["inference"]) for _, *line in table.body for cell in line
+    )
+
+
+def test_in_short_is_the_first_table_of_the_newest_setting():
+    later = [
+        Row("later.jsonl", row.line, {**row.data, "threads": 99, "time": "2099-01-01"}) for row in ROWS["inference"]
+    ]
+    for rows in ([*ROWS["inference"], *later], [*later, *ROWS["inference"]]):
+        (table,) = build.in_short(table_1(rows))
+        assert table.name == "table-1" and {row.data["threads"] for row in table.rows} == {99}
+    assert build.in_short([]) == []

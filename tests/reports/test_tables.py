@@ -20,7 +20,7 @@ PLACE = re.compile(r"([\w.-]+\.jsonl):(\d+) ([\w.]+)")
 
 
 TABLES = tables_of_committed_rows()
-PARTS = {name: (ROWS.get(experiment, []), make) for name, (experiment, make) in build.PARTS.items()}
+MADE = [(name, make) for name, several in tables.TABLES.items() for make in several]
 
 
 def figures_of(table: Table) -> list[Figure]:
@@ -86,15 +86,16 @@ def test_every_row_feeds_a_table():
 
 
 def test_no_rows_no_tables():
-    assert not any(make([]) for _, make in build.PARTS.values()) and not tables.generic([])
+    assert not any(make([]) for _, make in MADE) and not tables.generic([])
 
 
-@pytest.mark.parametrize(("rows", "make"), PARTS.values(), ids=PARTS)
-def test_settings_do_not_mix(rows, make):
+@pytest.mark.parametrize(("experiment", "make"), MADE)
+def test_settings_do_not_mix(experiment, make):
     """Rows of another device make tables of their own, with the same figures."""
+    rows = ROWS.get(experiment, [])
     others = [Row("other.jsonl", row.line, {**row.data, "device": {"kind": "cuda", "name": "Other"}}) for row in rows]
     alone, both = make(rows), make([*rows, *others])
-    assert len(both) in (len(alone), 2 * len(alone))  # what is in short shows the setting that was measured last
+    assert len(both) == 2 * len(alone)
     for table in both:
         assert len({row.file for row in table.rows}) == 1
         assert len({match[1] for figure in figures_of(table) for match in PLACE.finditer(figure.source)}) <= 1
@@ -102,9 +103,10 @@ def test_settings_do_not_mix(rows, make):
     assert all([[text(cell) for cell in line] for line in table.body] in shown for table in alone)
 
 
-@pytest.mark.parametrize(("rows", "make"), PARTS.values(), ids=PARTS)
-def test_rows_that_ran_out_of_memory_have_an_x(rows, make):
+@pytest.mark.parametrize(("experiment", "make"), MADE)
+def test_rows_that_ran_out_of_memory_have_an_x(experiment, make):
     """Whichever row is lost, the other figures stay, and nothing breaks."""
+    rows = ROWS.get(experiment, [])
     for lost in range(len(rows)):
         found = [Row(row.file, row.line, {**row.data, "metrics": {}} if i == lost else row.data)
                  for i, row in enumerate(rows)]  # fmt: skip
@@ -114,9 +116,10 @@ def test_rows_that_ran_out_of_memory_have_an_x(rows, make):
     assert not any(figures_of(table) for table in everything)
 
 
-@pytest.mark.parametrize(("rows", "make"), PARTS.values(), ids=PARTS)
-def test_a_changed_median_changes_a_table(rows, make):
+@pytest.mark.parametrize(("experiment", "make"), MADE)
+def test_a_changed_median_changes_a_table(experiment, make):
     """No figure that a table names is a copy from somewhere else."""
+    rows = ROWS.get(experiment, [])
     before = [figure for table in make(rows) for figure in figures_of(table)]
     places = {match.groups() for figure in before for match in PLACE.finditer(figure.source)}
     for file, line, path in sorted(places)[:: max(1, len(places) // 40)]:
