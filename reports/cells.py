@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.rows import Row, group
 
 NOT_MEASURED, OUT_OF_MEMORY = "-", "x"
+RELATIVE = "vs. limit: relative to the hardware limit (1.00 = limit)"  # under tables with such columns
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.rows import Row, group
 from reports.cells import chosen
-from reports.tables import step_label, step_order
+from reports.training_tables import step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
 BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by colours of its own

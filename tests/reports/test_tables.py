@@ -14,6 +14,7 @@ from benchmarks.rows import Row, read_folder
 from reports import build, cells, tables
 from reports.cells import Figure, Table
 from reports.render import parts, text
+from reports.training_tables import CHANGED, SLOWER, arrow
 
 ROWS = read_folder(build.RESULTS)
 PLACE = re.compile(r"([\w.-]+\.jsonl):(\d+) ([\w.]+)")
@@ -65,7 +66,7 @@ def test_every_figure_stands_at_its_place(table):
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.title)
 def test_no_other_number_stands_in_a_table(table):
     """What is no figure stands literally in a row, or is a batch size, a row's number or a threshold."""
-    known = json.dumps([row.data for row in table.rows]) + f" {tables.CHANGED:.0%} {tables.SLOWER:.0%}"
+    known = json.dumps([row.data for row in table.rows]) + f" {CHANGED:.0%} {SLOWER:.0%}"
     known += " 1.00 16-bit 16 bits 1 x 2 2 x 1 float32 Share 0"
     words = [part for cell in (*table.head, *table.note) for part in parts(cell) if isinstance(part, str)]
     words += [part for line in table.body for cell in line for part in parts(cell) if isinstance(part, str)]
@@ -155,8 +156,8 @@ def test_ratios_name_both_rows():
 
 
 def test_arrows_are_changes_beyond_the_threshold():
-    assert [tables.arrow(100, after, 0.03) for after in (103, 103.1, 97, 96.9, 0)] == ["=", "↑", "=", "↓", "↓"]
-    assert [tables.arrow(0, after, 0.03) for after in (0, 1)] == ["=", "↑"]
+    assert [arrow(100, after, 0.03) for after in (103, 103.1, 97, 96.9, 0)] == ["=", "↑", "=", "↓", "↓"]
+    assert [arrow(0, after, 0.03) for after in (0, 1)] == ["=", "↑"]
 
 
 def test_what_the_larger_part_of_a_generation_is_bound_by():

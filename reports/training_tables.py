@@ -1,0 +1,238 @@
+"""From measured rows of fine-tuning to tables: Tables 2 and 3, every step in detail, what a run has learned.
+
+Each function is made like those of tables.py, which names the tables of every experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.rows import Row
+from llama.training import memory
+from reports.cells import (
+    RELATIVE,
+    Cell,
+    Column,
+    Figure,
+    Table,
+    chosen,
+    computed,
+    figure,
+    metric,
+    newest,
+    per_setting,
+    ratio,
+    relative,
+    runs,
+    table,
+    word,
+)
+
+TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
+PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
+CHANGED, SLOWER = 0.03, 0.05  # of memory or computation, of time: a smaller change is no arrow in Table 2
+# What the course calls a kind of memory, in the categories of llama/training/memory.py.
+KINDS = {"parameters": ("weights", "copies"), "activations": ("activations",), "gradients": ("gradients",)}
+KINDS |= {"optimizer state": ("optimizer",)}
+of_steps = per_setting("model", "seq_len", "memory_limit_gb", dtype=False)
+
+
+@of_steps
+def table_2(rows: list[Row]) -> list[Table]:
+    """What each technique does to each kind of memory and to a step, from pairs of rows: without accumulation, with."""
+    lines = [(f"{kind} (MB)", [f"{name}_most_mb" for name in names], ",.0f", CHANGED) for kind, names in KINDS.items()]
+    lines += [("peak of all (MB)", ["peak_memory_mb"], ",.0f", CHANGED)]
+    lines += [("computation (TFLOP)", ["step_tflop"], ".2f", CHANGED), ("time per step (s)", ["step_s"], ".2f", SLOWER)]
+    about = (
+        f"An arrow is a change of more than {CHANGED:.0%}, for the time of more than {SLOWER:.0%}. Parameters include "
+        "their copies in 16 bits; each kind is at its own highest moment."
+    )
+    tables = []
+    for accumulation, title in ((1, "without accumulation"), (2, "with accumulation")):
+        base = _step(rows, accumulation=accumulation)
+        pairs = {words: (base, _step(rows, name, accumulation=accumulation)) for name, words in TECHNIQUES.items()}
+        if accumulation > 1:
+            pairs = {"accumulation (1 x 2 to 2 x 1)": (_step(rows, batch_size=2), base), **pairs}
+        used = [row for pair in pairs.values() for row in pair]
+        if None not in used:
+            body = [[label, *(_change(*pair, *how) for pair in pairs.values())] for label, *how in lines]
+            note = [about, *(_textbook(rows) if accumulation == 1 else ())]
+            name, title = f"table-2-{accumulation}", f"{_steps_title(rows)}: {title}"
+            tables.append(Table(name, title, ["", *pairs], body, note, [row for row in rows if row in used]))
+    return tables
+
+
+def _steps_title(rows: Sequence[Row]) -> str:
+    return "{model}, {seq_len} tokens per sequence".format_map(rows[0].cell)
+
+
+def _step(rows: Sequence[Row], *techniques: str, **changes: Any) -> Row | None:
+    """The row of a plain step with some techniques."""
+    return newest(rows, **{**PLAIN, **{name: name in techniques for name in TECHNIQUES}, **changes})
+
+
+def arrow(before: float, after: float, threshold: float) -> str:
+    """Up or down where the change is more than that share of `before`, else =."""
+    if abs(after - before) > threshold * before:
+        return "↑" if after > before else "↓"
+    return "="
+
+
+def _total(row: Row | None, names: Sequence[str], form: str) -> Cell:
+    terms = [(row, name) for name in names]
+    return computed(" + ".join("{}" for _ in names), lambda *values: sum(values), form, *terms)
+
+
+def _change(before: Row, after: Row, names: Sequence[str], form: str, threshold: float) -> Cell:
+    """An arrow and both figures."""
+    pair = [_total(row, names, form) for row in (before, after)]
+    gaps = [cell for cell in pair if not isinstance(cell, Figure)]
+    return min(gaps) if gaps else (f"{arrow(pair[0].value, pair[1].value, threshold)} ", pair[0], " to ", pair[1])
+
+
+def _textbook(rows: Sequence[Row]) -> list[Cell]:
+    """Where the measured rows disagree with what is usually taught, in words."""
+    notes: list[Cell] = []
+    for technique, kind in (("checkpointing", "activations"), ("amp", "parameters")):
+        pair = [_step(rows), _step(rows, technique)]
+        peaks = [figure(row, "peak_memory_mb", ",.0f") for row in pair]
+        most = [_total(row, [f"{name}_most_mb" for name in KINDS[kind]], "") for row in pair]
+        if not all(isinstance(cell, Figure) for cell in (*peaks, *most)):
+            continue
+        (peak, peak_after), (before, after) = ([cell.value for cell in cells] for cells in (peaks, most))
+        if technique == "checkpointing" and peak_after > (1 - CHANGED) * peak and after < before:
+            words = "Checkpointing lowers activations, and not the peak: without accumulation, full fine-tuning peaks "
+            words += "at the end of the backward pass ("
+            notes.append((words, peaks[0], " and ", peaks[1], " MB), where all gradients and no activations are."))
+        if technique == "amp" and after > (1 + CHANGED) * before:
+            words = "Mixed precision raises the memory of parameters, by the 16-bit copies that autocast makes of "
+            notes.append((f"{words}them; the peak goes from ", peaks[0], " to ", peaks[1], " MB."))
+    return notes
+
+
+@of_steps
+def table_3(rows: list[Row]) -> list[Table]:
+    """Peak memory and time of a step for each combination, the course's form: plain, lean, and over a 16-bit base."""
+    over_half = {**PLAIN, "half": True, "lora": True, "amp": False}
+    del over_half["lean"]
+    modes = [
+        ("table-3", "", TECHNIQUES, PLAIN),
+        ("table-3-lean", ", lean", TECHNIQUES, {**PLAIN, "lean": True}),
+        ("table-3-half", ", LoRA over a 16-bit base", {"lean": "lean", "checkpointing": "checkpointing"}, over_half),
+    ]
+    figures = {"peak memory (MB)": metric("peak_memory_mb", ",.0f"), "time per step (s)": metric("step_s", ".2f")}
+    tables = []
+    for name, title, marks, wanted in modes:
+        columns = {words: _yes_or_no(mark) for mark, words in marks.items()} | figures
+        own = sorted(chosen(rows, **wanted), key=step_order)
+        tables += [table(name, _steps_title(rows) + title, own, columns)] if own else []
+    return tables
+
+
+def _yes_or_no(name: str) -> Column:
+    return lambda row: "yes" if row.cell[name] else "no"
+
+
+def step_order(row: Row) -> tuple[Any, ...]:
+    names = ("half", "lean", "accumulation", "batch_size", "lora", "amp", "checkpointing")
+    return row.cell["engine"] != "llama", *(row.cell[name] for name in names)
+
+
+def step_label(row: Row) -> str:
+    """A cell of benchmark_finetuning.py in words: "llama, 2 x 1, lean + LoRA"."""
+    cell, words = row.cell, {"lean": "lean", "half": "16-bit base", **TECHNIQUES}
+    names = [words[name] for name in words if cell.get(name)]
+    size = f"{cell['accumulation']} x {cell['batch_size']}" if cell["accumulation"] * cell["batch_size"] > 1 else ""
+    return ", ".join(part for part in (cell["engine"], size, " + ".join(names) or "plain") if part)
+
+
+@of_steps
+def step_details(rows: list[Row]) -> list[Table]:
+    """Every cell with its spread, the hardware limit and the predicted peak; then what checkpointing gains."""
+    rows.sort(key=step_order)
+
+    def like(row: Row, **changes: Any) -> Row | None:
+        return newest(rows, **{name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)} | changes)
+
+    def plain(row: Row) -> Row | None:
+        return like(row, checkpointing=False) if row.cell["checkpointing"] else None
+
+    def ours(row: Row) -> Row | None:
+        return like(row, engine="llama", lean=True) if row.cell["engine"] != "llama" else None
+
+    def recomputed(row: Row) -> Row | None:
+        return like(row, checkpointing=True)
+
+    columns = {"configuration": step_label, "time per step (s)": runs("step_s", ".2f")}
+    columns |= {"time vs. limit": metric("step_over_floor_x", ".2f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"predicted (MB)": metric("expected_peak_memory_mb", ",.0f")}
+    columns |= {"predicted / measured": lambda row: ratio(row, row, "expected_peak_memory_mb", ".3f", "peak_memory_mb")}
+    columns |= {"time relative to no checkpointing": relative(plain, "step_s")}
+    columns |= {"time relative to ours": relative(ours, "step_s")}
+    columns |= {"memory relative to ours": relative(ours, "peak_memory_mb")}
+    note = (
+        f"A step is forward, backward and the optimizer's step. {RELATIVE}, the time of the step's matrix products, "
+        "recomputed ones included, at the best rate of the network's own largest products in the same round. Ours, for "
+        "a peer, is the lean mode, which does the same work."
+    )
+    tables = [table("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)]
+    whole = chosen(rows, checkpointing=False, batch_size=1, accumulation=1, engine="llama")
+    paired = [row for row in whole if recomputed(row) is not None]
+    gain = {"mode": lambda row: step_label(row).removeprefix("llama, ")}
+    gain |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    gain |= {"all recomputed (MB)": lambda row: figure(recomputed(row), "peak_memory_mb", ",.0f")}
+    gain |= {"time per step (s)": metric("step_s", ".2f")}
+    gain |= {"all recomputed (s)": lambda row: figure(recomputed(row), "step_s", ".2f")}
+    gain |= {"MB saved per second": lambda row: _saved(row, recomputed(row))}
+    title = f"{_steps_title(rows)}: no layer recomputed, and all of them"
+    return tables + ([table("gain", title, paired, gain)] if paired else [])
+
+
+def _saved(whole: Row, recomputed: Row) -> Cell:
+    """MB that checkpointing saves for a second of recomputing."""
+    terms = [(row, "peak_memory_mb") for row in (whole, recomputed)]
+    terms += [(row, "step_s") for row in (recomputed, whole)]
+    saved = computed("({} - {}) / ({} - {})", lambda a, b, c, d: (a - b) / (c - d), ",.0f", *terms)
+    if not isinstance(saved, Figure):
+        return saved
+    if whole.median("peak_memory_mb") - recomputed.median("peak_memory_mb") <= CHANGED * whole.median("peak_memory_mb"):
+        return "nothing saved"
+    return saved if recomputed.median("step_s") > whole.median("step_s") else "no slower"
+
+
+@per_setting("model", "seq_len", "limit_gb", dtype=False)
+def estimates(rows: list[Row]) -> list[Table]:
+    """What the memory of a step is predicted to be at its peak, by category, and whether it fits."""
+    limit = rows[0].cell["limit_gb"]
+    columns = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {name: metric(f"{name}_at_peak_mb", ",.0f") for name in memory.CATEGORIES}
+    columns |= {f"within {limit:g} GB": lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"}
+    note = "Predicted, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside."
+    rows = sorted((row for row in rows if row.metrics), key=step_order)
+    title = "predicted memory at the peak of a step"
+    return [table("estimates", f"{_steps_title(rows)}: {title}", rows, columns, note)] if rows else []
+
+
+@per_setting("model", dtype=False)
+def learning(rows: list[Row]) -> list[Table]:
+    """Held-out loss and right answers of each run, before and after."""
+
+    def right(name: str) -> Column:
+        return lambda row: (figure(row, name, ".0f"), " of ", figure(row, "held_out_asked", ".0f"))
+
+    columns = {"preset": word("preset"), "held-out loss before": metric("held_out_loss_before_nats", ".3f")}
+    columns |= {"held-out loss after": metric("held_out_loss_nats", ".3f")}
+    columns |= {"right answers before": right("held_out_right_before"), "right answers after": right("held_out_right")}
+    columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".3f")}
+    note = "Loss in nats per label token, on held-out samples; a right answer is the sample's word for word."
+    return [table("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)]
+
+
+def answers(rows: Sequence[Row]) -> list[Table]:
+    """What the model answered before each run and after it."""
+    head = ["instruction", "before", "after"]
+    found = [(row, row.data.get("series", {}).get("answers")) for row in rows]
+    title = "{model}, preset {preset}: answers"
+    return [Table("answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body]
