@@ -16,55 +16,49 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data import text
+from data.tiny import EMBEDDED, directory_of
 from llama import Transformer, checkpoint, cli, files, pruning, quantization
 from llama import device as devices
+from llama.cli import option
 from llama.errors import InputError, NonFinite
-from llama.quantization import Quantization
+from llama.quantization import GROUP_SIZES, Quantization
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training.batch import collate
-from llama.training.step import Settings
-from llama.training.step import fine_tune as train
+from llama.training.step import Settings, fine_tune
 
-EMBEDDED = Path(__file__).parent / "data" / "tiny"
 N_WORST = 3  # matrices that are named
-CONTEXT = 512  # tokens of a row of a text file
-ROUNDS = 8  # of --iterative, where --rounds does not say
-STEPS_A_ROUND = 20  # of --iterative, where --steps does not say
+CONTEXT = 512  # tokens of a sequence of a text file
+ROUNDS = 8
+STEPS_PER_ROUND = 20
 
 
-def quantize(
-    *,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    bits: int = 8,
-    group_size: int | None = None,
-    out_dir: str = "runs/quantized",
-) -> None:
-    """Write a checkpoint whose weights have 8 or 4 bits, and say what each matrix lost.
+@dataclass(frozen=True)
+class QuantizeOptions(cli.Options):
+    """Write a checkpoint whose weights have 8 or 4 bits, and say what each matrix lost."""
 
-    Args:
-        ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
-        tokenizer_path: tokenizer.model, which is copied; default: the one in ckpt_dir.
-        bits: 8, with a scale for each row, or 4, with one for each group of a row; tables have 8 in both.
-        group_size: of 4 bits: 32 (the default), 64 or 128 neighbouring weights share a scale.
-        out_dir: directory of the checkpoint; must be new.
-    """
-    directory, target = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED, files.require_new(out_dir)
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, "tokenizer.model, which is copied; default: the one in ckpt_dir")
+    bits: int = option(8, "8, with one scale per row, or 4, with one per group of a row; tables have 8 in both")
+    group_size: int | None = option(None, f"of 4 bits: {GROUP_SIZES} neighbouring weights share a scale; default: 32")
+    out_dir: str = option("runs/quantized", "directory of the checkpoint; must be new")
+
+
+def quantize(options: QuantizeOptions) -> None:
+    directory, target = directory_of(options.ckpt_dir), files.require_new(options.out_dir)
     try:
-        config = Quantization(bits, group_size)
+        config = Quantization(options.bits, options.group_size)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    found = checkpoint.read_quantization(directory)
-    if found is not None:
-        raise InputError(f"{directory} is quantized already, in {found.bits} bits; quantize the original")
-    tokenizer = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
-    if not tokenizer.is_file():
-        raise InputError(f"--tokenizer_path={tokenizer} is not a file")
+    present = checkpoint.read_quantization(directory)
+    if present is not None:
+        raise InputError(f"{directory} is quantized already, in {present.bits} bits; quantize the original")
+    tokenizer = tokenizer_file(options.tokenizer_path, directory)
     model = checkpoint.load(directory, progress=True)
     try:
         errors = quantization.quantize(model, config, progress=True)
@@ -72,7 +66,23 @@ def quantize(
         raise InputError(f"{directory}:{error}") from None
     checkpoint.save(model, target, tokenizer_path=tokenizer)
     print(report(model, errors))
-    print(sizes(directory, model, target))
+    before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
+    print(
+        f"{shown(directory)}: {before / devices.MB:,.2f} MB in 16 bits, {after / devices.MB:,.2f} MB now "
+        f"({after / before:.3f} of it), in {target}"
+    )
+
+
+def tokenizer_file(path: str | None, directory: Path) -> Path:
+    """The tokenizer of a checkpoint. Raises InputError where there is none."""
+    file = Path(path) if path is not None else find_tokenizer(directory)
+    if not file.is_file():
+        raise InputError(f"--tokenizer_path={file} is not a file")
+    return file
+
+
+def shown(directory: Path) -> str:
+    return "embedded model" if directory == EMBEDDED else str(directory)
 
 
 def report(model: Transformer, errors: dict[str, float]) -> str:
@@ -89,125 +99,105 @@ def report(model: Transformer, errors: dict[str, float]) -> str:
     return "\n".join([*lines, "worst: " + ", ".join(f"{name} {errors[name]:.2%}" for name in worst), ""])
 
 
-def sizes(directory: Path, model: Transformer, target: Path) -> str:
-    """What the weights take in 16 bits, and what they take now."""
-    before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
-    name = "embedded model" if directory == EMBEDDED else str(directory)
-    return (
-        f"{name}: {before / devices.MB:,.2f} MB in 16 bits, {after / devices.MB:,.2f} MB now "
-        f"({after / before:.3f} of it), in {target}"
+@dataclass(frozen=True)
+class PruneOptions(cli.Options):
+    """Take weights out of a Llama model, at once or little by little with fine-tuning in between."""
+
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    method: str = option(
+        "dimensions",
+        "dimensions takes hidden units of the feed-forward out, which makes the model smaller and faster; magnitude "
+        "sets the smallest weights of each matrix to zero, which makes it neither",
+        choices=pruning.METHODS,
     )
+    share: float = option(0.5, "share of the hidden units, or of the weights, to take out")
+    iterative: bool = option(False, "cut in equal parts and fine-tune after each; without it, cut once and fine-tune")
+    rounds: int | None = option(None, f"with --iterative, number of parts; default: {ROUNDS}", least=1)
+    steps: int | None = option(
+        None, f"fine-tuning steps of all weights in total; default: none, or {STEPS_PER_ROUND} per round of --iterative"
+    )
+    max_loss_increase: float | None = option(
+        None, "with --iterative, stop before the validation loss has risen by more nats per token than this"
+    )
+    data: str | None = option(
+        None,
+        "a text file in UTF-8 to fine-tune on; its last tenth validates. Models with the embedded model's tokenizer "
+        "need none: there is text of its world",
+    )
+    batch_size: int = option(8, "sequences per step", least=1)
+    lr: float = option(1e-3, "peak learning rate of AdamW in each round; it falls to 0 as a cosine")
+    out_dir: str = option("runs/pruned", "directory of the checkpoint; must be new")
+    seed: int = option(1, "seed of the order of the sequences", least=0)
+    device: str = option("auto", cli.DEVICE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds is not None and not self.iterative:
+            raise InputError(f"--rounds={self.rounds}: needs --iterative; without it there is one cut")
+        least = self.n_rounds if self.iterative else 0
+        if self.n_steps < least:
+            raise InputError(f"--steps={self.steps}: expected at least {least}, one in each round")
+        limit = self.max_loss_increase
+        if limit is not None and (not self.iterative or not 0 <= limit < math.inf):
+            raise InputError(f"--max_loss_increase={limit:g}: expected 0 or more, with --iterative")
+        Settings(lr=self.lr)
+
+    @property
+    def n_rounds(self) -> int:
+        return (self.rounds or ROUNDS) if self.iterative else 1
+
+    @property
+    def n_steps(self) -> int:
+        usual = STEPS_PER_ROUND * self.n_rounds if self.iterative else 0
+        return usual if self.steps is None else self.steps
 
 
-def prune(
-    *,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    method: str = "dimensions",
-    share: float = 0.5,
-    iterative: bool = False,
-    rounds: int | None = None,
-    steps: int | None = None,
-    max_loss_increase: float | None = None,
-    data: str | None = None,
-    batch_size: int = 8,
-    lr: float = 1e-3,
-    out_dir: str = "runs/pruned",
-    seed: int = 1,
-    device: str = "auto",
-) -> None:
-    """Take weights out of a Llama model, at once or little by little with fine-tuning in between.
-
-    Args:
-        ckpt_dir: checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model.
-        tokenizer_path: tokenizer.model; default: the one in ckpt_dir.
-        method: dimensions takes hidden units of the feed-forward out, which makes the model smaller and faster;
-            magnitude sets the smallest weights of each matrix to zero, which makes it neither.
-        share: of the hidden units, or of the weights, that goes.
-        iterative: cut in equal parts and fine-tune after each; without it, cut once and fine-tune then.
-        rounds: with --iterative, how many parts; default: 8.
-        steps: fine-tuning steps of all weights in total; default: none without --iterative, 20 a round with it.
-        max_loss_increase: with --iterative, stop before the validation loss has risen by more nats a token than this.
-        data: a text file in UTF-8 to fine-tune on; its last tenth validates. Models with the embedded model's tokenizer
-            need none: there is text of its world.
-        batch_size: rows of a step.
-        lr: peak learning rate of AdamW in each round; it falls to 0 as a cosine.
-        out_dir: directory of the checkpoint; must be new.
-        seed: of the order of the rows.
-        device: auto, cpu, cuda or cuda:N.
-    """
-    rounds, steps = check_flags(iterative, rounds, steps, max_loss_increase, batch_size, lr, seed)
-    directory = Path(ckpt_dir) if ckpt_dir is not None else EMBEDDED
-    files.require_new(out_dir)
-    target, _ = devices.resolve(device, "float32")
+def prune(options: PruneOptions) -> None:
+    directory, method, share = directory_of(options.ckpt_dir), options.method, options.share
+    files.require_new(options.out_dir)
+    device, _ = devices.resolve(options.device, "float32")
     args = checkpoint.read_args(directory)
-    pruning.check(args, method, share, rounds)
-    tokenizer_file = Path(tokenizer_path) if tokenizer_path is not None else find_tokenizer(directory)
-    source = load_text(tokenizer_file, data, batch_size, seed)
-    if source is None and steps:
+    pruning.check(args, method, share, options.n_rounds)
+    tokenizer = tokenizer_file(options.tokenizer_path, directory)
+    source = load_text(tokenizer, options)
+    if source is None and options.n_steps:
         raise InputError("--data is missing; fine-tuning takes a text file, and so does --iterative")
-    model = checkpoint.load(directory, device=target, progress=True)
+    model = checkpoint.load(directory, device=device, progress=True)
     pruning.require_plain(model)
     dtype = model.tok_embeddings.weight.dtype
-    name = "embedded model" if ckpt_dir is None else ckpt_dir
-    line = f"model      {name}, {size_line(model, dtype)}"
+    line = f"model      {shown(directory)}, {size_line(model, dtype)}"
     if source is not None:
         model = model.float()
         before = source.loss(model)
         line += f", validation loss {before:.4f}"
     print(line)
-    if steps == 0:
+    if options.n_steps == 0:
         model, gone = pruning.cut(model, method, share, args.ffn_dim), pruning.gone(method, share, args.ffn_dim)
     else:
-        settings = Settings(optimizer="adamw", lr=lr, schedule="cosine", warmup_steps=2, clip_norm=1.0)
-        limit = math.inf if max_loss_increase is None else before + max_loss_increase
-        model, gone = shrink(model, method, share, rounds, steps, settings, source, limit)
+        rise = math.inf if options.max_loss_increase is None else options.max_loss_increase
+        model, gone = shrink(model, options, source, before + rise)
     pruning.remove_masks(model.to(dtype))
     is_whole = gone == pruning.gone(method, share, args.ffn_dim)
     print(f"{'reached' if is_whole else 'kept':<10} share {gone:g} of --share={share:g}")
     if method == "magnitude":
         zeros, n_all = pruning.count_zeros(model)
         print(f"zeros      {zeros:,} of {n_all:,} weights in {len(pruning.projections(model))} matrices")
-    checkpoint.save(model, out_dir, "meta", tokenizer_file)
-    line = f"written    {out_dir}: {size_line(model, dtype)}"
+    checkpoint.save(model, options.out_dir, "meta", tokenizer)
+    line = f"written    {options.out_dir}: {size_line(model, dtype)}"
     if source is not None:
         loss = source.loss(model.float())  # of the weights as they were written
         line += f", validation loss {loss:.4f} ({loss - before:+.4f}), perplexity {math.exp(loss):.3f}"
     print(line)
 
 
-def check_flags(
-    iterative: bool,
-    rounds: int | None,
-    steps: int | None,
-    max_loss_increase: float | None,
-    batch_size: int,
-    lr: float,
-    seed: int,
-) -> tuple[int, int]:
-    """How many rounds and steps there will be. Raises InputError for what is out of range or would have no effect."""
-    if rounds is not None and not iterative:
-        raise InputError(f"--rounds={rounds}: needs --iterative; without it there is one cut")
-    rounds = (ROUNDS if rounds is None else rounds) if iterative else 1
-    cli.require_at_least(1, batch_size=batch_size, rounds=rounds)
-    cli.require_at_least(0, seed=seed)
-    if steps is None:
-        steps = STEPS_A_ROUND * rounds if iterative else 0
-    if steps < (rounds if iterative else 0):
-        raise InputError(f"--steps={steps}: expected at least {rounds if iterative else 0}, one in each round")
-    if max_loss_increase is not None and (not iterative or not 0 <= max_loss_increase < math.inf):
-        raise InputError(f"--max_loss_increase={max_loss_increase:g}: expected 0 or more, with --iterative")
-    Settings(lr=lr)
-    return rounds, steps
-
-
-def load_text(tokenizer_file: Path, data: str | None, batch_size: int, seed: int) -> text.Text | None:
+def load_text(tokenizer_file: Path, options: PruneOptions) -> text.Text | None:
     """What --data names; without it text of the embedded model's world, for models that read with its tokenizer."""
     tokenizer = Tokenizer(tokenizer_file)
+    if options.data is not None:
+        return text.from_file(Path(options.data), tokenizer, CONTEXT, options.batch_size, options.seed)
     is_embedded = files.sha256(tokenizer_file) == files.sha256(EMBEDDED / "tokenizer.model")
-    if data is not None:
-        return text.from_file(Path(data), tokenizer, CONTEXT, batch_size, seed)
-    return text.of_embedded_model(tokenizer, batch_size, seed) if is_embedded else None
+    return text.of_embedded_model(tokenizer, options.batch_size, options.seed) if is_embedded else None
 
 
 def size_line(model: Transformer, dtype: torch.dtype) -> str:
@@ -216,24 +206,18 @@ def size_line(model: Transformer, dtype: torch.dtype) -> str:
     return f"{n:,} parameters, {n * dtype.itemsize / devices.MB:,.2f} MB"
 
 
-def shrink(
-    model: Transformer,
-    method: str,
-    share: float,
-    rounds: int,
-    steps: int,
-    settings: Settings,
-    source: text.Text,
-    limit: float,
-) -> tuple[Transformer, float]:
+def shrink(model: Transformer, options: PruneOptions, source: text.Text, limit: float) -> tuple[Transformer, float]:
     """What is left after all rounds, or after the last whose loss is within the limit; and the share that is gone."""
+    settings = Settings(optimizer="adamw", lr=options.lr, schedule="cosine", warmup_steps=2, clip_norm=1.0)
+    rounds = options.n_rounds
+    ends = [options.n_steps * number // rounds for number in range(rounds + 1)]  # steps that are done after each round
 
-    def fine_tune(rest: Transformer, number: int) -> None:
-        numbers = range(steps * (number - 1) // rounds, steps * number // rounds)
-        train(rest, lambda step: [collate([[sample] for sample in source.samples(step)])], numbers, settings)
+    def train(rest: Transformer, number: int) -> None:
+        steps = range(ends[number - 1], ends[number])
+        fine_tune(rest, lambda step: [collate([[sample] for sample in source.samples(step)])], steps, settings)
 
     kept: tuple[Transformer, float] | None = None
-    cuts = pruning.gradually(model, method, share, rounds, fine_tune, source.loss)
+    cuts = pruning.gradually(model, options.method, options.share, rounds, train, source.loss)
     for number in range(1, rounds + 1):
         try:
             cut = next(cuts)
@@ -242,15 +226,11 @@ def shrink(
                 raise
             print(f"stopped    round {number}: {error}")
             return kept
-        found = (
-            f"share {cut.share:g}: loss {cut.loss_cut:.4f} cut, {cut.loss:.4f} after {steps * number // rounds} steps"
-        )
-        print(f"round {number:<4} {found}")
+        line = f"share {cut.share:g}: loss {cut.loss_cut:.4f} cut, {cut.loss:.4f} after {ends[number]} steps"
+        print(f"round {number:<4} {line}")
+        if cut.loss > limit and kept is None:
+            raise InputError(f"--max_loss_increase: the first round passes it; use more --rounds or --steps ({line})")
         if cut.loss > limit:
-            if kept is None:
-                raise InputError(
-                    f"--max_loss_increase: the first round passes it; use more --rounds or --steps ({found})"
-                )
             print(f"stopped    the loss is above {limit:.4f}, the most that --max_loss_increase allows")
             return kept
         # Training goes on in the same tensors; where it may have to be undone, a copy is kept.

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows as row_files
 from benchmarks import stopwatch
+from benchmarks.rows import Row, model_cell, record, require_writable
 from data import text
-from data.tiny import EMBEDDED, directory_of
+from data.tiny import EMBEDDED, directory_of, name_of
 from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Transformer, checkpoint, cli, files, lora
 from llama import device as devices
@@ -48,9 +48,8 @@ class Side:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """What a row calls it; where it lies on this machine is nobody's business."""
-        name = "tiny" if self.directory.resolve() == EMBEDDED.resolve() else self.directory.resolve().name
-        return {"model": name, "adapter": self.adapter and self.adapter.resolve().name}
+        config = checkpoint.read_quantization(self.directory)
+        return {"adapter": None, **model_cell(name_of(self.directory), config, self.adapter)}
 
     @property
     def dtype_name(self) -> str:
@@ -110,7 +109,7 @@ def main(options: Options) -> None:
     stride = context if options.stride is None else options.stride
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
     if options.results is not None:
-        row_files.require_writable(Path(options.results))
+        require_writable(Path(options.results))
     settings = {"context": context, "stride": stride, "batch_size": options.batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
     data = None if options.data is None else Path(options.data)
@@ -209,7 +208,7 @@ def make_rows(
     cell: dict[str, Any],
     device: torch.device,
     results: str | None,
-) -> list[row_files.Row]:
+) -> list[Row]:
     """A row for each model, appended to `results` where there is one; the first also holds the difference."""
     rows = []
     for side, (_, values) in zip(sides, measured, strict=True):
@@ -218,7 +217,7 @@ def make_rows(
             place["against"] = {**sides[1].cell, "dtype": sides[1].dtype_name}
             values = values | difference(measured[0][0], measured[1][0], cell["context"])
         path, runs = results and Path(results), {name: [value] for name, value in values.items()}
-        rows.append(row_files.record(path, "perplexity", place, runs, device, side.dtype_name))
+        rows.append(record(path, "perplexity", place, runs, device, side.dtype_name))
     return rows
 
 

@@ -540,7 +540,7 @@ def test_an_unknown_command_is_named(monkeypatch, capsys):
 
 def test_a_pruned_model_goes_through_every_script(tmp_path, monkeypatch, capsys):
     """The README's commands on the embedded model, with less text and fewer steps."""
-    monkeypatch.setattr(text, "VALIDATION_ROWS", 1)
+    monkeypatch.setattr(text, "VALIDATION", 1)
     out_dir = tmp_path / "pruned"
     flags = ("--method=dimensions", "--share=0.5", "--iterative", "--rounds=2", "--steps=2", "--batch_size=1")
     code, out, err = call(monkeypatch, capsys, "prune", *flags, "--device=cpu", f"--out_dir={out_dir}")
@@ -563,7 +563,7 @@ def measured(tmp_path_factory):
     """All parts, with as few steps, rows and shares as there can be."""
     work = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "VALIDATION_ROWS", 1)
+        patch.setattr(text, "VALIDATION", 1)
         patch.setattr(benchmark_pruning, "INPUT_LEN", 8)
         patch.setattr(benchmark_pruning, "OUTPUT_LEN", 3)
         given = {"share": 0.5, "rounds": 2, "steps": 1, "batch_size": 1, "repeats": 2, "device": "cpu"}

@@ -398,6 +398,17 @@ def test_an_adapter_against_its_base(small, tmp_path, monkeypatch, capsys):
     assert code == 2 and "was trained on another base model" in err and err.count("\n") == 1
 
 
+def test_adapters_of_one_name_are_two_cells(small, tmp_path, monkeypatch, capsys):
+    """Every run of finetuning.py calls its adapter `adapter`: the content tells them apart."""
+    for seed in (0, 1):
+        model = random_model(seed=seed)
+        save_adapter(model, tmp_path / str(seed) / "adapter", checkpoint.fingerprint(small / "m"))
+        flags = (f"--ckpt_dir={small}/m", f"--data={small}/text.txt", f"--adapter={tmp_path}/{seed}/adapter")
+        assert call(monkeypatch, capsys, *flags, f"--results={tmp_path}/r")[0] == 0
+    first, second = (row["cell"] for row in newest(tmp_path / "r", 2))
+    assert first["adapter"] == second["adapter"] == "adapter" and first != second
+
+
 BAD = {
     "--data={small}/nothing": "nothing is not a file",
     "--data={small}": "is not a file",
