@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
-import browser
 import pytest
 from conftest import ROOT
 
@@ -458,7 +458,7 @@ def test_the_committed_page_is_made_of_the_committed_rows():
 
 # In a browser
 
-needs_browser = pytest.mark.skipif(browser.find() is None, reason="needs Chromium, none of its names is in PATH")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DONE = "document.querySelector('#replay-1 [data-cache={}]').dataset.state === 'done'"
 # Tokens as they appear on each side, and when each side was done; looked at after every change of the page.
 WATCH = """
@@ -476,71 +476,77 @@ new MutationObserver(() => {
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser.Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+def chromium():
+    """The Chromium of this machine; playwright's own is not downloaded."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs Chromium, none of its names is in PATH")
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path) as browser:
+        yield browser
 
 
-@needs_browser
 def test_a_click_replays_tokens_in_order_and_the_cached_side_ends_first(chromium, tmp_path):
     """And the keyboard does what the mouse does."""
     folder = write(tmp_path / "r", [*recordings(tokens=8, seconds=0.02, slow=5), *recordings(text=False)])
-    page = tmp_path / "page.html"
-    page.write_text(results_page.render(read_folder(folder)))
-    chromium.messages.clear()
-    chromium.open(page, 1280)
+    file = tmp_path / "page.html"
+    file.write_text(results_page.render(read_folder(folder)))
+    page, messages, requests = chromium.new_page(viewport={"width": 1280, "height": 900}), [], []
+    for event in ("console", "pageerror"):
+        page.on(event, lambda message: messages.append(str(message)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
     label = "document.querySelector('#replay-1 .toggle').textContent"
-    assert chromium.run(DONE.format("on")) and chromium.run(label) == "Play"
-    chromium.run(WATCH)
-    chromium.click("#replay-1 .toggle")
-    assert chromium.run(label) == "Pause" and not chromium.run(DONE.format("off"))
-    chromium.wait_for(DONE.format("off"))
-    seen, ended = chromium.run("seen"), chromium.run("ended")
-    assert ended == ["on", "off"] and chromium.run(label) == "Play"
+    assert page.evaluate(DONE.format("on")) and page.evaluate(label) == "Play"
+    page.evaluate(WATCH)
+    page.click("#replay-1 .toggle")
+    assert page.evaluate(label) == "Pause" and not page.evaluate(DONE.format("off"))
+    page.wait_for_function(DONE.format("off"))
+    seen, ended = page.evaluate("seen"), page.evaluate("ended")
+    assert ended == ["on", "off"] and page.evaluate(label) == "Play"
     for there in seen.values():
         assert all(shown == list(range(len(shown))) for shown in there), "a token before the one that it follows"
         counts = [len(shown) for shown in there]
         assert counts == sorted(counts) and counts[0] < 8 and counts[-1] == 8
     assert len(seen["off"]) > 4  # it was played, not shown at once
     # Keyboard: restart, pause with Space, and another speed with an arrow.
-    chromium.run("document.querySelector('#replay-1 .restart').focus()")
-    chromium.press("Enter")
-    chromium.run("document.querySelector('#replay-1 .toggle').focus()")
-    chromium.press(" ")
-    assert chromium.run(label) == "Play" and not chromium.run(DONE.format("off"))
+    page.focus("#replay-1 .restart")
+    page.keyboard.press("Enter")
+    page.focus("#replay-1 .toggle")
+    page.keyboard.press("Space")
+    assert page.evaluate(label) == "Play" and not page.evaluate(DONE.format("off"))
     time = "document.querySelector('#replay-1 [data-cache=off] .time').textContent"
-    paused = chromium.run(time)
-    chromium.press("Tab")
-    chromium.press("Tab")
-    chromium.press("ArrowRight")
-    assert chromium.run("document.querySelector('#replay-1 input:checked').value") == "4"
-    assert chromium.run(time) == paused
-    chromium.click("#replay-1 .toggle")
-    chromium.wait_for(DONE.format("off"))
-    assert chromium.messages == []
-    assert not [url for url in chromium.requests if not url.startswith(("file:", "data:"))]
+    paused = page.evaluate(time)
+    for key in ("Tab", "Tab", "ArrowRight"):
+        page.keyboard.press(key)
+    assert page.evaluate("document.querySelector('#replay-1 input:checked').value") == "4"
+    assert page.evaluate(time) == paused
+    page.click("#replay-1 .toggle")
+    page.wait_for_function(DONE.format("off"))
+    assert messages == []
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
 
 
-@needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_nothing_is_cut_or_overflows(chromium, tmp_path, width):
     rows = [json.loads(line) for path in RESULTS.glob("*.jsonl") for line in path.read_text().splitlines()]
-    page = tmp_path / "page.html"
-    page.write_text(results_page.render(read_folder(write(tmp_path / "r", [*steps(), *losses(), *strange(), *rows]))))
-    for dark in (False, True):
-        chromium.open(page, width, dark)
-        assert chromium.run("document.documentElement.scrollWidth") <= width
+    file = tmp_path / "page.html"
+    file.write_text(results_page.render(read_folder(write(tmp_path / "r", [*steps(), *losses(), *strange(), *rows]))))
+    for scheme in ("light", "dark"):
+        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
-        assert chromium.run(wide + ".map(e => [e.ariaLabel, e.scrollWidth, e.clientWidth])") == []
+        assert page.evaluate(wide + ".map(e => [e.ariaLabel, e.scrollWidth, e.clientWidth])") == []
         beyond = (
             "[...document.querySelectorAll('main *')].filter(e => {const r = e.getBoundingClientRect(); "
             "return r.width && !e.closest('thead') && (r.right > innerWidth || r.left < 0)})"
             ".map(e => e.outerHTML.slice(0, 120))"
         )
-        assert chromium.run(beyond) == []
-        ink, paper = chromium.run(
+        assert page.evaluate(beyond) == []
+        ink, paper = page.evaluate(
             "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         )
         dark_ink, dark_paper = (sum(map(int, re.findall(r"\d+", colour)[:3])) < 384 for colour in (ink, paper))
-        assert (dark_ink, dark_paper) == (not dark, dark)
+        assert (dark_ink, dark_paper) == (scheme == "light", scheme == "dark")
