@@ -30,7 +30,7 @@ from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import n_equal, verdict
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary
-from llama.tokenizer import TOKENIZER_PLACES, StreamDecoder, Tokenizer, find_tokenizer
+from llama.tokenizer import TOKENIZER_PATHS, StreamDecoder, Tokenizer, find_tokenizer
 
 SAMPLE_CHATS = (
     "What colour is the sky on a clear day?",
@@ -151,7 +151,7 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     if name == "lookup":
         return PromptLookup()
     check_vocabulary(checkpoint.read_args(name), llama.model.args)
-    own = [path for place in TOKENIZER_PLACES if (path := Path(name) / place).is_file()]
+    own = [path for place in TOKENIZER_PATHS if (path := Path(name) / place).is_file()]
     if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
         raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
     return ModelDraft(checkpoint.load(name, llama.model.dtype, llama.device, progress=True), decoding)

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user gave is wrong: a file, a flag, a prompt. Exit code 2. The message names place and remedy."""
+    """What the user gave is wrong: a file, an option, a prompt. Exit code 2. The message says where, and the remedy."""
 
 
 class NonFinite(ArithmeticError):

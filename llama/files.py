@@ -1,4 +1,4 @@
-"""Files that are complete or not there: directories that appear under their name only when done, strict JSON, hashes.
+"""Files that are complete or absent: directories that appear under their name only when done, strict JSON, hashes.
 
 A crash at any moment leaves the old state or the new one. What protects against power loss is the order: contents reach
 the disk (fsync) before the rename that publishes them, and the rename before anyone is told.
@@ -25,10 +25,12 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def require_new(directory: str | Path) -> Path:
-    """The whole path of a directory to be. Raises InputError where it already holds something."""
+    """The absolute path of a directory to be made. Raises InputError where it already holds something."""
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} already exists and is not an empty directory; choose another name or move it away")
+        raise InputError(
+            f"{target} already exists and is not an empty directory; choose a new name or move it away"
+        )
     return target
 
 

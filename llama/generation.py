@@ -1,10 +1,11 @@
 """The generation loop: token ids in, token ids out, with the KV cache on or off.
 
 `Llama` has Meta's interface (build, generate, text_completion, chat_completion). Prompts of unequal length are padded
-on the right: a causal mask already hides the pads from real tokens, and each row decodes at its own position,
-overwriting its pads. So a row gets what it would get alone, and no step is spent on a token that is already known.
+on the right: a causal mask already hides the padding from real tokens, and each sequence decodes at its own position,
+overwriting its padding. So it gets what it would get alone, and no step is spent on a token that is already known.
 
-Nothing is read back from the device while tokens are produced, except now and then whether every row has stopped.
+Nothing is read back from the device while tokens are produced, except now and then whether all sequences have stopped.
+With a draft model each round is read back, since the host decides what is proposed next: speculative.py has that loop.
 Left out on purpose: files (checkpoint/), sampling (sampling.py), how a decode step is computed (decoding.py).
 """
 
@@ -27,16 +28,16 @@ from llama.sampling import Sampling, next_token
 from llama.speculative import Speculation
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
-# Steps between two looks at whether all rows have stopped. Each look makes the host wait for a GPU.
+# Steps from one check of whether all sequences have stopped to the next. Each makes the host wait for a GPU.
 STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
-# Without the cache every step has another length; rounded up, with pads that no token sees, there are fewer shapes that
-# libraries must prepare kernels for (a CPU's keep 100 MB of them), for 3 % more positions.
+# Without the cache every step has a new length. Rounded up, with padding that no token sees, there are fewer shapes for
+# libraries to prepare kernels for (a CPU's keep 100 MB of them), for 3 % more positions.
 LENGTH_MULTIPLE = 16
-ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,256 fp32 values are 66 MB a row)
+ECHO_CHUNK = 128  # prompt positions whose logits are held at once (128 * 128,256 fp32 values are 66 MB)
 
 
 class CompletionPrediction(TypedDict, total=False):
-    """A continued text; `tokens` and `logprobs` (natural logarithms) only where asked for."""
+    """A continued text; `tokens` and `logprobs` (natural logarithms) only with logprobs=True."""
 
     generation: str
     tokens: list[str]
@@ -44,7 +45,7 @@ class CompletionPrediction(TypedDict, total=False):
 
 
 class ChatPrediction(TypedDict, total=False):
-    """An answered dialog; `tokens` and `logprobs` only where asked for."""
+    """An answered dialog; `tokens` and `logprobs` only with logprobs=True."""
 
     generation: Message
     tokens: list[str]
@@ -52,7 +53,7 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class _Batch:
-    """Prompts padded to one [B, T] tensor, and how far each row may go."""
+    """Prompts padded to one [B, T] tensor, and how many tokens each may get."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class _Batch:
         self.longest = max(lengths)
         total = max(length + budget for length, budget in zip(lengths, self.budgets, strict=True))
         self.tokens = torch.tensor([[*prompt, *[pad_id] * (total - len(prompt))] for prompt in prompts]).to(device)
-        self.last = torch.tensor(lengths).to(device) - 1  # position of each row's newest token
+        self.last = torch.tensor(lengths).to(device) - 1  # position of each sequence's newest token
         # The token sampled last is never fed back, so it needs no slot.
         self.max_len = max(total - 1, self.longest)
 
@@ -76,8 +77,8 @@ class _Batch:
 class Llama:
     """A model with its tokenizer and limits; `.model` and `.tokenizer` are public. Without a tokenizer, ids only.
 
-    max_seq_len: prompt and generated tokens of one row together. max_batch_size: rows of one call. seed: of the random
-    stream that sampling draws from, across calls; a call's own `seed` starts a stream of its own.
+    max_seq_len: prompt and generated tokens of one sequence together. max_batch_size: prompts of one call. seed: of the
+    random stream that sampling draws from, across calls; a call with a `seed` has a separate one.
     """
 
     @staticmethod
@@ -96,10 +97,9 @@ class Llama:
     ) -> Llama:
         """Load a checkpoint directory in Meta's or Hugging Face's layout.
 
-        See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding.
-
-        Everything that can be wrong is checked before the weights are read. model_parallel_size is Meta's; all shards
-        merge into this one process, so it can only be 1.
+        See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding. All arguments are
+        checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one process, so
+        it can only be 1.
         """
         if model_parallel_size not in (None, 1):
             raise InputError(f"model_parallel_size {model_parallel_size}: shards merge into one process; leave it out")
@@ -153,7 +153,7 @@ class Llama:
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
         stop_tokens: default the end-of-text token. speculation: draft and verify (speculative.py); the same tokens at
         temperature 0, tokens of the same distribution above. on_step: called with 1, 2, ... when the work for that many
-        tokens a row has been given to the device. Raises InputError for prompts or settings out of range.
+        tokens per sequence has been given to the device. Raises InputError for prompts or settings out of range.
         """
         batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
@@ -163,18 +163,18 @@ class Llama:
             drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
         else:
             if on_step is not None:
-                raise InputError("on_step counts tokens a row, which speculative decoding has no common number of")
+                raise InputError("on_step counts tokens per sequence, which differ with speculative decoding")
             drawn, drawn_logprobs = [[] for _ in prompt_tokens], [[] for _ in prompt_tokens]
             rounds = self._rounds(prompt_tokens, batch, sampling, use_cache, stops, logprobs, speculation)
-            for row, tokens, values in rounds:
-                drawn[row] += tokens
-                drawn_logprobs[row] += values
+            for i, tokens, values in rounds:
+                drawn[i] += tokens
+                drawn_logprobs[i] += values
         tokens_out, logprobs_out = [], []
-        for row, prompt in enumerate(prompt_tokens):
-            ids = drawn[row][: batch.budgets[row]]
-            length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        for i, prompt in enumerate(prompt_tokens):
+            ids = drawn[i][: batch.budgets[i]]
+            length = next((n for n, token in enumerate(ids) if token in stops), len(ids))
             tokens_out.append([*prompt, *ids[:length]] if echo else ids[:length])
-            logprobs_out.append(prompt_logprobs[row] + drawn_logprobs[row][:length])
+            logprobs_out.append(prompt_logprobs[i] + drawn_logprobs[i][:length])
         return tokens_out, logprobs_out if logprobs else None
 
     @torch.no_grad()
@@ -222,8 +222,8 @@ class Llama:
         tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, echo, **options)
         start = 1 if echo else 0  # leaves out the begin-of-text token, which the prompt did not spell
         return [
-            {"generation": self.tokenizer.decode(drawn[start:]), **self._details(drawn, values and values[row])}
-            for row, drawn in enumerate(tokens)
+            {"generation": self.tokenizer.decode(drawn[start:]), **self._details(drawn, values and values[i])}
+            for i, drawn in enumerate(tokens)
         ]
 
     def chat_completion(
@@ -243,13 +243,13 @@ class Llama:
         return [
             {
                 "generation": {"role": "assistant", "content": self.tokenizer.decode(drawn)},
-                **self._details(drawn, values and values[row]),
+                **self._details(drawn, values and values[i]),
             }
-            for row, drawn in enumerate(tokens)
+            for i, drawn in enumerate(tokens)
         ]
 
     def _details(self, drawn: list[int], logprobs: list[float] | None) -> dict[str, list]:
-        """What a prediction holds besides its text, where log-probabilities were asked for."""
+        """What a prediction holds besides its text."""
         if logprobs is None:
             return {}
         return {"tokens": [self.tokenizer.decode([token]) for token in drawn], "logprobs": logprobs}
@@ -270,14 +270,14 @@ class Llama:
             )
         if max_gen_len < 0:
             raise InputError(f"max_gen_len {max_gen_len} is out of range; use 0 or more")
-        for row, prompt in enumerate(prompts):
+        for i, prompt in enumerate(prompts):
             if not 1 <= len(prompt) <= self.max_seq_len:
                 raise InputError(
-                    f"prompt {row} has {len(prompt)} tokens, outside 1 to max_seq_len {self.max_seq_len}; "
+                    f"prompt {i} has {len(prompt)} tokens, outside 1 to max_seq_len {self.max_seq_len}; "
                     "shorten it or raise max_seq_len"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
-                raise InputError(f"prompt {row} holds a token outside the vocabulary of {self.model.args.vocab_size}")
+                raise InputError(f"prompt {i} holds a token outside the vocabulary of {self.model.args.vocab_size}")
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
         return _Batch(prompts, max_gen_len, self.max_seq_len, pad_id, self.device)
 
@@ -300,7 +300,7 @@ class Llama:
         logprobs: bool,
         on_step: Callable[[int], None] | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Draw until every row has stopped or used its budget; rows may run on past their end."""
+        """Draw until every sequence has stopped or used its budget; those that have may get tokens past their end."""
         stop_ids = torch.tensor(stops, dtype=torch.int64, device=self.device)
         budgets = torch.tensor(batch.budgets, device=self.device)
         done, finite = budgets <= 0, torch.tensor(True, device=self.device)
@@ -316,9 +316,8 @@ class Llama:
             if step % STOP_CHECK_EVERY[self.device.type] == 0 and (done.all() | ~finite):
                 break
         self._require_finite(finite)
-        rows = len(batch.budgets)
-        tokens_out = torch.stack(drawn, 1).tolist() if drawn else [[]] * rows
-        return tokens_out, torch.stack(values, 1).tolist() if values else [[]] * rows
+        none = [[]] * len(batch.budgets)
+        return torch.stack(drawn, 1).tolist() if drawn else none, torch.stack(values, 1).tolist() if values else none
 
     def _rounds(
         self,
@@ -330,7 +329,7 @@ class Llama:
         logprobs: bool,
         speculation: Speculation,
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Yield a row's number, its next tokens and their log-probabilities, if asked for, up to where it ends."""
+        """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities, until all have ended."""
         if not use_cache:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         speculation.check(self.decoder, self.max_seq_len)
@@ -347,10 +346,10 @@ class Llama:
             raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 
     def _steps(self, batch: _Batch, sampling: Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the next token of every row [B] and the logits [B, V] it was drawn from, `n_steps` times.
+        """Yield the next token of every sequence [B] and the logits [B, V] it was drawn from, `n_steps` times.
 
-        With the cache a step computes one position per row; without, the whole text so far. Either way only the newest
-        position of each row is projected to the vocabulary.
+        With the cache a step computes one position per sequence; without, the whole text so far. Either way only the
+        newest position of each is projected to the vocabulary.
         """
         if batch.n_steps == 0:
             return
@@ -373,7 +372,7 @@ class Llama:
                     logits = model.logits(run.last_hidden(tokens[:, :length], pos))
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log p of each prompt token given those before it, a row at a time, some positions at a time."""
+        """log p of each prompt token given those before it, one prompt at a time, some positions at a time."""
         results = []
         for prompt in prompts:
             ids = torch.tensor(prompt, device=self.device)
@@ -389,7 +388,7 @@ class Llama:
 
 
 def _is_finite(logits: Tensor) -> Tensor:
-    """Whether no logit is NaN or +inf: the largest of a row is NaN if any is. A tenth of the time of looking at all."""
+    """Whether no logit is NaN or +inf: the largest is NaN if any is. A tenth of the time of checking all."""
     return logits.amax(-1).isfinite().all()
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from llama import files
 from llama.checkpoint import Source, fingerprint, hf
 from llama.errors import InputError
+from llama.frozen import FrozenLinear
 from llama.model import Transformer
-from llama.surgery import FrozenLinear, replace_modules
+from llama.surgery import replace_modules
 
 # Each projection that can be adapted, and what it is called inside a block: by Meta and by Hugging Face.
 META_NAMES = {name.split(".")[1]: name for name in hf.BLOCK if not name.endswith("norm.weight")}

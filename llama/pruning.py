@@ -1,6 +1,6 @@
 """Pruning by size alone: the smallest weights become zeros, or the weakest hidden units are taken out.
 
-    masks = zero_smallest(model, 0.5)    # magnitude (Han et al. 2015): half of each matrix is zero from here on,
+    masks = zero_smallest(model, 0.5)    # magnitude (Han et al. 2015): half of each matrix is zero from now on,
     ...                                  # whatever optimizer trains the rest
     remove_masks(model)                  # plain layers again; the checkpoint is a dense one that any loader takes
 
@@ -42,7 +42,7 @@ SPARSE = 0.01  # a share of zeros that only pruning gives; every large model in 
 
 
 class _OnlyKept(Function):
-    """A weight as it is, to which the gradient comes back at kept places alone. No copy is made."""
+    """A weight as it is; its gradient is zero where it is pruned. No copy is made."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
@@ -76,8 +76,11 @@ class MaskedLinear(nn.Module):
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
     """The matrices that are pruned, by name: wq, wk, wv, wo, w1, w2, w3 of every block."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, MaskedLinear))}
-    return {name: module for name, module in found.items() if name.startswith("layers.")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("layers.") and isinstance(module, (nn.Linear, MaskedLinear))
+    }
 
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:
@@ -113,7 +116,7 @@ def zero_smallest(model: Transformer, share: float) -> Transformer:
 
 
 def keep_zeros(model: Transformer) -> Transformer:
-    """Hold the zeros that a pruned checkpoint has, and return the model. Raises InputError where it has none."""
+    """Keep the zeros of a pruned checkpoint zero, and return the model. Raises InputError where it has none."""
     if count_zeros(model)[0] == 0:
         raise InputError("no weight of the model is zero; prune it by magnitude first (compress.py prune)")
     return _mask(model, lambda weight: weight != 0)

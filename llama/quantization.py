@@ -1,20 +1,24 @@
-"""Weight-only quantization: weights of 8 or 4 bits, activations of the usual kind.
+"""Weight-only quantization: weights of 8 or 4 bits, activations in floating point.
 
     errors = quantize(model, Quantization(bits=8))      # swaps the layers; relative error of each matrix
 
 A decode step spends its time on reading weights, so half or a quarter of the bytes is worth nearly that much time.
 
-    int8   one scale a row:                 w[n, k] = codes[n, k] * scales[n],   scales[n] = max |w[n]| / 127
-    int4   one for each group of a row:     w[n, k] = codes[n, k] * scales[n, k // group_size]
+    int8   one scale per row:               w[n, k] = codes[n, k] * scales[n],   scales[n] = max |w[n]| / 127
+    int4   one per group of a row:          w[n, k] = codes[n, k] * scales[n, k // group_size]
            chosen for the least squared error among candidates, in bfloat16; it may be negative
 
-Tables (embedding and head, mostly one and the same) have int8 also in an int4 model: their rows are looked up and
-multiplied alike, and the head is what the logits hang on. Norms keep their precision, and say what dtype the model
+Tables (embedding and head, mostly the same matrix) have int8 also in an int4 model: their rows are both looked up and
+multiplied, and the logits depend on the head directly. Norms keep their precision, and say what dtype the model
 computes in. No weight is ever widened as a whole: in a decode step its codes are (kernels/cpu/decode_step.py on a CPU,
 kernels/gpu/triton_ops.py on a GPU), and else a slab of rows at a time is, in the dtype of x, and multiplied.
 
-Layout of int4: each 32 columns of a row are 16 bytes; byte j holds column j in its low nibble and column j + 16 in its
-high one; nibble c stands for code c - 8. So one shift and two masks give 32 codes in order.
+Layout of int4: each 32 columns of a row are 16 bytes; nibble c stands for code c - 8. One shift and two masks give 32
+codes in order:
+
+    byte           0        1        2             15
+    high nibble    col 16   col 17   col 18  ...   col 31
+    low nibble     col  0   col  1   col  2  ...   col 15
 
 Left out on purpose: quantized activations and caches, codes that depend on each other (GPTQ), other bit widths.
 """
@@ -32,14 +36,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.errors import InputError
+from llama.frozen import FrozenLinear
 from llama.kernels import gpu
 from llama.model import TokenEmbedding, Transformer
-from llama.surgery import FrozenLinear, replace_modules
+from llama.surgery import replace_modules
 
 GROUP_SIZES = (32, 64, 128)
 TABLES = ("tok_embeddings", "output")  # int8 also in an int4 model
 BLOCK = 32  # columns that are packed together
-SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 23}  # of widened weights: what a CPU's cache holds, what keeps a GPU busy
+SLAB_BYTES = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 23,
+}  # of widened weights: fits a CPU's cache, keeps a GPU busy
 # Rows of x up to which PyTorch's int8 kernel for bfloat16 on a CPU beats slabs. For w1 of Llama 3.2 1B it takes 1.4 ms
 # with 1 row, 7 with 16 and 114 with 256; slabs 13, 16 and 32; bfloat16 weights 2.4, 2.5 and 18 (two cores with AMX).
 MOST_ROWS = 32
@@ -62,7 +70,7 @@ class Quantization:
         if isinstance(self.bits, bool) or self.bits not in (8, 4):
             raise ValueError(f"bits: {self.bits!r} is not 8 or 4")
         if self.bits == 8 and self.group_size is not None:
-            raise ValueError(f"group_size: {self.group_size!r} has no effect on int8, which has one scale a row")
+            raise ValueError(f"group_size: {self.group_size!r} has no effect on int8, which has one scale per row")
         if self.bits == 4:
             object.__setattr__(self, "group_size", 32 if self.group_size is None else self.group_size)
             if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
@@ -70,7 +78,7 @@ class Quantization:
 
     @property
     def method(self) -> str:
-        """How the scales were found."""
+        """How the scales are chosen."""
         return {8: "absmax", 4: "least-squares"}[self.bits]
 
     @classmethod
@@ -79,12 +87,12 @@ class Quantization:
         if not isinstance(content, dict) or content.keys() - {"method", "bits", "group_size"} or "bits" not in content:
             raise ValueError(f"quantization: {content!r} is not an object of method, bits and group_size")
         try:
-            found = cls(content["bits"], content.get("group_size"))
+            config = cls(content["bits"], content.get("group_size"))
         except (ValueError, TypeError) as error:  # TypeError: a list where a number should be
             raise ValueError(f"quantization.{error}") from None
-        if content.get("method") != found.method:
-            raise ValueError(f"quantization.method: {content.get('method')!r} is not known for {found.bits} bits")
-        return found
+        if content.get("method") != config.method:
+            raise ValueError(f"quantization.method: {content.get('method')!r} is not known for {config.bits} bits")
+        return config
 
     def to_params(self) -> dict[str, Any]:
         """The field `quantization` of a params.json."""
@@ -115,7 +123,7 @@ class _Int8(FrozenLinear):
             # PyTorch's own kernel, with the scales left to fp32: it would round them to 8 bits.
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
             return y.mul_(self.scales)
-        if x.dtype == torch.float16:  # whose range ends at 65504: a sum of products with codes is beyond where y is not
+        if x.dtype == torch.float16:  # ends at 65504, which a sum of products with codes can exceed where y does not
             return _product_of_slabs(self, x)
         y = x.new_empty(len(x), self.out_features)
         slab = _new_slab(x, self.in_features)
@@ -157,7 +165,7 @@ class Int8Embedding(_Int8):
 
 
 class Int4Linear(FrozenLinear):
-    """y = x w^T; weight uint8 [N, K / 2], two codes a byte (see above); scales bfloat16 [N, K / group_size]."""
+    """y = x w^T; weight uint8 [N, K / 2], two codes per byte (see above); scales bfloat16 [N, K / group_size]."""
 
     def __init__(self, weight: Tensor, scales: Tensor, group_size: int) -> None:
         super().__init__()
@@ -310,17 +318,17 @@ def quantize(model: Transformer, config: Quantization, progress: bool = False) -
     ) as bar:
 
         def make(module: nn.Module) -> nn.Module:
-            made = _quantized(module, names[module], config)
-            errors[names[module]] = _relative_error(made, module.weight)
+            layer = _quantized(module, names[module], config)
+            errors[names[module]] = _relative_error(layer, module.weight)
             bar.update()
-            return made
+            return layer
 
         replace_modules(model, lambda _, module: module in names, make)
     return errors
 
 
 def lay_out(model: Transformer, config: Quantization) -> None:
-    """Swap in layers whose codes are yet to be filled in: to read a file, or to plan without one.
+    """Swap in layers whose codes are yet to be filled in: to read a file, or to plan for a model without its weights.
 
     Raises InputError for a width that groups do not divide.
     """
@@ -330,10 +338,10 @@ def lay_out(model: Transformer, config: Quantization) -> None:
 
 def quantization_of(model: nn.Module) -> Quantization | None:
     """How a model is quantized; None where it is not."""
-    kinds = {type(module): module for module in model.modules() if isinstance(module, (_Int8, Int4Linear))}
-    if Int4Linear in kinds:
-        return Quantization(4, kinds[Int4Linear].group_size)
-    return Quantization(8) if kinds else None
+    layers = {type(module): module for module in model.modules() if isinstance(module, (_Int8, Int4Linear))}
+    if Int4Linear in layers:
+        return Quantization(4, layers[Int4Linear].group_size)
+    return Quantization(8) if layers else None
 
 
 def slow_reason(model: Transformer) -> str | None:
@@ -348,17 +356,17 @@ def slow_reason(model: Transformer) -> str | None:
 
 
 def _matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
-    """What is quantized, with its name."""
+    """The modules to be quantized, and their names."""
     if quantization_of(model) is not None:
         raise ValueError("the model is quantized already")
-    found = {module: name for name, module in model.named_modules() if type(module) in (nn.Linear, TokenEmbedding)}
-    if len(found) != 7 * model.args.n_layers + (1 if model.output is None else 2):
+    names = {module: name for name, module in model.named_modules() if type(module) in (nn.Linear, TokenEmbedding)}
+    if len(names) != 7 * model.args.n_layers + (1 if model.output is None else 2):
         raise ValueError("the model has layers that are not plain; remove adapters first")
-    for module, name in found.items():
+    for module, name in names.items():
         width = module.weight.shape[1]
         if _bits(name, config) == 4 and width % config.group_size:
             raise InputError(f"{name}.weight: groups of {config.group_size} do not divide {width} columns; use 8 bits")
-    return found
+    return names
 
 
 def _bits(name: str, config: Quantization) -> int:

@@ -1,4 +1,4 @@
-"""From logits to a token. Every way of decoding (cached or not, batched, speculative) shares these three functions."""
+"""From logits to a token. All decoding (cached or not, batched, speculative) shares these three functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, in the order of `next_token`'s arguments: `next_token(logits, *sampling)`."""
+    """How tokens are drawn: `next_token(logits, *sampling)`."""
 
     temperature: float
     top_p: float
@@ -18,7 +18,7 @@ class Sampling(NamedTuple):
 
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
-    """The distribution that a token is drawn from: fp32 [..., V], rows summing to 1.
+    """The distribution that a token is drawn from: fp32 [..., V], each summing to 1.
 
     softmax(logits / temperature), then only the top_k most probable tokens, then only the nucleus: the smallest set of
     most probable tokens whose probabilities reach top_p (Holtzman et al. 2020). Exactly one-hot at temperature 0.
@@ -41,7 +41,7 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0
 
 
 def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One index per row of [..., V], with those probabilities, as int64 [...].
+    """An index into the last dimension of [..., V], drawn with those probabilities, as int64 [...].
 
     With independent E_i ~ Exp(1), argmax p_i / E_i is i with probability p_i. Unlike torch.multinomial this needs no
     check of its input on the host, so the device never waits.
@@ -53,7 +53,7 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def next_token(
     logits: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The next token of each row of logits [..., V]; the most probable one at temperature 0."""
-    if temperature == 0:  # what draw() would give for a one-hot row, without V random numbers
+    """The next token for logits [..., V], int64 [...]; the most probable one at temperature 0."""
+    if temperature == 0:  # what draw() would give for a one-hot distribution, without V random numbers
         return logits.max(-1).indices  # a third of argmax's time on a CPU in 16 bits
     return draw(logits_to_probs(logits, temperature, top_p, top_k), generator)

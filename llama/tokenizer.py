@@ -1,7 +1,7 @@
 """Text to token ids and back: Llama 2's sentencepiece model and Llama 3's tiktoken ranks behind one interface.
 
-`Tokenizer(path)` looks at the file to see which it is. Text never becomes a special token, whatever it spells; those
-are added by `bos` and `eos` and by the chat formats. Decoding is done on bytes, so that a stream can hold back an
+`Tokenizer(path)` tells the two apart by content. Text never becomes a special token, whatever it spells; those are
+added by `bos` and `eos` and by the chat formats. Decoding is done on bytes, so that a stream can hold back an
 unfinished character and still give, in the end, exactly what decoding all ids at once gives.
 
 Left out on purpose: chat templates read from files (they are programs), training of tokenizers (data/tiny/train.py).
@@ -46,7 +46,7 @@ MAX_CHARS = 400_000
 MAX_RUN = 25_000
 RUN = re.compile(r"\s+|\S+")
 MAX_FILE_BYTES = 64 << 20
-TOKENIZER_PLACES = ("tokenizer.model", "original/tokenizer.model")  # Meta's directories, Hugging Face's
+TOKENIZER_PATHS = ("tokenizer.model", "original/tokenizer.model")  # Meta's directories, Hugging Face's
 
 
 def llama3_special_tokens() -> list[str]:
@@ -56,7 +56,7 @@ def llama3_special_tokens() -> list[str]:
 
 
 class Tokenizer:
-    """Token ids for one vocabulary file. Raises InputError for a file that is neither kind, or broken.
+    """Token ids for one vocabulary file. Raises InputError for a file of neither format, or a broken one.
 
     n_words: vocabulary size. bos_id, eos_id: begin and end of text. pad_id: fills ragged batches.
     stop_tokens, chat_stop_tokens: ids that end a completion and an answer in a dialog.
@@ -81,7 +81,7 @@ class Tokenizer:
         self.chat_stop_tokens = self.backend.chat_stop_tokens
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, with begin- and end-of-text ids where asked for. Special tokens spelled in `s` stay text."""
+        """Ids of a text, between begin- and end-of-text ids if `bos`, `eos`. Special tokens spelled in `s` stay text."""
         _check_text(s)
         ids = self.backend.encode(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
@@ -135,7 +135,7 @@ def find_tokenizer(ckpt_dir: str | Path) -> Path:
     """The tokenizer.model of a checkpoint directory. Raises InputError where there is none."""
     if not Path(ckpt_dir).is_dir():
         raise InputError(f"checkpoint directory {ckpt_dir} does not exist; check its name")
-    for path in (Path(ckpt_dir) / place for place in TOKENIZER_PLACES):
+    for path in (Path(ckpt_dir) / name for name in TOKENIZER_PATHS):
         if path.is_file():
             return path
     raise InputError(f"{ckpt_dir} holds no tokenizer.model; pass tokenizer_path=FILE")

@@ -44,6 +44,7 @@ ONLY = {
     "llama.model": ("llama.config",),
     "llama.sampling": (),
     "llama.surgery": (),
+    "llama.frozen": (),
     "llama.training.loss": (),
 }
 REPORTS_MEASURE_NOTHING = "benchmarks.rows"  # the one module of benchmarks/ that reports/ imports: it reads files

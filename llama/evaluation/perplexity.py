@@ -9,7 +9,7 @@ text, decides the figure as much as the model does:
     stride == context   chunks side by side, as papers on quantization count (GPTQ and those after it): a chunk knows
                         nothing of the one before, so its first token is not predicted and not scored.
     stride < context    sliding windows ("Perplexity of fixed-length models" of Hugging Face): every token but the first
-                        of the text is scored, once, after at least context - stride tokens (or all there are).
+                        of the text is scored, once, after at least context - stride tokens (or all before it).
 
 The last window is as short as the text leaves it, and is scored; GPTQ drops it. llama.cpp counts otherwise: of each
 chunk it scores the second half only. Hugging Face's published loop weighs the windows after the first by one token
@@ -90,16 +90,16 @@ def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
         raise InputError(f"stride {stride} is out of range; use 1 to context {context} (more would skip text)")
     if n_tokens < 2:
         raise InputError(f"the text has too few tokens ({n_tokens}); it takes 2, one to see and one to predict")
-    found, scored = [], 1  # nothing predicts the first token of the text
+    result, scored = [], 1  # nothing predicts the first token of the text
     for start in range(0, n_tokens, stride):
         stop = min(start + context, n_tokens)
         first = max(scored, start + 1)
         if first < stop:
-            found.append(Window(start, first, stop))
+            result.append(Window(start, first, stop))
         scored = stop
         if stop == n_tokens:
             break
-    return found
+    return result
 
 
 @torch.no_grad()
@@ -146,12 +146,12 @@ def evaluate(
 def _nats(model: Transformer, text: Tensor, batch: Sequence[Window]) -> list[float]:
     """-log p of the scored tokens of each window.
 
-    Shorter windows are padded on the right, where causal attention keeps the pads from everything that is scored.
+    Shorter windows are padded on the right, where causal attention hides the padding from everything that is scored.
     Nothing is predicted from the last token of a window, so it is not fed in.
     """
     tokens = text.new_zeros(len(batch), max(window.stop - 1 - window.start for window in batch))
-    for row, window in zip(tokens, batch, strict=True):
-        row[: window.stop - 1 - window.start] = text[window.start : window.stop - 1]
+    for sequence, window in zip(tokens, batch, strict=True):
+        sequence[: window.stop - 1 - window.start] = text[window.start : window.stop - 1]
     sums = []
     for h, window in zip(model.hidden(tokens), batch, strict=True):
         scored = h[window.first - 1 - window.start : window.stop - 1 - window.start]

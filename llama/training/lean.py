@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from llama.frozen import FrozenLinear, compute_dtype
 from llama.kernels.cpu import attention_backward, train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
-from llama.surgery import FrozenLinear, compute_dtype, replace_modules
+from llama.surgery import replace_modules
 
 
 class Workspace:
