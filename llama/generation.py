@@ -329,7 +329,7 @@ class Llama:
         logprobs: bool,
         speculation: Speculation,
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities, until all have ended."""
+        """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities."""
         if not use_cache:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         speculation.check(self.decoder, self.max_seq_len)

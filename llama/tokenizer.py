@@ -81,7 +81,7 @@ class Tokenizer:
         self.chat_stop_tokens = self.backend.chat_stop_tokens
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, between begin- and end-of-text ids if `bos`, `eos`. Special tokens spelled in `s` stay text."""
+        """Ids of a text, between begin- and end-of-text ids if `bos`, `eos`. Spelled special tokens stay text."""
         _check_text(s)
         ids = self.backend.encode(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
