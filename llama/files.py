@@ -28,9 +28,7 @@ def require_new(directory: str | Path) -> Path:
     """The absolute path of a directory to be made. Raises InputError where it already holds something."""
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(
-            f"{target} already exists and is not an empty directory; choose a new name or move it away"
-        )
+        raise InputError(f"{target} already exists and is not an empty directory; choose a new name or move it away")
     return target
 
 
