@@ -1,52 +1,44 @@
-"""The ladder: from plain PyTorch without a cache to what is fastest, one change a row, on the same work.
+"""The ladder: from plain PyTorch without a cache to what is fastest, one change per row, on the same work.
 
     python -m benchmarks.ladder                        # the embedded model in bfloat16, two to three minutes
-    python -m benchmarks.ladder --model=llama3.2-1b    # Llama 3.2 1B's shape with random weights: time and memory only
+    python -m benchmarks.ladder --model=llama3.2-1b    # Llama 3.2 1B, random weights: time and memory only
 
-A row is one change to another row: that one's speed is what it is compared with, and a test holds it to the same text
-or bounds the error. The work is greedy decoding of the same prompts, one after another, for the same number of tokens,
-whatever they say: text of the embedded model's own world, and questions that it repeats again and again, which is
-what prompt lookup is for. Each row has a process of its own, and the rounds go through them in shuffled order; see
-llama/cells.py.
+A rung is one change to another rung, with whose speed its own is compared; a test shows that it gives the same text, or
+bounds the error. The work is greedy decoding of the same prompts, one after another, for the same number of tokens,
+whatever they say: text of the embedded model's world, and questions that it repeats again and again, which is what
+prompt lookup is for. Each rung has a process of its own, as benchmarks/workers.py says.
 
-Perplexity is that of the row's weights, in the row's dtype, on the text and in the windows of evaluate.py: it says what
+Perplexity is that of the rung's weights, in its dtype, on the text and in the windows of evaluate.py: it says what
 int8, int4 and pruning cost; a cache, a kernel and a draft change nothing in it. Pruned is without fine-tuning.
 
-Left out on purpose: several rows at once (benchmark_inference.py), and speculation with random weights: how often a
+Left out on purpose: several prompts at once (benchmark_inference.py), and speculation with random weights: how often a
 draft is right about a model that has learned nothing says nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import hardware as floors
-from benchmarks import rows as row_files
-from benchmarks import stopwatch
-from benchmarks import workers as cells
+from benchmarks import hardware, inputs, rows, stopwatch, workers
+from benchmarks import options as shared
+from data.tiny import EMBEDDED
 from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Llama, Transformer, checkpoint, cli, pruning, quantization
 from llama import device as devices
+from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.evaluation import perplexity
-from llama.quantization import Quantization
 from llama.speculative import Draft, ModelDraft, PromptLookup, Speculation
 from llama.tokenizer import Tokenizer
 from reports import tables
-from reports.render import markdown
 
-ROOT = Path(__file__).parents[1]
-EMBEDDED = ROOT / "data" / "tiny"
-RESULTS = ROOT / "reports" / "results" / "ladder.jsonl"
-FIGURES = ROOT / "reports" / "figures"
 SHARE = 0.25  # of the hidden units that pruning takes out
 OWN, REPETITIVE, RANDOM = "its own", "repetitive", "random ids"
 N_PROMPTS = 8  # of the model's own text
@@ -56,7 +48,7 @@ QUESTIONS = tuple(
 )
 # What "auto" decoding comes to.
 STEPS = {"native": "C step", "fused and captured": "Triton", "captured": "CUDA graph", "eager": "auto"}
-# By what a change is held: the same tokens, the same logits, or a bound on the error.
+# What tests a change: the same tokens, the same logits, or a bound on the error.
 TESTS = {
     "no cache": "tests/llama/checkpoint/test_checkpoint.py::test_logits_equal_transformers",
     "KV cache": "tests/llama/test_generation.py::test_cache_on_equals_off_over_a_thousand_tokens",
@@ -72,9 +64,37 @@ TESTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A row: what it changes about which other row, and all that it runs with. `row` counts from 1."""
+@dataclass(frozen=True)
+class Options(shared.DeviceOptions):
+    """Measure what each change brings: cache, decode step, int8, int4, pruning, speculative decoding."""
+
+    model: str = option(
+        "tiny",
+        "tiny, the embedded model; or another preset with random weights: time and memory, no drafts",
+        choices=PRESETS,
+    )
+    input_len: int = option(32, "tokens of each prompt; those of repetitive text may have fewer", least=2)
+    output_len: int = option(64, "tokens generated for each prompt", least=2)
+    max_tokens: int | None = option(None, "tokens of held-out text for the perplexity; default: all of it", least=2)
+    dtype: str = option("auto", shared.HALF_DTYPE)
+    figures: str | None = option(None, shared.FIGURES)
+    work_dir: str | None = option(None, shared.WORK_DIR)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest = SEQ_LEN if self.model == "tiny" else PRESETS[self.model].trained_context
+        if self.input_len + self.output_len > longest:
+            lengths = f"input_len={self.input_len} output_len={self.output_len}"
+            raise InputError(f"{lengths}: more than the model's {longest:,} tokens")
+        if self.max_tokens is not None and self.model != "tiny":
+            raise InputError(
+                f"max_tokens={self.max_tokens}: is for the perplexity of the embedded model; random weights have none"
+            )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What it changes about which other rung, and all that it runs with. `row` is its number, from 1."""
 
     row: int
     name: str
@@ -90,9 +110,9 @@ class Cell:
         return f"{self.row} {self.name}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What all rows of one run share: checkpoints by form of the weights, ids of the prompts by text."""
+@dataclass(frozen=True)
+class LadderSetup:
+    """What all rungs of one run share: checkpoints by form of the weights, ids of the prompts by text."""
 
     directories: dict[str, str]
     prompts: dict[str, list[list[int]]]
@@ -101,119 +121,64 @@ class Plan:
     dtype: str
 
 
-def main(
-    *,
-    model: str = "tiny",
-    input_len: int = 32,
-    output_len: int = 64,
-    repeats: int = 5,
-    max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 1,
-    results: str | None = None,
-    figure: str | None = None,
-    work_dir: str | None = None,
-    worker: str | None = None,
-) -> None:
-    """Measure what each change brings: cache, decode step, int8, int4, pruning, speculative decoding.
-
-    Args:
-        model: tiny, the embedded model, or another preset with random weights: time and memory, no drafts.
-        input_len: tokens of each prompt; those of repetitive text may have fewer.
-        output_len: tokens generated for each.
-        repeats: timed runs of each row.
-        max_tokens: take the perplexity on so many tokens of the held-out text; default: all of it.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: auto (the device's 16-bit type), float32, bfloat16 or float16.
-        seed: of random weights and ids and the order of the rows.
-        results: file that the measured rows are appended to; default: reports/results/ladder.jsonl.
-        figure: file of the plot; default: one in reports/figures, named after model and device.
-        work_dir: where checkpoints are written for the while; default: the system's temporary folder.
-        worker: (internal) measure one row, given as JSON, on demand.
-    """
-    if worker is not None:
-        orders = json.loads(worker)
-        cells.measure_on_demand(Runner(Plan(**orders["plan"]), Cell(**orders["cell"])))
-        return
-    check_flags(model, input_len, output_len, repeats, max_tokens)
-    if dtype == "auto" and devices.resolve(device)[0].type == "cpu":
-        dtype = "bfloat16"
-    target, compute_dtype = devices.resolve(device, dtype)
-    name = str(compute_dtype).removeprefix("torch.")
-    path = Path(results) if results is not None else RESULTS
-    row_files.require_writable(path)
-    wanted = ladder(model == "tiny")
-    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+def main(options: Options) -> None:
+    """Measure every rung, keep its row, and show the ladder."""
+    device, dtype = devices.resolve_half(options.device, options.dtype)
+    path = options.results_file("ladder")
+    has_text = options.model == "tiny"
+    rungs = ladder(has_text)
+    with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         source = EMBEDDED
-        if model != "tiny":
-            source = cells.provide_weights(Path(folder), model, None, compute_dtype, seed, for_peers=False)
-        directories = make_forms(source, Path(folder), {cell.weights for cell in wanted})
-        prompts = make_prompts(model, input_len, seed)
-        plan = Plan(directories, prompts, output_len, str(target), name)
-        quality = losses(plan, max_tokens) if model == "tiny" else {}
-        runs = measure(plan, wanted, repeats, seed)
-    rows = []
-    for cell in wanted:
-        place, values, series = describe(model, plan, cell, runs, quality.get(cell.weights, {}))
-        rows.append(row_files.record(path, "ladder", place, values, target, name, seed, series))
-    print(markdown([*tables.ladder(rows), *tables.drafts(rows)]))
-    image = Path(figure) if figure is not None else FIGURES / f"ladder-{model}-{target.type}.png"
-    plot([row.data for row in rows], image)
-    print(f"rows appended to {path}; plot in {image}")
+        if not has_text:
+            source = inputs.provide_weights(Path(folder), options.model, None, dtype, options.seed, for_peers=False)
+        directories = make_forms(source, Path(folder), {rung.weights for rung in rungs})
+        prompts = make_prompts(options.model, options.input_len, options.seed)
+        setup = LadderSetup(directories, prompts, options.output_len, str(device), devices.dtype_name(dtype))
+        quality = losses(setup, options.max_tokens) if has_text else {}
+        runs = ladder_runs(setup, rungs, options.repeats, options.seed)
+    found = []
+    for rung in rungs:
+        cell, metrics, series = describe(options.model, setup, rung, runs, quality.get(rung.weights, {}))
+        found.append(rows.record(path, "ladder", cell, metrics, device, setup.dtype, options.seed, series))
+    from reports import charts  # matplotlib is for this process alone, not for those of the rungs
+
+    shared.finish(path, tables.ladder(found) + tables.drafts(found), charts.ladder(found), options.figures)
 
 
-def check_flags(model: str, input_len: int, output_len: int, repeats: int, max_tokens: int | None) -> None:
-    """Raise InputError for what cannot be measured."""
-    cli.require_one_of("model", model, PRESETS)
-    cli.require_at_least(2, input_len=input_len, output_len=output_len)
-    cli.require_at_least(1, repeats=repeats)
-    longest = SEQ_LEN if model == "tiny" else PRESETS[model].trained_context
-    if input_len + output_len > longest:
-        raise InputError(f"--input_len={input_len} --output_len={output_len}: more than the model's {longest:,} tokens")
-    if max_tokens is not None and model != "tiny":
-        raise InputError("--max_tokens: is for the perplexity of the embedded model; random weights have none")
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"--max_tokens={max_tokens}: expected at least 2, one to see and one to predict")
-
-
-def ladder(has_text: bool) -> list[Cell]:
-    """The rows, in order. has_text: of a model that has learned something, so that drafts have a chance to be right."""
+def ladder(has_text: bool) -> list[Rung]:
+    """The rungs, in order. has_text: of a trained model, so that drafts have a chance to be right."""
     text = OWN if has_text else RANDOM
-    rows = [
-        Cell(1, "no cache", None, text, use_cache=False, decoding="eager"),
-        Cell(2, "KV cache", 1, text, decoding="eager"),
-        Cell(3, "auto", 2, text),
-        Cell(4, "int8", 3, text, weights="int8"),
-        Cell(5, "int4", 4, text, weights="int4"),
-        Cell(6, "pruned", 3, text, weights="pruned"),
+    rungs = [
+        Rung(1, "no cache", None, text, use_cache=False, decoding="eager"),
+        Rung(2, "KV cache", 1, text, decoding="eager"),
+        Rung(3, "auto", 2, text),
+        Rung(4, "int8", 3, text, weights="int8"),
+        Rung(5, "int4", 4, text, weights="int4"),
+        Rung(6, "pruned", 3, text, weights="pruned"),
     ]
     if not has_text:
-        return rows
+        return rungs
     return [
-        *rows,
-        Cell(7, "draft", 3, text, draft="model"),
-        Cell(8, "lookup", 3, text, draft="lookup"),
-        Cell(9, "no cache", None, REPETITIVE, use_cache=False, decoding="eager"),
-        Cell(10, "KV cache", 9, REPETITIVE, decoding="eager"),
-        Cell(11, "auto", 10, REPETITIVE),
-        Cell(12, "draft", 11, REPETITIVE, draft="model"),
-        Cell(13, "lookup", 11, REPETITIVE, draft="lookup"),
+        *rungs,
+        Rung(7, "draft", 3, text, draft="model"),
+        Rung(8, "lookup", 3, text, draft="lookup"),
+        Rung(9, "no cache", None, REPETITIVE, use_cache=False, decoding="eager"),
+        Rung(10, "KV cache", 9, REPETITIVE, decoding="eager"),
+        Rung(11, "auto", 10, REPETITIVE),
+        Rung(12, "draft", 11, REPETITIVE, draft="model"),
+        Rung(13, "lookup", 11, REPETITIVE, draft="lookup"),
     ]
 
 
-# What is measured
-
-
-def make_forms(source: Path, folder: Path, wanted: set[str]) -> dict[str, str]:
-    """A checkpoint for each form of the weights: as they are, quantized, or with hidden units taken out."""
+def make_forms(source: Path, folder: Path, forms: set[str]) -> dict[str, str]:
+    """A checkpoint for each form of the weights: whole, quantized, or with hidden units taken out."""
     directories = {"whole": str(source.resolve())}
-    for name in sorted(wanted - {"whole"}):
+    for name in sorted(forms - {"whole"}):
         model = checkpoint.load(source)
         if name == "pruned":
             model = pruning.cut(model, "dimensions", SHARE, model.args.ffn_dim)
         else:
-            quantization.quantize(model, Quantization(int(name.removeprefix("int"))), progress=True)
+            quantization.quantize(model, inputs.QUANTIZED[name], progress=True)
         checkpoint.save(model, folder / name)
         directories[name] = str((folder / name).resolve())
     return directories
@@ -222,8 +187,7 @@ def make_forms(source: Path, folder: Path, wanted: set[str]) -> dict[str, str]:
 def make_prompts(model: str, input_len: int, seed: int) -> dict[str, list[list[int]]]:
     """Ids of equal length by text, so that a recorded step serves all prompts of a text."""
     if model != "tiny":
-        generator = torch.Generator().manual_seed(seed)
-        return {RANDOM: torch.randint(PRESETS[model].vocab_size, (1, input_len), generator=generator).tolist()}
+        return {RANDOM: inputs.random_prompts(PRESETS[model].vocab_size, 1, input_len, seed)}
     tokenizer = Tokenizer(EMBEDDED / "tokenizer.model")
     own = held_out(tokenizer, n=N_PROMPTS)[:, :input_len].tolist()
     questions = [tokenizer.encode(question, bos=True, eos=False) for question in QUESTIONS]
@@ -231,98 +195,85 @@ def make_prompts(model: str, input_len: int, seed: int) -> dict[str, list[list[i
     return {OWN: own, REPETITIVE: [ids[-length:] for ids in questions]}
 
 
-def losses(plan: Plan, max_tokens: int | None) -> dict[str, dict[str, float]]:
+def losses(setup: LadderSetup, max_tokens: int | None) -> dict[str, dict[str, float]]:
     """Loss and perplexity of each form of the embedded model, counted as evaluate.py counts."""
-    device, dtype = devices.resolve(plan.device, plan.dtype)
+    device, dtype = devices.resolve(setup.device, setup.dtype)
     ids = held_out(Tokenizer(EMBEDDED / "tokenizer.model")).flatten().tolist()[:max_tokens]
     found = {}
-    for name, directory in plan.directories.items():
+    for name, directory in setup.directories.items():
         network = checkpoint.load(directory, dtype, device)
         result = perplexity.evaluate(network, ids, SEQ_LEN + 1, progress=True)
         found[name] = {"loss_nats": result.loss, "perplexity_x": result.perplexity, "scored_tokens": result.tokens}
     return found
 
 
-def start(plan: Plan, cell: Cell) -> cells.Worker:
-    """A process for a row."""
-    return cells.Worker(__file__, {"plan": dataclasses.asdict(plan), "cell": dataclasses.asdict(cell)})
+def ladder_runs(setup: LadderSetup, rungs: list[Rung], repeats: int, seed: int) -> dict[Rung, list[dict[str, Any]]]:
+    """Each rung with its measurements. On a CPU all take turns; on a GPU each runs alone."""
+    groups = workers.turns(rungs, torch.device(setup.device), lambda rung: "all")
+    return dict(workers.rounds(groups, lambda rung: RungRunner(setup, rung), repeats, seed))
 
 
-def measure(plan: Plan, wanted: list[Cell], repeats: int, seed: int) -> dict[Cell, list[dict[str, Any]]]:
-    """Each row with its measurements. On a CPU all take turns; on a GPU each runs alone, for the sake of its memory."""
-    groups = [[cell] for cell in wanted] if plan.device.startswith("cuda") else [wanted]
-    return dict(cells.rounds(groups, lambda cell: start(plan, cell), repeats, seed))
+@dataclass
+class RungRunner:
+    """One rung in its process."""
 
+    setup: LadderSetup
+    rung: Rung
 
-class Runner:
-    """One row in this process: loads and warms up at the first call, measures at every call."""
-
-    def __init__(self, plan: Plan, cell: Cell) -> None:
-        self.plan, self.cell = plan, cell
-        self.device, self.dtype = devices.resolve(plan.device, plan.dtype)
-        self.prompts = plan.prompts[cell.text]
-        self.llama: Llama | None = None
+    def prepare(self) -> None:
+        """Load, and generate once: all of it, or two tokens without the cache, which touch all that more of them do."""
+        setup, rung = self.setup, self.rung
+        self.device, self.dtype = devices.resolve(setup.device, setup.dtype)
+        workers.warm_libraries(self.device, self.dtype)
+        self.baseline = stopwatch.memory_baseline(self.device)
+        self.prompts = setup.prompts[rung.text]
+        length = max(map(len, self.prompts)) + setup.output_len
+        self.llama = Llama(self._load(setup.directories[rung.weights]), None, length, 1, decoding=rung.decoding)
         self.draft: Draft | None = None
+        if rung.draft is not None:
+            self.draft = PromptLookup() if rung.draft == "lookup" else ModelDraft(self._load(EMBEDDED / "draft"))
+        self._generate(setup.output_len if rung.use_cache else 2, self.draft and Speculation(self.draft))
 
-    def __call__(self) -> dict[str, Any]:
-        if self.llama is None:
-            self._prepare()
+    def measure(self) -> dict[str, Any]:
+        """Time and memory; which step decoded, and the ids."""
         speculation = None if self.draft is None else Speculation(self.draft)
-        ids, spent = stopwatch.measure(lambda: self._generate(self.plan.output_len, speculation), self.device)
-        n_tokens = sum(map(len, ids))
-        values = {"runtime_s": spent.seconds, "tokens_per_s": n_tokens / spent.seconds}
+        ids, spent = stopwatch.measure(lambda: self._generate(self.setup.output_len, speculation), self.device)
+        values = {"runtime_s": spent.seconds, "tokens_per_s": sum(map(len, ids)) / spent.seconds}
         models = [self.llama.model, *([self.draft.decoder.model] if isinstance(self.draft, ModelDraft) else [])]
-        values["weights_mb"] = sum(map(floors.weight_bytes, models)) / devices.MB
-        if spent.peak_bytes is not None:
-            values["peak_memory_mb"] = (spent.peak_bytes - self.baseline) / devices.MB
+        values["weights_mb"] = sum(map(hardware.weight_bytes, models)) / devices.MB
+        values |= spent.peak_over(self.baseline)
         if speculation is not None:
             values["acceptance"] = speculation.counts.acceptance
             values["tokens_a_round"] = speculation.counts.tokens_per_round
-        return {"values": values, "decoding": self.llama.decoder.name, "ids": ids}
-
-    def _prepare(self) -> None:
-        """Load, and generate once: all of it, or two tokens without the cache, which touch all that more of them do."""
-        plan, cell = self.plan, self.cell
-        cells.warm_libraries(self.device, self.dtype)
-        self.baseline = stopwatch.memory_baseline(self.device)
-        model = self._load(plan.directories[cell.weights])
-        length = max(map(len, self.prompts)) + plan.output_len
-        self.llama = Llama(model, None, length, 1, decoding=cell.decoding)
-        if cell.draft is not None:
-            self.draft = PromptLookup() if cell.draft == "lookup" else ModelDraft(self._load(EMBEDDED / "draft"))
-        self._generate(plan.output_len if cell.use_cache else 2, self.draft and Speculation(self.draft))
+        return values | {"decoding": self.llama.decoder.name, "ids": ids}
 
     def _load(self, directory: str | Path) -> Transformer:
         return checkpoint.load(directory, self.dtype, self.device)
 
     def _generate(self, length: int, speculation: Speculation | None) -> list[list[int]]:
-        options = {"use_cache": self.cell.use_cache, "speculation": speculation}
+        options = {"use_cache": self.rung.use_cache, "speculation": speculation}
         return [self.llama.generate([prompt], length, 0, **options)[0][0] for prompt in self.prompts]
 
 
-# From runs to rows
-
-
 def describe(
-    model: str, plan: Plan, cell: Cell, runs: dict[Cell, list[dict[str, Any]]], quality: dict[str, float]
+    model: str, setup: LadderSetup, rung: Rung, runs: dict[Rung, list[dict[str, Any]]], quality: dict[str, float]
 ) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, list]]:
-    """Cell, values and series of a row: what ran, how fast in each run, its test; no values where memory ran out."""
-    own = runs[cell]
-    decoding = own[0]["decoding"] if own else cell.decoding
-    name = STEPS.get(decoding, decoding) if cell.name == "auto" else cell.name
-    place = {"model": model, **dataclasses.asdict(cell), "name": name, "decoding": decoding}
-    del place["engine"]  # all of them are ours
-    prompts = plan.prompts[cell.text]
-    place |= {"prompts": len(prompts), "input_len": len(prompts[0]), "output_len": plan.output_len}
+    """Cell, metrics and series of a row: what ran, how fast, and the test of it; no metrics where memory ran out."""
+    own = runs[rung]
+    decoding = own[0]["decoding"] if own else rung.decoding
+    name = STEPS.get(decoding, decoding) if rung.name == "auto" else rung.name
+    cell = {"model": model, **asdict(rung), "name": name, "decoding": decoding}
+    del cell["engine"]  # all of them are ours
+    prompts = setup.prompts[rung.text]
+    cell |= {"prompts": len(prompts), "input_len": len(prompts[0]), "output_len": setup.output_len}
     series = {"test": [TESTS[name]]}
     if not own:
-        return place, {}, series
-    values = {key: [run["values"][key] for run in own] for key in own[0]["values"]}
-    values |= {key: [value] for key, value in quality.items()}
-    base = next((runs[other] for other in runs if other.row == cell.changes), [])
+        return cell, {}, series
+    metrics = rows.by_metric(own) | {key: [value] for key, value in quality.items()}
+    base = next((runs[other] for other in runs if other.row == rung.changes), [])
     if base:
-        values["tokens_equal"] = [equal_tokens(run["ids"], base[0]["ids"]) for run in own]
-    return place, values, series
+        metrics["tokens_equal"] = [equal_tokens(run["ids"], base[0]["ids"]) for run in own]
+    return cell, metrics, series
 
 
 def equal_tokens(ids: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
@@ -330,41 +281,8 @@ def equal_tokens(ids: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) 
     n_equal = 0
     for own, other in zip(ids, others, strict=True):
         pairs = enumerate(zip(own, other, strict=True))
-        n_equal += next((place for place, (a, b) in pairs if a != b), len(own))
+        n_equal += next((i for i, (a, b) in pairs if a != b), len(own))
     return n_equal
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Tokens per second and memory of each row; greys, hatches and figures tell bars apart, not colours."""
-    from matplotlib.figure import Figure  # draws without a screen, and only here
-
-    shown = [row for row in rows if row["metrics"]]
-    figure = Figure(figsize=(10, 1.4 + 0.34 * len(shown)), layout="constrained")
-    speed, memory = figure.subplots(1, 2, sharey=True)
-    places = range(len(shown))
-    for place, row in zip(places, shown, strict=True):
-        is_first_text = row["cell"]["text"] == shown[0]["cell"]["text"]
-        style = {"color": "0.55" if is_first_text else "0.85", "hatch": None if is_first_text else "///"}
-        rate, least, most = (row["metrics"]["tokens_per_s"][name] for name in ("median", "min", "max"))
-        speed.barh(place, rate, xerr=[[rate - least], [most - rate]], edgecolor="black", capsize=2, **style)
-        speed.annotate(f"{rate:,.0f}", (most, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
-        if "peak_memory_mb" in row["metrics"]:
-            peak = row["metrics"]["peak_memory_mb"]["median"]
-            memory.barh(place, peak, color="white", edgecolor="black")
-            memory.annotate(f"{peak:,.0f}", (peak, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        memory.barh(place, row["metrics"]["weights_mb"]["median"], edgecolor="black", **style)
-    several = len({row["cell"]["text"] for row in shown}) > 1
-    labels = [f"{r['cell']['row']}  {r['cell']['name']}" + f" ({r['cell']['text']})" * several for r in shown]
-    speed.set_yticks(places, labels)
-    speed.invert_yaxis()
-    speed.set(xscale="log", title="tokens per second")
-    speed.margins(x=0.25)
-    memory.set(title="peak memory (MB); filled: weights")
-    memory.margins(x=0.15)
-    row = rows[0]
-    figure.suptitle(f"{row['cell']['model']}, {row['dtype']}, {row['device']['name']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

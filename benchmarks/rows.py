@@ -26,7 +26,7 @@ from llama.device import device_name
 from llama.errors import InputError
 from llama.quantization import Quantization
 
-OUTPUT_FLAGS = ("--results", "--figure", "--out_dir", "--work_dir")
+OUTPUT_FLAGS = ("--results", "--figures", "--out_dir", "--work_dir")
 FIELDS = {"experiment": str, "cell": dict, "metrics": dict, "device": dict, "dtype": str, "threads": int}
 FIELDS |= {"torch": str, "commit": str, "command": str, "time": str}
 SPREAD = ("median", "min", "max", "n")
@@ -50,6 +50,10 @@ class Row:
 
     def median(self, name: str) -> float:
         return self.metrics[name]["median"]
+
+    @property
+    def device_name(self) -> str:
+        return self.data["device"]["name"]
 
     @property
     def setting(self) -> str:
@@ -103,6 +107,12 @@ def model_cell(name: str, quantization: Quantization | None, adapter: Path | Non
     if adapter is not None:
         cell |= {"adapter": adapter.resolve().name, "adapter_sha256": files.sha256(adapter / lora.WEIGHTS)}
     return cell
+
+
+def by_metric(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The numbers of several runs as `record` takes them, by name; what else a run holds says what ran."""
+    names = [name for name, value in (runs[0] if runs else {}).items() if isinstance(value, (int, float))]
+    return {name: [run[name] for run in runs] for name in names}
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
@@ -210,7 +220,7 @@ def read_folder(folder: Path) -> dict[str, list[Row]]:
         raise InputError(f"results folder {folder} does not exist; pass --results")
     newest: dict[tuple[str, ...], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in _read_file(path):
+        for row in read_file(path):
             place = (json.dumps(row.cell, sort_keys=True), row.data["dtype"], row.data["device"]["name"])
             newest[row.data["experiment"], *place] = row
     found: dict[str, list[Row]] = {}
@@ -229,7 +239,8 @@ def group(rows: Iterable[Row], *names: str, dtype: bool = True) -> list[list[Row
     return list(groups.values())
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_file(path: Path) -> list[Row]:
+    """All rows of a file. Raises InputError naming file and line where one cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from llama.device import peak_memory_bytes, reset_peak_memory, synchronize
+from llama.device import MB, peak_memory_bytes, reset_peak_memory, synchronize
 
 Result = TypeVar("Result")
 
@@ -23,6 +23,10 @@ class Measurement:
 
     seconds: float
     peak_bytes: int | None
+
+    def peak_over(self, baseline: int) -> dict[str, float]:
+        """The metric peak_memory_mb, counted from `baseline` bytes; none where the peak is not known."""
+        return {} if self.peak_bytes is None else {"peak_memory_mb": (self.peak_bytes - baseline) / MB}
 
 
 def measure(work: Callable[[], Result], device: torch.device) -> tuple[Result, Measurement]:
@@ -41,3 +45,34 @@ def memory_baseline(device: torch.device) -> int:
     if device.type == "cuda" or not reset_peak_memory(device):
         return 0
     return peak_memory_bytes(device)
+
+
+def measure_generation(
+    generate: Callable[[Callable[[int], None]], Any], n_tokens: int, device: torch.device
+) -> tuple[dict[str, float], Measurement]:
+    """Measure a generation of `n_tokens` for each prompt, and its two phases apart.
+
+    runtime_s: all of it. ttft_s, time to first token: the prefill, which multiplies all tokens of the prompts with each
+    weight that it reads, so that arithmetic is its limit. tpot_s, time per output token after that: a decode step,
+    which reads all weights for one token per sequence, so that memory bandwidth is its limit.
+
+    generate: gets a function to call with the number of tokens so far; one that never does has no phases.
+    """
+    first: list[float] = []
+
+    def on_step(step: int) -> None:
+        if step == 1:
+            synchronize(device)
+            first.append(time.perf_counter())
+
+    def work() -> float:
+        began = time.perf_counter()
+        generate(on_step)
+        return began
+
+    began, whole = measure(work, device)
+    values = {"runtime_s": whole.seconds}
+    if first:
+        values["ttft_s"] = first[0] - began
+        values["tpot_s"] = (whole.seconds - values["ttft_s"]) / (n_tokens - 1)
+    return values, whole

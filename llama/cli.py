@@ -51,6 +51,7 @@ TOKENIZER_PATH = "tokenizer.model; default: the one in ckpt_dir"
 ADAPTER = "directory of a LoRA adapter for the model, from finetuning.py or PEFT"
 DEVICE = "auto, cpu, cuda or cuda:N"
 DTYPE = "auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type"
+EXIT_CODES = {InputError: 2, EnvironmentFailure: 3, NonFinite: 4, InternalError: 1}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -192,14 +193,9 @@ def _show_help(component: Any, script: str) -> None:
 
 def explain(error: Exception) -> tuple[str, int]:
     """The line and the exit code for an exception."""
-    if isinstance(error, InputError):
-        return str(error), 2
-    if isinstance(error, EnvironmentFailure):
-        return str(error), 3
-    if isinstance(error, NonFinite):
-        return str(error), 4
-    if isinstance(error, InternalError):
-        return f"{error}; this is a bug", 1
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return str(error), code
     if isinstance(error, Stopped):
         return str(error), 128 + error.signal
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):

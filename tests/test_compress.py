@@ -132,9 +132,13 @@ def test_the_benchmark_takes_it(plain, tmp_path):
     """The tokens with the cache on and off, and floors from the bytes that are really read."""
     target = quantized(plain, tmp_path / "q", CONFIGS["int4"])
     shape = (8, 3, "cpu", "float32", "auto", 0, None, 0)
-    plan = benchmark_inference.Plan(str(target), *shape)
-    assert benchmark_inference.check_tokens(plan, torch.device("cpu"))["tokens_equal"] == 16
-    figures = benchmark_inference.CellRunner(plan, benchmark_inference.Cell("llama", 1, True))()
+    setup = benchmark_inference.GenerationSetup(str(target), *shape)
+    cell = benchmark_inference.GenerationCell("llama", 1, True)
+    check, runner = benchmark_inference.TokenCheck(setup), benchmark_inference.GenerationRunner(setup, cell)
+    for one in (check, runner):
+        one.prepare()
+    assert check.measure()["tokens_equal"] == 16
+    figures = runner.measure()
     model, whole = checkpoint.load(target, torch.float32), checkpoint.load(plain, torch.float32)
     assert decode_bytes(whole, 2, 30) == whole.args.weight_bytes(4) + whole.args.kv_cache_bytes(2, 30, 4)  # tied
     assert figures["step_bytes_gb"] * 1e9 == pytest.approx(decode_bytes(model, 1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -15,17 +16,20 @@ from conftest import ROOT, SMALL
 from support import CUDA, FakeGPU
 
 import benchmark_finetuning
-from benchmark_finetuning import COURSE, SETS, Cell, Plan, StepRunner, append_row, by_cell, table2, table3
-from benchmarks import hardware as floors
+from benchmark_finetuning import COURSE, SETS, StepCell, StepRunner, StepSetup, keep
+from benchmarks import hardware
+from benchmarks.rows import Row, read_file, read_folder
 from llama import Transformer, checkpoint, cli
 from llama import device as devices
 from llama.config import PRESETS
-from llama.errors import InputError
+from llama.errors import InputError, InternalError
+from llama.kernels.cpu import train_ops
+from reports import charts, render, tables
 
-PLAN = Plan("", 512, "cpu", 1, None, 1)
+SETUP = StepSetup("", 512, "cpu", 1, None, 1)
 
 
-def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict:
+def made_row(cell: StepCell, peak: float, step: float, **kinds: float) -> Row:
     most = {f"{name}_most_mb": kinds.get(name, 0.0) for name in benchmark_finetuning.memory.CATEGORIES}
     run = {
         "peak_memory_mb": peak,
@@ -34,7 +38,7 @@ def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict
         "expected_peak_memory_mb": peak * 0.9,
         **most,
     }
-    return append_row(path, "x", PLAN, cell, [run] * 3, torch.device("cpu"))
+    return keep(None, "x", SETUP, cell, [run] * 3)
 
 
 @pytest.mark.slow
@@ -42,12 +46,13 @@ def made_row(path, cell: Cell, peak: float, step: float, **kinds: float) -> dict
 def test_it_measures_every_cell(tmp_path, cells):
     """A whole small benchmark, by its command line."""
     flags = f"--model=tiny-draft --cells={cells} --seq_len=24 --repeats=2 --device=cpu".split()
-    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figures={tmp_path}"]
     command = [sys.executable, "benchmark_finetuning.py", *flags, *paths]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    found = by_cell(rows)
+    rows = read_file(tmp_path / "rows.jsonl")
+    names = [field.name for field in dataclasses.fields(StepCell)]
+    found = {StepCell(**{name: row.cell[name] for name in names}): row.metrics for row in rows}
     assert found.keys() == {cell for name in cells.split(",") for cell in SETS[name]}
     weights = PRESETS["tiny-draft"].weight_bytes(4) / 1e6
     for cell, metrics in found.items():
@@ -64,8 +69,9 @@ def test_it_measures_every_cell(tmp_path, cells):
             plain = found[dataclasses.replace(cell, checkpointing=False)]
             # A third more at most; much of so small a model is its output table, which nothing recomputes.
             assert 1.05 < value["step_tflop"] / plain["step_tflop"]["median"] < 1.45
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert benchmark_finetuning.report(rows) in run.stdout
+    assert (tmp_path / "steps-time-tiny-draft-cpu.svg").read_text().startswith("<?xml")
+    shown = tables.table_3(rows) + tables.table_2(rows) + tables.step_details(rows)
+    assert render.markdown(shown) in run.stdout
 
 
 @pytest.mark.slow
@@ -73,27 +79,40 @@ def test_the_peers_take_the_same_step(tmp_path):
     """Their first loss is ours, or the benchmark would end."""
     pytest.importorskip("peft")
     flags = "--model=tiny --cells=half,course --seq_len=24 --repeats=1 --device=cpu --against=peers".split()
-    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figures={tmp_path}"]
     subprocess.run([sys.executable, "benchmark_finetuning.py", *flags, *paths], cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {"transformers", "peft"} < {row["cell"]["engine"] for row in rows}
 
 
 def test_one_cell_by_itself(tmp_path):
-    """What a cell's process does, in this one: every figure that the tables and the plot take, and their table."""
+    """What a cell's process does, in this one: every figure that tables and charts take, and which kernels ran."""
     checkpoint.save(Transformer.random(PRESETS["tiny-draft"], torch.bfloat16), tmp_path / "weights")
     rows = []
-    for cell in (Cell(lora=True, half=True, lean=True), Cell(amp=True)):
-        runner = StepRunner(Plan(str(tmp_path / "weights"), 24, "cpu", 1, None, 1), cell)
-        runs = [runner(), runner()]
+    setup = StepSetup(str(tmp_path / "weights"), 24, "cpu", 1, None, 1)
+    for cell in (StepCell(lora=True, half=True, lean=True), StepCell(amp=True)):
+        runner = StepRunner(setup, cell)
+        runner.prepare()
+        runs = [runner.measure(), runner.measure()]
         assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)
         assert runs[0]["step_s"] > 0 and runs[0]["step_over_floor_x"] > 0
-        rows.append(append_row(tmp_path / "rows.jsonl", "x", runner.plan, cell, runs, torch.device("cpu")))
-    assert [row["dtype"] for row in rows] == ["bfloat16", "float32"]
-    assert [row["metrics"]["copies_most_mb"]["median"] > 0 for row in rows] == [False, True]
-    benchmark_finetuning.plot(rows, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| llama, lean + half + lora |" in benchmark_finetuning.report(rows)
+        rows.append(keep(tmp_path / "rows.jsonl", "x", setup, cell, runs))
+    assert [row.data["dtype"] for row in rows] == ["bfloat16", "float32"]
+    assert [row.median("copies_most_mb") > 0 for row in rows] == [False, True]
+    assert [row.cell["kernels"] for row in rows] == ["c" if train_ops.library() else "none", "none"]
+    assert charts.steps(rows).keys() == {"steps-memory-x-cpu", "steps-time-x-cpu"}
+    assert "| llama, lean + 16-bit base + LoRA |" in render.markdown(tables.step_details(rows))
+
+
+def test_a_step_with_kernels_and_one_without_are_two_cells(tmp_path, monkeypatch):
+    """A machine without a compiler takes the same step in another time: its row does not replace the other."""
+    cell, path = StepCell(lora=True, lean=True), tmp_path / "rows.jsonl"
+    for library in (object(), None):
+        monkeypatch.setattr(train_ops, "library", lambda library=library: library)
+        keep(path, "x", SETUP, cell, [{"step_s": 1.0}])
+    keep(path, "x", SETUP, StepCell(engine="peft", lora=True, half=True), [{"step_s": 1.0}])
+    found = read_folder(tmp_path)["benchmark_finetuning"]
+    assert [row.cell["kernels"] for row in found] == ["c", "none", "peer"]
 
 
 def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monkeypatch):
@@ -101,8 +120,8 @@ def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monke
     gpu = FakeGPU(monkeypatch)
     monkeypatch.setattr(benchmark_finetuning.devices, "resolve", lambda *a: (CUDA, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(benchmark_finetuning, "warm_libraries", lambda *a: gpu.queue(1000.0, 5000))
-    monkeypatch.setattr(floors, "product_rate", lambda *a: gpu.queue(300.0, 5000) or {"256 rows": 1e12})
+    monkeypatch.setattr(benchmark_finetuning, "warm_training", lambda *a: gpu.queue(1000.0, 5000))
+    monkeypatch.setattr(hardware, "product_rate", lambda *a: gpu.queue(300.0, 5000) or {"256 rows": 1e12})
     steps = []
 
     def load(self):
@@ -117,61 +136,73 @@ def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monke
         return step
 
     monkeypatch.setattr(StepRunner, "_load", load)
-    runner = StepRunner(Plan("", 512, "cuda", 2, None, 1), Cell())
+    runner = StepRunner(StepSetup("", 512, "cuda", 2, None, 1), StepCell())
+    runner.prepare()
     for _ in range(2):
-        values = runner()
+        values = runner.measure()
         assert (values["step_s"], values["peak_memory_mb"]) == (3.0, 70 / 1e6)
         assert (values["load_s"], values["first_loss_nats"], values["step_over_floor_x"]) == (500.0, 11.0, 3.0)
     assert len(steps) == 4
 
 
-def test_every_number_of_table_3_stands_in_a_row(tmp_path):
+def test_every_number_of_table_3_stands_in_a_row():
     """Change any figure of a row and the table changes; out of memory is an x; other kinds of cells are not in it."""
-    rows = [made_row(tmp_path / "r", cell, 1000.0 + i, 1.25 + i) for i, cell in enumerate(COURSE)]
-    before = table3(rows)
-    assert before.count("\n") == 2 + len(COURSE)
+    rows = [made_row(cell, 1000.0 + i, 1.25 + i) for i, cell in enumerate(COURSE)]
+
+    def table_3(rows: list[Row]) -> str:
+        return render.markdown(tables.table_3(rows)[:1])
+
+    before = table_3(rows)
+    assert len(re.findall(r"(?m)^\| (?:yes|no) \|", before)) == len(COURSE)
     for i, name in enumerate(("peak_memory_mb", "step_s")):
-        changed = json.loads(json.dumps(rows))
-        changed[i]["metrics"][name]["median"] += 1000
-        assert table3(changed) != before
-    assert table3([{**row, "metrics": {}} for row in rows]).count("| x | x |") == len(COURSE)
-    other = made_row(tmp_path / "r", Cell(lora=True, half=True), 77.0, 7.7)
-    assert table3([*rows, other]) == before and table3(rows, lean=True) == ""
-    numbers = set(re.findall(r"\d[\d,.]*", before))
+        changed = copy.deepcopy(rows)
+        changed[i].metrics[name]["median"] += 1000
+        assert table_3(changed) != before
+    lost = copy.deepcopy(rows)
+    for row in lost:
+        row.metrics.clear()
+    assert table_3(lost).count("| x | x |") == len(COURSE)
+    assert table_3([*rows, made_row(StepCell(lora=True, half=True), 77.0, 7.7)]) == before
+    numbers = {number for line in before.splitlines() if "| no |" in line for number in re.findall(r"\d[\d,.]*", line)}
+    numbers |= {number for number in re.findall(r"\d[\d,.]*", before.split("| yes | yes | yes |")[1].split("\n")[0])}
     assert numbers == {f"{1000 + i:,}" for i in range(8)} | {f"{1.25 + i:.2f}" for i in range(8)}
 
 
-def test_arrows_of_table_2_are_changes_beyond_the_threshold(tmp_path):
+def test_arrows_of_table_2_are_changes_beyond_the_threshold():
     """Full fine-tuning as it is: recomputation leaves the peak where it was, mixed precision adds copies."""
     kinds = {"weights": 100.0, "activations": 40.0, "gradients": 100.0}
     changes = {"checkpointing": {"activations": 4.0}, "amp": {"copies": 50.0, "activations": 25.0}}
     changes["lora"] = {"gradients": 1.0, "activations": 39.5}
-    rows = [made_row(tmp_path / "r", Cell(batch_size=2), 330.0, 2.0, **{**kinds, "activations": 80.0})]
+    rows = [made_row(StepCell(batch_size=2), 330.0, 2.0, **{**kinds, "activations": 80.0})]
     for accumulation in (1, 2):
         peaks = {"": 220.0, "checkpointing": 218.0, "amp": 219.0, "lora": 141.0}
         for name, peak in peaks.items():
-            cell = Cell(**({name: True} if name else {}), accumulation=accumulation)
+            cell = StepCell(**({name: True} if name else {}), accumulation=accumulation)
             found = {**kinds, **changes.get(name, {})}
-            rows.append(made_row(tmp_path / "r", cell, peak, 1.3 if name else 1.0, **found))
-    text = table2(rows)
-    cells = {}
-    for line in text.splitlines()[:9]:
-        title, *values = line.strip("| ").split(" | ")
-        cells[title.split()[0]] = values
+            rows.append(made_row(cell, peak, 1.3 if name else 1.0, **found))
+    first, second = tables.table_2(rows)
+    cells = {line[0].split()[0]: [render.text(cell) for cell in line[1:]] for line in first.body}
     assert cells["parameters"] == ["= 100 to 100", "↑ 100 to 150", "= 100 to 100"]
     assert cells["activations"] == ["↓ 40 to 4", "↓ 40 to 25", "= 40 to 40"]
     assert cells["gradients"][2] == "↓ 100 to 1" and cells["peak"][0] == "= 220 to 218"
+    text = render.markdown([first, second])
     assert "| accumulation (1 x 2 to 2 x 1) |" in text and "↓ 80 to 40" in text
     assert "not the peak: without accumulation" in text and "(220 and 218 MB)" in text
     assert "Mixed precision raises the memory of parameters" in text
-    assert table2(rows[:3]) == ""  # pairs are missing
+    assert tables.table_2(rows[:3]) == []  # pairs are missing
 
 
 def test_what_is_not_the_same_work_is_not_compared():
-    runs = [(Cell(), [{"first_loss_nats": 11.0}]), (Cell(amp=True), []), (Cell(lora=True), [{"first_loss_nats": 11.2}])]
-    with pytest.raises(InputError, match=r"first loss of llama, lora is 11.200, that of llama, plain 11.000"):
+    runs = [
+        (StepCell(), [{"first_loss_nats": 11.0}]),
+        (StepCell(amp=True), []),
+        (StepCell(lora=True), [{"first_loss_nats": 11.2}]),
+    ]
+    message = r"first loss of llama, lora is 11.200, that of llama, plain 11.000"
+    with pytest.raises(InternalError, match=message) as caught:
         list(benchmark_finetuning.same_losses(iter(runs)))
-    other = (Cell(batch_size=2), [{"first_loss_nats": 9.0}])  # of other tokens
+    assert cli.explain(caught.value)[1] == 1
+    other = (StepCell(batch_size=2), [{"first_loss_nats": 9.0}])  # of other tokens
     assert len(list(benchmark_finetuning.same_losses(iter([*runs[:2], other])))) == 3
 
 
@@ -180,33 +211,33 @@ def test_cells_wait_side_by_side_only_where_they_fit():
     groups = benchmark_finetuning.side_by_side(COURSE, sizes.get, 20.0)
     assert sorted(str(cell) for group in groups for cell in group) == sorted(map(str, COURSE))
     assert all(sum(map(sizes.get, group)) <= 20.0 for group in groups) and len(groups) < len(COURSE)
-    peer, ours = Cell(engine="peft", lora=True, half=True), Cell(lora=True, half=True, lean=True)
+    peer, ours = StepCell(engine="peft", lora=True, half=True), StepCell(lora=True, half=True, lean=True)
     groups = benchmark_finetuning.side_by_side([*COURSE, ours, peer], lambda cell: 3.0, 7.0)
     assert [peer, ours] in groups
 
 
 def test_estimates_say_which_cells_fit():
-    text = benchmark_finetuning.estimates(SMALL, [Cell(), Cell(lora=True)], 64, 0.0025)
-    yes_no = [line.split(" | ")[-1].strip(" |") for line in text.splitlines()[2:4]]
-    full, adapted = (benchmark_finetuning.foresee(SMALL, cell, 64).peak for cell in (Cell(), Cell(lora=True)))
+    table = benchmark_finetuning.estimates(SMALL, [StepCell(), StepCell(lora=True)], 64, 0.0025)
+    yes_no = [line[-1] for line in table.body]
+    full, adapted = (benchmark_finetuning.predicted(SMALL, cell, 64).peak for cell in (StepCell(), StepCell(lora=True)))
     assert yes_no == [("yes" if peak <= 2.5e6 else "no") for peak in (full, adapted)]
-    assert f"| {full / devices.MB:,.0f} |" in text
+    assert table.body[0][1] == f"{full / devices.MB:,.0f}"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--model=gpt2", "--model=gpt2: expected one of llama3.2-1b"),
-        ("--cells=all", "--cells=all: expected course, lean, half, table2"),
-        ("--cells=course,course", "each at most once"),
+        ("--cells=all", "--cells=all: expected a choice of course,lean,half,table2, each once"),
+        ("--cells=course,course", "each once"),
         ("--seq_len=1", "--seq_len=1: expected at least 2"),
         ("--seq_len=1000000", "--seq_len=1000000: more positions than"),
         ("--repeats=0", "--repeats=0: expected at least 1"),
-        ("--against=litgpt", "--against=litgpt: expected peers"),
+        ("--against=litgpt", "--against=litgpt: expected one of peers"),
         ("--cells=lean --accumulation=2", "--accumulation=2: lean full fine-tuning has no gradients to accumulate"),
         ("--cells=table2 --batch_size=2", "--cells=table2 sets batch_size and accumulation itself"),
         ("--device=tpu", "device 'tpu' is"),
-        ("--device=cpu --memory_limit_gb=16", "--memory_limit_gb=16.0: expected more than 0, and a CUDA device"),
+        ("--device=cpu --memory_limit_gb=16", "--memory_limit_gb=16.0: expected a CUDA device"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
     ],
 )

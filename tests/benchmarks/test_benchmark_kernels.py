@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
-import json
 import random
 import re
 
@@ -13,17 +13,16 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 
-from benchmarks import hardware as floors
+from benchmarks import hardware, rows
 from benchmarks import kernels as benchmark_kernels
 from benchmarks.kernels import Operation, compared, take_turns
-from benchmarks.rows import Row
+from benchmarks.rows import Row, read_file
 from llama import cli
 from llama.config import PRESETS
-from llama.errors import InputError
+from llama.errors import InputError, InternalError
 from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, train_ops
-from reports import tables
-from reports.render import markdown
+from reports import render, tables
 
 TINY = PRESETS["tiny"]
 TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora_up_ lora_outer logsumexp".split()
@@ -34,10 +33,10 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def measure(path, *flags) -> list[dict]:
+def measure(path, *flags) -> list[Row]:
     """The rows of a small run."""
     cli.call(benchmark_kernels.main, ["--tokens=16", "--repeats=2", f"--results={path}", *flags])
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_file(path)
 
 
 class Recorder:
@@ -69,7 +68,7 @@ def test_every_kernel_is_measured_beside_what_it_equals(run):
     rows, out, called = run
     assert called[train_ops] >= set(train_ops.SIGNATURES)
     assert called[decode_step] >= {"decode_step", "rms_norm", "rotate_heads", "silu_mul", "read_all"}
-    cells = [row["cell"] for row in rows]
+    cells = [row.cell for row in rows]
     expected = [("prefill", name) for name in PREFILL] + [("train", name) for name in TRAIN]
     both = [(*one, engine) for one in expected for engine in ("kernel", "plain")]
     assert [(c["part"], c["operation"], c["engine"]) for c in cells if c["part"] != "decode"] == both
@@ -77,19 +76,19 @@ def test_every_kernel_is_measured_beside_what_it_equals(run):
     assert kinds == [(n, w, e) for n in (1, 16) for w in ("bf16", "int8", "int4") for e in ("kernel", "plain")]
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for row in rows:
-        m = row["metrics"]
+        m = row.metrics
         assert f"def {row['cell']['equality']}(" in sources
         assert all(spread["n"] == 2 for spread in m.values()) and m["run_s"]["min"] > 0
         assert m["moved_gb_s"]["max"] == pytest.approx(m["moved_mb"]["median"] / m["run_s"]["min"] / 1e3)
-        is_kernel, is_quantized = row["cell"]["engine"] == "kernel", row["cell"].get("weights") in ("int8", "int4")
+        is_kernel, is_quantized = row.cell["engine"] == "kernel", row.cell.get("weights") in ("int8", "int4")
         assert ("plain_over_kernel_x" in m) == is_kernel
         assert ("linear_over_kernel_x" in m) == (is_kernel and is_quantized)
-    assert table(rows) in out
+    assert render.markdown(tables.kernels(rows)) in out
 
 
-def moved(rows: list[dict], **wanted) -> set[float]:
-    chosen = [row for row in rows if all(row["cell"].get(name) == value for name, value in wanted.items())]
-    return {row["metrics"]["moved_mb"]["median"] for row in chosen}
+def moved(rows: list[Row], **wanted) -> set[float]:
+    chosen = [row for row in rows if all(row.cell.get(name) == value for name, value in wanted.items())]
+    return {row.median("moved_mb") for row in chosen}
 
 
 def test_bytes_are_those_of_operands_results_and_weights(run):
@@ -108,10 +107,10 @@ def test_a_machine_without_kernels_measures_the_plain_twins(tmp_path, capsys, mo
     for module in (train_ops, decode_step):
         monkeypatch.setattr(module, "library", lambda: None)
     rows = measure(tmp_path / "rows.jsonl", "--model=tiny-draft")
-    assert {row["cell"]["engine"] for row in rows} == {"plain"} and len(rows) == 6 + len(PREFILL) + len(TRAIN)
+    assert {row.cell["engine"] for row in rows} == {"plain"} and len(rows) == 6 + len(PREFILL) + len(TRAIN)
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("no kernels here for decode, prefill, train (they need Linux, AVX-512")
-    assert "No kernel runs here." in out and "times as fast" in out and table(rows) in out
+    assert "No kernel runs here." in out and "times as fast" in out and render.markdown(tables.kernels(rows)) in out
 
 
 def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
@@ -132,7 +131,7 @@ def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
         reads.append(1)
         return {"sum": 1.0, "max": 4.0}
 
-    monkeypatch.setattr(floors, "read_bandwidth", read_bandwidth)
+    monkeypatch.setattr(hardware, "read_bandwidth", read_bandwidth)
     for is_cold, n_reads in ((False, 3), (True, 9)):
         one = compared("train", "x", "", "test", takes(2.0), takes(5.0), torch.ones(4), is_cold=is_cold)
         reads.clear()
@@ -146,48 +145,40 @@ def test_nothing_is_timed_that_does_not_do_the_same():
     def wrong(x):
         return x * 1.1
 
+    message = "double: the kernel's result differs from that of plain PyTorch"
     for broken in (wrong, lambda x: x * float("nan")):
-        with pytest.raises(InputError, match="double: the kernel's result differs from that of plain PyTorch"):
+        with pytest.raises(InternalError, match=message) as caught:
             compared("train", "double", "", "test", broken, lambda x: x, torch.ones(4))
+        assert cli.explain(caught.value)[1] == 1
     assert compared("train", "double", "", "test", lambda x: x * 1.001, lambda x: x, torch.ones(4)).moved == 32
 
 
-def table(rows: list[dict]) -> str:
-    """What the benchmark prints of these rows."""
-    return markdown(tables.kernels([Row("kernels.jsonl", line, row) for line, row in enumerate(rows, 1)]))
-
-
-def made_rows(kernel: float, plain: float) -> list[dict]:
+def made_rows(kernel: float, plain: float) -> list[Row]:
     """The two rows of an operation."""
     one = Operation("train", "norm", "x [2]", "test_norm", lambda: None, lambda: None, 10)
     metrics = {"run_s": kernel, "moved_mb": 77.7, "moved_gb_s": 66.6, "read_gb_s": 21.5, "of_reading_x": 3.25}
     sides = {"kernel": {**metrics, "plain_over_kernel_x": plain / kernel}, "plain": {**metrics, "run_s": plain}}
-    about = {
-        "dtype": "bfloat16",
-        "threads": 2,
-        "torch": "2",
-        "device": {"name": "a CPU"},
-        "commit": "0",
-        "time": "",
-        "command": "",
-    }
-    spreads = {
-        side: {name: {"median": v, "min": v / 2, "max": v * 2, "n": 5} for name, v in values.items()}
-        for side, values in sides.items()
-    }
-    return [{"cell": one.cell("tiny", side), "metrics": spreads[side], **about} for side in ("kernel", "plain")]
+    found = []
+    for side, values in sides.items():
+        runs = {name: [value, value / 2, value * 2] for name, value in values.items()}
+        found.append(rows.record(None, "kernels", one.cell("tiny", side), runs, torch.device("cpu"), "bfloat16"))
+    return found
+
+
+def shown(found: list[Row]) -> str:
+    return render.markdown(tables.kernels(found))
 
 
 def test_every_figure_of_the_table_stands_in_a_row_and_what_does_not_pay_is_named():
-    rows = made_rows(0.004, 0.006)
-    text = table(rows)
+    found = made_rows(0.004, 0.006)
+    text = shown(found)
     assert "| 4.000 (2.000 to 8.000) | 6.000 (3.000 to 12.000) | 1.50 | - | 77.7 | 66.6 | 3.25 | test_norm |" in text
-    assert "of 5 runs" in text and "tiny: kernels, train" in text and "No kernel is slower than plain PyTorch." in text
-    for i, name in [(0, name) for name in rows[0]["metrics"]] + [(1, "run_s")]:
-        changed = json.loads(json.dumps(rows))
-        changed[i]["metrics"][name]["median"] *= 1.5
-        assert table(changed) != text, name
-    assert "Slower than plain PyTorch: norm (x [2])." in table(made_rows(0.006, 0.004))
+    assert "of 3 runs" in text and "tiny: kernels, train" in text and "No kernel is slower than plain PyTorch." in text
+    for i, name in [(0, name) for name in found[0].metrics] + [(1, "run_s")]:
+        changed = copy.deepcopy(found)
+        changed[i].metrics[name]["median"] *= 1.5
+        assert shown(changed) != text, name
+    assert "Slower than plain PyTorch: norm (x [2])." in shown(made_rows(0.006, 0.004))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +188,7 @@ def test_every_figure_of_the_table_stands_in_a_row_and_what_does_not_pay_is_name
         ("--tokens=0", "--tokens=0: expected at least 1"),
         ("--tokens=200000", "--tokens=200000: more positions than the 131,072 of llama3.2-1b"),
         ("--repeats=0", "--repeats=0: expected at least 1"),
-        ("--parts=decode,decode", "--parts=decode,decode: expected a choice of decode,prefill,train, each once"),
+        ("--parts=decode,decode", "--parts=decode,decode: expected a choice of decode,prefill,train,gpu, each once"),
         ("--parts=gpu", "--parts=gpu: expected a choice of decode,prefill,train, each once"),
         ("--parts=all", "--parts=all: expected a choice of"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
@@ -217,11 +208,11 @@ def test_kernels_of_a_gpu_are_measured_beside_what_they_equal(monkeypatch):
     monkeypatch.setattr(gpu, "ops", lambda device: called)
     monkeypatch.setitem(triton_ops.ROW_TILES, "few", (64, 256))  # the interpreter takes as long for a small tile
     monkeypatch.setattr(benchmark_kernels, "GRAPH_CALLS", 2)
-    monkeypatch.setattr(benchmark_kernels, "ROWS", (1,))
+    monkeypatch.setattr(benchmark_kernels, "BATCH_SIZES", (1,))
     monkeypatch.setitem(benchmark_kernels.PARTS, "cpu", ("gpu",))
     args = dataclasses.replace(PRESETS["tiny-draft"], n_layers=1)
     with torch.no_grad():
-        found = list(benchmark_kernels.measure(args, 16, ("gpu",), 2, 1, torch.device("cpu"), torch.float16))
+        found = list(benchmark_kernels.operation_runs(args, 16, ("gpu",), 2, 1, torch.device("cpu"), torch.float16))
     assert called.names >= {"add_rms_norm", "rotate_and_store", "silu_mul", "int8_linear", "int4_linear"}
     shown = [(one.name, one.weights, sorted(runs)) for one, runs in found]
     both, name = ["kernel", "plain"], "products of a block"

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import replay as record_replay
 from llama import cli
-from llama.errors import InputError
+from llama.errors import InputError, InternalError
 
 
 def recorded(path, *flags: str) -> dict[bool, dict]:
@@ -42,8 +42,9 @@ def test_random_weights_have_times_and_no_text(tmp_path):
 def test_two_texts_are_not_replayed_against_each_other(tmp_path, monkeypatch):
     runs = {True: [([1, 2], [0.1, 0.2])], False: [([1, 3], [0.1, 0.2])]}
     monkeypatch.setattr(record_replay, "record", lambda *_: runs)
-    with pytest.raises(InputError, match="would compare two texts"):
+    with pytest.raises(InternalError, match="would compare two texts") as caught:
         recorded(tmp_path / "rows.jsonl")
+    assert cli.explain(caught.value)[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,6 @@ import compress
 import evaluate
 import finetuning
 import inference
-from benchmarks import pruning as benchmark_pruning
-from benchmarks import rows as row_files
-from benchmarks.rows import Row
 from data import text
 from llama import Llama, checkpoint, cli, lora, pruning
 from llama.config import PRESETS
@@ -30,8 +27,6 @@ from llama.training import snapshot
 from llama.training import step as training
 from llama.training.batch import Batch, collate
 from llama.training.step import Settings, Trainer
-from reports import tables
-from reports.render import markdown
 
 FFN = SMALL.ffn_dim  # 192
 ONE_LAYER = dataclasses.replace(SMALL, n_layers=1, vocab_size=128)
@@ -553,97 +548,3 @@ def test_a_pruned_model_goes_through_every_script(tmp_path, monkeypatch, capsys)
         code, out, err = call(monkeypatch, capsys, f"--ckpt_dir={out_dir}", *given, main=main)
         assert code == 0, err
     assert "pruned" in out and "tiny" in out
-
-
-# benchmark_pruning.py
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """All parts, with as few steps, rows and shares as there can be."""
-    work = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "VALIDATION", 1)
-        patch.setattr(benchmark_pruning, "INPUT_LEN", 8)
-        patch.setattr(benchmark_pruning, "OUTPUT_LEN", 3)
-        given = {"share": 0.5, "rounds": 2, "steps": 1, "batch_size": 1, "repeats": 2, "device": "cpu"}
-        benchmark_pruning.main(**given, results=str(work / "rows.jsonl"), figure=str(work / "figure.png"))
-    return work, benchmark_pruning.newest(work / "rows.jsonl")
-
-
-def test_one_shot_takes_as_many_steps_as_its_rival(measured):
-    _, rows = measured
-    for method in pruning.METHODS:
-        pairs = [benchmark_pruning.pick(rows, method=method, part=part) for part in ("iterative", "one-shot")]
-        found = [[(row["cell"]["share"], row["cell"]["steps"]) for row in side] for side in pairs]
-        assert found[0] == found[1] == [(0.25, 1), (0.5, 2)]
-        brief = benchmark_pruning.pick(rows, method=method, part="one-round")
-        assert [(row["cell"]["share"], row["cell"]["steps"]) for row in brief] == [(0.25, 1), (0.5, 1)]
-        for a, b in zip(*pairs, strict=True):
-            a, b = row_files.medians(a), row_files.medians(b)
-            assert a["zeros"] == b["zeros"] and a["parameters"] == b["parameters"]
-            assert (a["zeros"] > 0) == (method == "magnitude")
-    speeds = benchmark_pruning.pick(rows, part="speed")
-    assert [row["cell"]["share"] for row in speeds] == [0, 0.25, 0.5]
-    sizes = [row_files.medians(row)["parameters"] for row in speeds]
-    assert sizes == [PRESETS["tiny"].with_ffn_dim(n).n_params() for n in (1024, 768, 512)]
-
-
-def pruning_tables(rows: list[dict]) -> tuple[str, str]:
-    """What the benchmark prints of these rows: of quality and of speed."""
-    found = [Row("pruning.jsonl", line, row) for line, row in enumerate(rows, 1)]
-    return markdown(tables.pruning_quality(found)), markdown(tables.pruning_speed(found))
-
-
-def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
-    work, rows = measured
-    quality, speed = pruning_tables(rows)
-    for row in rows:
-        m, cell = row_files.medians(row), row["cell"]
-        if cell["part"] == "speed":
-            assert f"| {cell['share']:g} | {m['parameters']:,.0f} |" in speed
-            assert f"{1e3 * m['tpot_s']:,.2f}" in speed
-        else:
-            steps = cell["steps"] * (round(cell["share"] / 0.25) if cell["part"] == "one-round" else 1)
-            [*lines] = [line for line in quality.splitlines() if line.startswith(f"| {cell['share']:g} | {steps} |")]
-            found = [f" {m['loss_nats']:.3f} " in line for line in lines]
-            assert len(found) == 2 and (all(found) if cell["part"] == "dense" else any(found))
-    assert " - " not in quality and (work / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_are_of_one_device_and_its_newest_runs(measured, tmp_path):
-    """A second run with other steps takes the place of the first; rows of another device do not mix with these."""
-    _, rows = measured
-    again = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "one-shot"]))
-    for row in again:
-        row["cell"]["steps"] *= 2
-        row["metrics"]["loss_nats"]["median"] = 0.001
-    gpu = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "speed"]))
-    for row in gpu:
-        row["device"]["name"] = "another"
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu, *again]))
-    newest = benchmark_pruning.newest(path)
-    assert len(newest) == len(rows) and {row["device"]["name"] for row in newest} == {rows[0]["device"]["name"]}
-    assert pruning_tables(newest)[0].count(" 0.001 ") == len(again)
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu]))
-    assert benchmark_pruning.newest(path) == gpu
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"experiment": "ladder", "cell": {}}', '{"experiment": "pruning"}'])
-def test_a_damaged_results_file_is_refused_before_anything_is_measured(measured, tmp_path, line):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(measured[1][0]) + f"\n{line}\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: is no row of this benchmark"):
-        benchmark_pruning.main(parts="dense", results=str(path), figure=str(tmp_path / "f.png"), device="cpu")
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{"parts": "all"}, {"methods": "luck"}, {"methods": "magnitude,magnitude"}, {"rounds": 0}, {"share": 1.0}],
-    ids=str,
-)
-def test_what_cannot_be_measured_is_refused(tmp_path, given):
-    with pytest.raises(InputError, match=rf"(--)?{next(iter(given))}\b"):
-        benchmark_pruning.main(**given, results=str(tmp_path / "rows.jsonl"), device="cpu")
-    assert not list(tmp_path.iterdir())

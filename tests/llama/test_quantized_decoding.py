@@ -226,7 +226,7 @@ def test_floors_of_plain_weights_count_a_tied_table_as_the_head_and_leave_out_an
 @pytest.mark.slow
 def test_benchmark_measures_formats_side_by_side(tmp_path):
     flags = "--model=tiny --weights=bf16,int8,int4 --batch_sizes=1 --input_len=20 --output_len=4 --repeats=2 --cache=on"
-    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'figure.png'}"]
+    paths = [f"--results={tmp_path / 'rows.jsonl'}", f"--figures={tmp_path}"]
     command = [sys.executable, "benchmark_inference.py", *flags.split(), "--device=cpu", *paths]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 
 import benchmark_finetuning
-from benchmarks.rows import read_folder
+from benchmarks.rows import Row, read_folder
 from llama import cli
-from reports import build, charts, render
+from reports import build, charts, render, tables
 from reports import page as results_page
 from reports.training_tables import CHANGED, SLOWER
 
@@ -92,7 +92,7 @@ def steps(peak: float = 200.0) -> list[dict]:
     kinds = dict.fromkeys(("weights", "optimizer", "gradients", "copies", "activations", "temporary"), 10.0)
     rows = []
     cells = [cell for name in ("table2", "course", "lean", "half") for cell in benchmark_finetuning.SETS[name]]
-    for i, cell in enumerate(dict.fromkeys([*cells, benchmark_finetuning.Cell(engine="peft", lora=True, half=True)])):
+    for i, cell in enumerate(dict.fromkeys([*cells, *benchmark_finetuning.PEERS[1:]])):
         known = {**kinds, "weights": 100 + 40.5 * cell.amp, "gradients": 100 - 99.0 * cell.lora}
         known |= {"activations": 40.25 * cell.batch_size / (1 + 9 * cell.checkpointing)}
         metrics = {f"{kind}_{when}_mb": size for kind, size in known.items() for when in ("at_peak", "most")}
@@ -313,8 +313,9 @@ def test_arrows_are_those_of_the_benchmark(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "r", rows)))).top
     (section,) = (part for part in page.all("section") if part.attrs["aria-labelledby"] == "table-2")
     shown = "".join(sign for cell in section.all("td") for sign in re.findall("^[=↑↓]", cell.text()))
-    expected = re.findall(r"\| ([=↑↓])|(?<=\| )([=↑↓])", benchmark_finetuning.table2(rows))
-    assert shown == "".join(a or b for a, b in expected) and len(shown) == 7 * 3 + 7 * 4 and len(set(shown)) == 3
+    found = tables.table_2([Row("r", i, row) for i, row in enumerate(rows, 1)])
+    expected = re.findall(r"(?<=\| )[=↑↓]", render.markdown(found))
+    assert shown == "".join(expected) and len(shown) == 7 * 3 + 7 * 4 and len(set(shown)) == 3
 
 
 def test_table_3_has_every_combination_and_x_where_memory_ran_out(tmp_path):

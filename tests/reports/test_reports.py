@@ -12,12 +12,12 @@ import random
 import re
 import sys
 
+import old_tables
 import pypdf
 import pytest
 from conftest import ROOT
 
 import benchmark_finetuning
-import benchmark_inference
 import inference
 from benchmarks.rows import spread
 from llama import cli, lora
@@ -69,8 +69,8 @@ def generation_rows(chance):
 def step_rows(chance):
     """Tables 2 and 3, all cells and peers."""
     wanted = [cell for cells in benchmark_finetuning.SETS.values() for cell in cells]
-    wanted += [benchmark_finetuning.Cell(engine="transformers", amp=True)]
-    wanted += [benchmark_finetuning.Cell(engine="peft", lora=True, half=True)]
+    wanted += [benchmark_finetuning.StepCell(engine="transformers", amp=True)]
+    wanted += [benchmark_finetuning.StepCell(engine="peft", lora=True, half=True)]
     rows = []
     for cell in dict.fromkeys(wanted):
         names = ["step_s", "peak_memory_mb", "step_over_floor_x", "expected_peak_memory_mb", "step_tflop"]
@@ -235,9 +235,9 @@ def test_tables_are_those_of_the_benchmarks(imagined):
         return [line for line in found if set("".join(line)) - set("-")]
 
     generation = [one for one in imagined if one["experiment"] == "inference"]
-    head, *body = lines(benchmark_inference.table(generation))
+    head, *body = lines(old_tables.table(generation))
     assert (shown["table1"]["head"], shown["table1"]["rows"]) == (head, body)
-    details = {(line[0], line[1], line[2]): line for line in lines(benchmark_inference.details(generation))}
+    details = {(line[0], line[1], line[2]): line for line in lines(old_tables.details(generation))}
     for line in shown["floors"]["rows"]:
         theirs = [text for text in details[line[0], "llama", line[1]][3:10]]
         assert [text.replace("x", "-") for text in line[2:]] == [text.replace("x", "-") for text in theirs]
@@ -245,9 +245,9 @@ def test_tables_are_those_of_the_benchmarks(imagined):
         assert details[line[0], line[1], "on"][3] == line[2] and details[line[0], line[1], "on"][10] == line[3]
     steps = [one for one in imagined if one["experiment"] == "benchmark_finetuning"]
     for name, lean in (("plain", False), ("lean", True)):
-        theirs = sorted(lines(benchmark_finetuning.table3(steps, lean))[1:])
+        theirs = sorted(lines(old_tables.table3(steps, lean))[1:])
         assert sorted(line[:5] for line in shown[name]["rows"]) == theirs
-    theirs = lines(benchmark_finetuning.table2(steps))
+    theirs = lines(old_tables.table2(steps))
     ours = [line for part in (1, 2) for line in shown[f"table2_{part}"]["rows"]]
     assert sorted(ours) == sorted(line for line in theirs if "accumulation" not in line[0])
 

@@ -218,13 +218,12 @@ def test_loading_needs_the_weights_once(tmp_path, layout, dtype):
     checkpoint.save(random_model(args).to(torch.bfloat16), tmp_path / "m", layout)
     program = (
         "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from benchmarks import loading as benchmark_loading\n"
+        "from benchmarks.loading import LoadRunner\n"
         "from llama import device\n"
-        "benchmark_loading.load_once(str(Path('data/tiny')), 'float32')\n"  # what the libraries set up at first use
+        "LoadRunner('data/tiny', 'float32').measure()\n"  # what the libraries set up at first use
         "assert device.reset_peak_memory(torch.device('cpu'))\n"
         "before = device.peak_memory_bytes(torch.device('cpu'))\n"
-        "figures = benchmark_loading.load_once(sys.argv[1], sys.argv[2])\n"
+        "figures = LoadRunner(sys.argv[1], sys.argv[2]).measure()\n"
         "weights = figures['peak_memory_mb'] / figures['peak_over_weights_x']\n"
         "print((figures['peak_memory_mb'] - before / 1e6) / weights)\n"
     )

@@ -1,0 +1,79 @@
+"""What can be chosen in every benchmark, and how each of them ends: rows kept, tables printed, figures saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks import rows
+from llama import cli
+from llama.cli import option
+from llama.config import PRESETS
+from llama.errors import InputError
+from reports import render
+from reports.cells import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORTS = Path(__file__).parents[1] / "reports"
+MODEL = f"a preset, with random weights: {', '.join(PRESETS)}"
+WORK_DIR = "where checkpoints are written for the while; default: the system's temporary folder"
+FIGURES = "folder of the plots (SVG), which are named after model and device; default: reports/figures"
+HALF_DTYPE = "auto (the device's 16-bit type), float32, bfloat16 or float16"
+
+
+@dataclass(frozen=True)
+class Options(cli.Options):
+    """Of every benchmark."""
+
+    model: str = option("llama3.2-1b", MODEL, choices=PRESETS)
+    repeats: int = option(5, "timed runs of each cell", least=1)
+    seed: int = option(1, "of random weights, of prompts and of the order of the runs")
+    results: str | None = option(None, "file that the measured rows are appended to; default: one in reports/results")
+
+    def results_file(self, experiment: str) -> Path:
+        """Raises InputError now, rather than after an hour of measuring, where it cannot be written."""
+        path = REPORTS / "results" / f"{experiment}.jsonl" if self.results is None else Path(self.results)
+        rows.require_writable(path)
+        return path
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Options):
+    """Of a benchmark that runs on any device."""
+
+    device: str = option("auto", cli.DEVICE)
+
+
+@dataclass(frozen=True)
+class TableOptions(DeviceOptions):
+    """Of the benchmarks behind Tables 1, 2 and 3."""
+
+    ckpt_dir: str | None = option(None, "a checkpoint directory instead of random weights")
+    memory_limit_gb: float | None = option(None, "hold a larger GPU to this much memory; a P100 has 16", above=0)
+    figures: str | None = option(None, FIGURES)
+    work_dir: str | None = option(None, WORK_DIR)
+
+    @property
+    def label(self) -> str:
+        """What rows call the model."""
+        return self.model if self.ckpt_dir is None else Path(self.ckpt_dir).name
+
+    def require_limit_fits(self, device: torch.device) -> None:
+        if self.memory_limit_gb is not None and device.type != "cuda":
+            raise InputError(f"memory_limit_gb={self.memory_limit_gb}: expected a CUDA device to limit")
+
+
+def finish(path: Path, tables: Sequence[Table], figures: Mapping[str, Figure], folder: str | None = None) -> None:
+    """Print the tables, and save the figures by their names."""
+    print(render.markdown(tables))
+    for name, figure in figures.items():
+        image = (REPORTS / "figures" if folder is None else Path(folder)) / f"{name}.svg"
+        render.save_svg(figure, image)
+        print(f"plot in {image}")
+    print(f"rows appended to {path}")

@@ -1,0 +1,112 @@
+"""Pruning measured: rivals that take the same steps, and tables of the newest runs of one device."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks import pruning as benchmark_pruning
+from benchmarks.rows import Row, read_file
+from data import text
+from llama import cli, pruning
+from llama.config import PRESETS
+from llama.errors import InputError
+from reports import render, tables
+from reports.cells import chosen
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All parts, with as few steps, samples and shares as there can be: the folder, and the rows."""
+    work = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "VALIDATION", 1)
+        patch.setattr(benchmark_pruning, "INPUT_LEN", 8)
+        patch.setattr(benchmark_pruning, "OUTPUT_LEN", 3)
+        flags = "--share=0.5 --rounds=2 --steps=1 --batch_size=1 --repeats=2 --device=cpu".split()
+        cli.call(benchmark_pruning.main, [*flags, f"--results={work / 'rows.jsonl'}", f"--figures={work}"])
+    return work, benchmark_pruning.newest(work / "rows.jsonl")
+
+
+def by_share(rows: list[Row], **wanted) -> list[Row]:
+    return sorted(chosen(rows, **wanted), key=lambda row: row.cell["share"])
+
+
+def test_one_shot_takes_as_many_steps_as_its_rival(measured):
+    _, rows = measured
+    for method in pruning.METHODS:
+        pairs = [by_share(rows, method=method, part=part) for part in ("iterative", "one-shot")]
+        found = [[(row.cell["share"], row.cell["steps"]) for row in side] for side in pairs]
+        assert found[0] == found[1] == [(0.25, 1), (0.5, 2)]
+        brief = by_share(rows, method=method, part="one-round")
+        assert [(row.cell["share"], row.cell["steps"]) for row in brief] == [(0.25, 1), (0.5, 1)]
+        for a, b in zip(*pairs, strict=True):
+            assert a.median("zeros") == b.median("zeros") and a.median("parameters") == b.median("parameters")
+            assert (a.median("zeros") > 0) == (method == "magnitude")
+    speeds = by_share(rows, part="speed")
+    assert [row.cell["share"] for row in speeds] == [0, 0.25, 0.5]
+    sizes = [row.median("parameters") for row in speeds]
+    assert sizes == [PRESETS["tiny"].with_ffn_dim(n).n_params() for n in (1024, 768, 512)]
+
+
+def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
+    work, rows = measured
+    quality, speed = render.markdown(tables.pruning_quality(rows)), render.markdown(tables.pruning_speed(rows))
+    for row in rows:
+        cell = row.cell
+        if cell["part"] == "speed":
+            assert f"| {cell['share']:g} | {row.median('parameters'):,.0f} |" in speed
+            assert f"{1e3 * row.median('tpot_s'):,.2f}" in speed
+        else:
+            steps = cell["steps"] * (round(cell["share"] / 0.25) if cell["part"] == "one-round" else 1)
+            lines = [line for line in quality.splitlines() if line.startswith(f"| {cell['share']:g} | {steps} |")]
+            assert lines and any(f" {row.median('loss_nats'):.3f} " in line for line in lines)
+    assert " - " not in quality and {path.name for path in work.glob("*.svg")} == {
+        f"pruning-{name}-tiny-cpu.svg" for name in ("dimensions", "magnitude", "speed")
+    }
+
+
+def test_the_tables_are_of_one_device_and_its_newest_runs(measured, tmp_path):
+    """A second run with other steps takes the place of the first; rows of another device do not mix with these."""
+    rows = [row.data for row in measured[1]]
+    again = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "one-shot"]))
+    for row in again:
+        row["cell"]["steps"] *= 2
+        row["metrics"]["loss_nats"]["median"] = 0.001
+    gpu = json.loads(json.dumps([row for row in rows if row["cell"]["part"] == "speed"]))
+    for row in gpu:
+        row["device"]["name"] = "another"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu, *again]))
+    newest = benchmark_pruning.newest(path)
+    assert len(newest) == len(rows) and {row.device_name for row in newest} == {rows[0]["device"]["name"]}
+    assert render.markdown(tables.pruning_quality(newest)).count(" 0.001 ") == len(again)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *gpu]))
+    assert [row.data for row in benchmark_pruning.newest(path)] == gpu
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"experiment": "ladder", "cell": {}}', '{"experiment": "pruning"}'])
+def test_a_damaged_results_file_is_refused_before_anything_is_measured(measured, tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(measured[1][0].data) + f"\n{line}\n")
+    with pytest.raises(InputError, match=r"broken row in .*rows\.jsonl:2: "):
+        cli.call(benchmark_pruning.main, ["--parts=dense", f"--results={path}", "--device=cpu"])
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_rows_of_other_experiments_in_the_same_file_are_left_alone(measured, tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [row.data for row in measured[1]]
+    other = {**rows[0], "experiment": "loading", "cell": {"model": "tiny"}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [other, *rows, other]))
+    assert [row.data for row in benchmark_pruning.newest(path)] == rows and len(read_file(path)) == len(rows) + 2
+
+
+@pytest.mark.parametrize(
+    "flag", ["--parts=all", "--methods=luck", "--methods=magnitude,magnitude", "--rounds=0", "--share=1.0"]
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, flag):
+    with pytest.raises(InputError, match=re.escape(flag.partition("=")[0])):
+        cli.call(benchmark_pruning.main, [flag, f"--results={tmp_path / 'rows.jsonl'}", "--device=cpu"])
+    assert not list(tmp_path.iterdir())

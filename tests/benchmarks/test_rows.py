@@ -1,0 +1,31 @@
+"""What a row says of how it was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from benchmarks import rows
+
+ROW = "rows.record(pathlib.Path('rows.jsonl'), 'x', {}, {}, torch.device('cpu'), 'float32')"
+
+
+def test_a_row_names_a_command_that_can_be_typed_in_the_repository(tmp_path):
+    """No path of the machine that measured it, and `-m` where a module was run."""
+    script, results = tmp_path / "measure.py", tmp_path / "rows.jsonl"
+    script.write_text(
+        f"import pathlib, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nfrom benchmarks import rows\n{ROW}\n"
+    )
+    for command, out in ([str(script)], [f"--results={results}"]), (["-m", "measure"], ["--results", results]):
+        subprocess.run([sys.executable, *command, "--x=1", *out, "--figures=a b"], cwd=tmp_path, check=True)
+    commands = [json.loads(line)["command"] for line in results.read_text().splitlines()]
+    assert commands == ["python measure.py --x=1", "python -m measure --x=1"]
+
+
+def test_runs_become_the_values_of_each_metric():
+    """Only numbers are metrics: what else a run says, it says of what ran. Out of memory there are no runs."""
+    runs = [{"step_s": 1.5, "decoding": "eager", "ids": [1]}, {"step_s": 2.5, "decoding": "eager", "ids": [1]}]
+    assert rows.by_metric(runs) == {"step_s": [1.5, 2.5]} and rows.by_metric([]) == {}
