@@ -45,7 +45,6 @@ from llama.training import memory
 from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer, checkpoint_layers
 from reports import render, tables
-from reports.cells import Table
 
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05, wq and wv
 P100_GB = 16.0
@@ -144,7 +143,10 @@ def main(options: Options) -> None:
     cells = options.chosen_cells()
     args = PRESETS[options.model] if options.ckpt_dir is None else checkpoint.read_args(options.ckpt_dir)
     if options.estimate:
-        print(render.markdown([estimates(args, cells, options.seq_len, options.memory_limit_gb or P100_GB)]))
+        path = None if options.results is None else options.results_file("estimates")
+        limit_gb = options.memory_limit_gb or P100_GB
+        found = estimates(path, options.label, args, cells, options.seq_len, limit_gb)
+        print(render.markdown(tables.estimates(found)))
         return
     device, _ = devices.resolve(options.device, "float32")
     options.require_limit_fits(device)
@@ -195,16 +197,20 @@ def count_flops(args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype
     return counter.get_total_flops() * cell.accumulation
 
 
-def estimates(args: ModelArgs, cells: Sequence[StepCell], seq_len: int, limit_gb: float) -> Table:
-    """What our cells would need, and which of them fit."""
-    body = []
+def estimates(
+    path: Path | None, label: str, args: ModelArgs, cells: Sequence[StepCell], seq_len: int, limit_gb: float
+) -> list[rows.Row]:
+    """What our cells would need, as rows; appended to a file where there is one."""
+    found = []
     for cell in (cell for cell in cells if cell.engine == "llama"):
-        found = predicted(args, cell, seq_len)
-        sizes = [f"{n_bytes / devices.MB:,.0f}" for n_bytes in (found.peak, *map(found.at_peak.get, memory.CATEGORIES))]
-        body.append([str(cell), *sizes, "yes" if found.peak <= limit_gb * 1e9 else "no"])
-    head = ["cell", "peak (MB)", *memory.CATEGORIES, f"within {limit_gb:g} GB"]
-    note = "Predicted, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside."
-    return Table("estimate", f"Memory of a fine-tuning step, {seq_len} tokens per sequence", head, body, [note])
+        footprint = predicted(args, cell, seq_len)
+        sizes = {"peak_memory_mb": footprint.peak}
+        sizes |= {f"{name}_at_peak_mb": footprint.at_peak[name] for name in memory.CATEGORIES}
+        place = {"model": label, **asdict(cell), "seq_len": seq_len, "limit_gb": limit_gb}
+        values = {name: [n_bytes / devices.MB] for name, n_bytes in sizes.items()}
+        dtype = devices.dtype_name(torch.bfloat16 if cell.half else torch.float32)
+        found.append(rows.record(path, "estimates", place, values, torch.device("cpu"), dtype))
+    return found
 
 
 def step_runs(setup: StepSetup, args: ModelArgs, cells: Sequence[StepCell], repeats: int) -> Iterator[Runs]:

@@ -217,11 +217,16 @@ def test_cells_wait_side_by_side_only_where_they_fit():
 
 
 def test_estimates_say_which_cells_fit():
-    table = benchmark_finetuning.estimates(SMALL, [StepCell(), StepCell(lora=True)], 64, 0.0025)
+    rows = benchmark_finetuning.estimates(
+        None, "x", SMALL, [StepCell(), StepCell(lora=True), *benchmark_finetuning.PEERS], 64, 0.0025
+    )
+    (table,) = tables.estimates(rows)
     yes_no = [line[-1] for line in table.body]
     full, adapted = (benchmark_finetuning.predicted(SMALL, cell, 64).peak for cell in (StepCell(), StepCell(lora=True)))
     assert yes_no == [("yes" if peak <= 2.5e6 else "no") for peak in (full, adapted)]
-    assert table.body[0][1] == f"{full / devices.MB:,.0f}"
+    assert str(table.body[0][1]) == f"{full / devices.MB:,.0f}" and table.head[-1] == "within 0.0025 GB"
+    sizes = [row.median(name) for row in rows for name in row.metrics if name.endswith("_at_peak_mb")]
+    assert sum(sizes) == pytest.approx(sum(row.median("peak_memory_mb") for row in rows))
 
 
 @pytest.mark.parametrize(

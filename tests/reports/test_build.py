@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
+import benchmark_finetuning
 import finetuning
 from benchmarks import kernels as benchmark_kernels
 from benchmarks import ladder as benchmark_ladder
 from benchmarks.rows import Row, read_folder
 from llama import cli
+from llama.config import PRESETS
 from llama.errors import InputError
 from reports import build
 from reports.cells import Figure
-from reports.tables import TABLES, table_1
+from reports.render import markdown
+from reports.tables import TABLES, estimates, table_1
 
 ROWS = read_folder(build.RESULTS)
 
@@ -96,3 +99,11 @@ def test_in_short_is_the_first_table_of_the_newest_setting():
         (table,) = build.in_short(table_1(rows))
         assert table.name == "table-1" and {row.data["threads"] for row in table.rows} == {99}
     assert build.in_short([]) == []
+
+
+@pytest.mark.slow
+def test_the_committed_estimates_are_what_is_computed_now():
+    cells = [cell for name in ("course", "lean", "half") for cell in benchmark_finetuning.SETS[name]]
+    args = (PRESETS["llama3.2-1b"], cells, 512, benchmark_finetuning.P100_GB)
+    found = benchmark_finetuning.estimates(None, "llama3.2-1b", *args)
+    assert markdown(estimates(found)).split("|\n\n")[0] == markdown(estimates(ROWS["estimates"])).split("|\n\n")[0]
