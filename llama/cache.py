@@ -32,7 +32,7 @@ class KVCache:
         n_layers: int | None = None,
     ) -> None:
         shape = (n_layers or args.n_layers, batch_size, args.n_kv_heads, max_len, args.head_dim)
-        # Zeros, not empty: a masked slot still takes part as 0 * v, and 0 * NaN would be NaN.
+        # Zeros, not empty: a masked slot still enters as 0 * v, and 0 * NaN would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.sequences = torch.arange(batch_size, device=device)[:, None]

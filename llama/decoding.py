@@ -170,7 +170,7 @@ class Decoder:
             yield Generation(self.model, cache, self._new_step(cache, is_native), is_native)
 
     def _addresses(self) -> Iterator[int]:
-        """What a recorded step reads: weights that were swapped make another step."""
+        """What a recorded step reads; swapped weights need a new one."""
         return (tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
 
     def _take_prepared(self, key: tuple) -> tuple[KVCache, Step] | None:
@@ -205,5 +205,4 @@ class Decoder:
 
 def _last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
     """The slow twin of prefill.last_hidden."""
-    rows = torch.arange(len(tokens), device=tokens.device)
-    return model.hidden(tokens, None, cache)[rows, last]
+    return model.hidden(tokens, None, cache)[torch.arange(len(tokens), device=tokens.device), last]

@@ -226,7 +226,9 @@ def load(model: Transformer, directory: str | Path, base: str | Path | Source | 
         raise InputError(f"{path} is missing, truncated or no safetensors file: {error}") from error
     trained_on = metadata.get("base_sha256")
     if base is not None and trained_on is not None and trained_on != (actual := fingerprint(base)):
-        raise InputError(f"{path}: was trained on another base model (sha256 {trained_on[:12]}, this is {actual[:12]})")
+        raise InputError(
+            f"{path}: was trained on a different base model (sha256 {trained_on[:12]}, this is {actual[:12]})"
+        )
     expected = _expected(model, config)
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise InputError(f"{path}:{name}: {'is missing' if name in expected else 'is not expected'} for {CONFIG}")

@@ -98,10 +98,10 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) 
     (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
     if mask is not None and (T == 1 or (H != K and not _kernel_groups_heads(q_BHTD, mask))):
         # With a cache S >> T. The H / K query heads of a key/value head, T rows each, become H / K * T rows of one
-        # head, so that no kernel ever repeats K and V: only the small q and mask take another form.
+        # head, so that no kernel ever repeats K and V: only the small q and mask are rearranged.
         mask = mask if T == 1 else mask.repeat(1, 1, H // K, 1)
         out = F.scaled_dot_product_attention(q_BHTD.reshape(B, K, H // K * T, D), k_BKSD, v_BKSD, mask)
-        return out.reshape(B, H, T, D)  # not view: the memory-efficient kernel returns another memory layout
+        return out.reshape(B, H, T, D)  # not view: the memory-efficient kernel returns a different memory layout
     if H != K and not _kernel_groups_heads(q_BHTD, mask):
         k_BKSD, v_BKSD = k_BKSD.repeat_interleave(H // K, dim=1), v_BKSD.repeat_interleave(H // K, dim=1)
     grouped = k_BKSD.shape[1] != H
@@ -189,7 +189,7 @@ class TokenEmbedding(nn.Embedding):
 
 
 class Transformer(nn.Module):
-    """A Llama text model. State-dict keys are Meta's; a tied head has no key of its own (`output` is None)."""
+    """A Llama text model. State-dict keys are Meta's; a tied head has no key (`output` is None)."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()

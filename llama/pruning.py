@@ -12,8 +12,8 @@ what is left in Meta's own fields.
 
 `gradually` cuts a little at a time with some fine-tuning after each cut (training/step.py has a `fine_tune`).
 
-Left out on purpose: embedding, head and norms. A row of the table is a token, and a token that is rare is not one that
-may go; a norm has a millionth of the weights. Residual dimensions: each is a row or column of every matrix and of the
+Left out on purpose: embedding, head and norms. A row of the table is a token, and a rare token is still
+needed; a norm has a millionth of the weights. Residual dimensions: each is a row or column of every matrix and of the
 table and enters every norm, so that one cut damages the whole network at once, where a hidden unit is one term of a
 sum. Layers: they have no norm to be compared by. Heads: Meta's params.json derives their size from their number, so
 that it cannot describe a model with fewer of the same size, and attention has a seventh of Llama 3.2 1B's weights.
@@ -219,7 +219,7 @@ def cut(model: Transformer, method: str, share: float, ffn_dim: int) -> Transfor
 
 
 def gone(method: str, share: float, ffn_dim: int) -> float:
-    """What `cut` takes when asked for this share: hidden units go in whole groups."""
+    """The share that `cut` really takes: hidden units go in whole groups."""
     return share if method == "magnitude" else 1 - kept_units(ffn_dim, share) / ffn_dim
 
 

@@ -14,8 +14,8 @@ Unless k is fixed, it is chosen anew each round from the acceptance so far, and 
 
     llama.generate(ids, 64, speculation=Speculation(PromptLookup()))
 
-Rejected tokens need no undoing: their slots in the cache lie beyond the row's position, and are overwritten before
-anything can see them. Left out on purpose: trees of draft tokens, drafts with another tokenizer, trained extra heads.
+Rejected tokens need no undoing: their slots in the cache lie beyond the position of the text, and are overwritten before
+anything can see them. Left out on purpose: trees of draft tokens, drafts with a different tokenizer, trained extra heads.
 
 Shape suffixes: B sequences, k draft tokens, T = k + 1 positions, V vocabulary.
 """
@@ -42,19 +42,19 @@ MOST_DRAFT_TOKENS = 8  # beyond which a chosen k does not go: E(0.8, 8) is alrea
 PROBE_EVERY = 16  # rounds of plain decoding until a draft token is tried again
 MEMORY = 0.9  # by which earlier draft tokens count less each round, so that about ten rounds decide
 PRIOR = (1.6, 2.0)  # accepted and tested draft tokens to begin with: acceptance 0.8, soon outvoted
-# What a draft token of one row adds to the step that verifies it, in steps: on a CPU more where codes are unpacked. And
+# What a draft token of one text adds to the step that verifies it, in steps: more where a CPU unpacks codes. And
 # what calling the operations of a layer costs, as the bytes that the memory could deliver meanwhile. Rough, but the
-# same in every run: with measured times in their place, sampled text would depend on them.
+# same in every run: with measured times instead, sampled text would depend on them.
 VERIFY_COST = {"cpu": 0.03, "cuda": 0.01, Int8Linear: 0.05, Int4Linear: 0.2}
 LAYER_BYTES = {"native": 5e5, "cpu": 4e6, "cuda": 5e7}
 WORTH_IT = 1.05  # an expected speed-up below this is not worth having a draft
 
 
 class Proposal(NamedTuple):
-    """Draft tokens for each row, at most k of them."""
+    """Draft tokens for each text, at most k of them."""
 
     tokens: list[list[int]]
-    probs_BkV: Tensor | None  # fp32, the distributions they were drawn from; None: they were no draws, but certain
+    probs_BkV: Tensor | None  # fp32, the distributions they were drawn from; None: they were certain
 
 
 # Called with the texts so far and how many draft tokens each may get: 0 for one that has ended, but not for all.
@@ -69,7 +69,7 @@ class Draft(Protocol):
         ...
 
     def cost(self, target: Decoder) -> float:
-        """c: the time of one draft token for each row, as a share of the target's decode step."""
+        """c: the time of one draft token for each text, as a share of the target's decode step."""
         ...
 
     def start(
@@ -86,7 +86,7 @@ class ModelDraft:
         self.decoder = Decoder(model, decoding)
 
     def check(self, target: Transformer) -> None:
-        """Raise InputError for another vocabulary, another device, or a step that cannot take several tokens."""
+        """Raise InputError for a different vocabulary or device, or a step that cannot take several tokens."""
         check_vocabulary(self.decoder.model.args, target.args)
         devices = [model.tok_embeddings.weight.device for model in (self.decoder.model, target)]
         if devices[0] != devices[1]:
@@ -206,22 +206,22 @@ class PromptLookup:
 
 @dataclass
 class Counts:
-    """What came of the draft tokens. A round is one row's part in one step of the target, prompts left out."""
+    """What became of the draft tokens. A round is one step of the target for one text, prompts left out."""
 
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0  # and used: none behind a stop token
-    rejected: int = 0  # those that ended a run; the ones behind them were not looked at
+    rejected: int = 0  # those that ended a run; the ones behind them do not count
     cost: float = 0.0  # of the rounds, in steps of plain decoding, by the formula
 
     @property
     def acceptance(self) -> float:
-        """a: the share of accepted draft tokens among those that were looked at; 0 where none was."""
+        """a: accepted draft tokens over accepted and rejected ones; 0 where there were none."""
         return self.accepted / max(self.accepted + self.rejected, 1)
 
     @property
     def tokens_per_round(self) -> float:
-        """E as it came out; 1 is plain decoding."""
+        """E as measured; 1 is plain decoding."""
         return 1 + self.accepted / max(self.rounds, 1)
 
     @property
@@ -260,7 +260,7 @@ class DraftLength:
         return 1
 
     def observe(self, accepted: int, rejected: int) -> None:
-        """Take in what came of a round."""
+        """Learn from a round."""
         if accepted + rejected > 0:
             self._accepted = MEMORY * self._accepted + accepted
             self._tested = MEMORY * self._tested + accepted + rejected
@@ -274,7 +274,7 @@ def expected_tokens(acceptance: float, k: int) -> float:
 class Speculation:
     """How a generation speculates, and what has come of it in all calls so far (`counts`).
 
-    draft_tokens: k in every round; None: as many as pay. Fewer near the end of a row, and where a prompt lookup finds
+    draft_tokens: k in every round; None: as many as pay. Fewer near the end of a text, and where a prompt lookup finds
     nothing. Raises InputError for less than 1.
     """
 
@@ -305,14 +305,14 @@ class Speculation:
     ) -> Iterator[tuple[list[list[int]], list[list[float]], Tensor]]:
         """Yield round by round what each text gets, without stop tokens, until all have stopped or used their budgets.
 
-        The tokens; their log-probabilities under the model, where asked for; and the logits [B, T, V], valid until the
+        The tokens; with `logprobs`, their log-probabilities under the model; and the logits [B, T, V], valid until the
         next round, to be checked for NaN. A round in which the draft is right twice:
 
             text so far        The  little
             drafted                         fox   ran   home
             the target reads        little  fox   ran   home     at positions 1 to 4
             its next tokens         fox     ran   away  ...
-            kept                            fox   ran   away     two that were accepted, and one of its own
+            kept                            fox   ran   away     two that were accepted, and one drawn anew
 
         The first round drafts nothing: the logits of the prompts are at hand.
         """
@@ -378,7 +378,7 @@ class _Text:
 
 
 def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[list[int]]:
-    """What each row gets: the draft tokens that are accepted, up to the first that is not, and one more.
+    """What each text gets: the draft tokens that are accepted, up to the first that is not, and one more.
 
     `logits_BTV` are the target's at the newest token and at each draft token. At temperature 0 one is accepted if it is
     the target's choice. Otherwise with probability min(1, p / q), p being the target's distribution and q the draft's.
@@ -388,7 +388,7 @@ def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[l
     drafted, q_BkV = proposal
     if sampling.temperature == 0 or not any(drafted):
         choices = next_token(logits_BTV, *sampling).tolist()
-        return [row[: _n_equal(row, tokens) + 1] for row, tokens in zip(choices, drafted, strict=True)]
+        return [chosen[: _n_equal(chosen, tokens) + 1] for chosen, tokens in zip(choices, drafted, strict=True)]
     tokens_Bk, device = _padded(drafted).to(logits_BTV.device), logits_BTV.device
     counts = torch.tensor([len(tokens) for tokens in drafted], device=device)
     proposed_Bk = torch.arange(tokens_Bk.shape[1], device=device) < counts[:, None]
@@ -460,7 +460,7 @@ def _step_bytes(decoder: Decoder) -> float:
 
 
 def _verify_cost(target: Transformer) -> float:
-    """What a draft token of a row adds to a step."""
+    """What a draft token of one text adds to a step."""
     kind, device = type(target.layers[0].attention.wq), target.tok_embeddings.weight.device.type
     return VERIFY_COST[kind if device == "cpu" and kind in VERIFY_COST else device]
 

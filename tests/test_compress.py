@@ -296,7 +296,7 @@ def test_finetuning_over_a_quantized_base(tmp_path, monkeypatch, capsys, name):
     base_logits = adapted(TOKENS)
     lora.load(adapted, root / "adapter", base)
     assert not torch.equal(adapted.eval()(TOKENS), base_logits)
-    with pytest.raises(InputError, match="another base model"):
+    with pytest.raises(InputError, match="different base model"):
         lora.load(checkpoint.load(tmp_path / "base"), root / "adapter", tmp_path / "base")
     flags = [
         f"--ckpt_dir={base}",

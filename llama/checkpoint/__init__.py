@@ -86,7 +86,7 @@ def save(
 ) -> None:
     """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout, with its tokenizer if any.
 
-    A quantized model has a layout of its own, with Meta's names. The directory appears under its name only when
+    A quantized model is written in the layout of quantized.py. The directory appears under its name only when
     complete. Raises InputError where it already holds something or a quantized model should get Hugging Face's layout,
     EnvironmentFailure where it cannot be written.
     """

@@ -28,7 +28,7 @@ def supports(model: Transformer) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """One of our own classes, and nobody who looks on and needs its forward."""
+    """One of our own classes, without hooks, which need its forward."""
     return type(module) in PLAIN and not module._forward_hooks and not module._forward_pre_hooks
 
 

@@ -93,7 +93,7 @@ def _rotate_and_store(
 
 @triton.jit
 def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A row of y: products in fp32, each thread adding up its own columns before any thread asks another.
+    """A row of y: products in fp32, each thread adding up its own columns before threads exchange any.
 
     Programs of the same rows of the weight follow each other, so that a second row of x finds these in a cache.
     """
