@@ -14,8 +14,8 @@ Unless k is fixed, it is chosen anew each round from the acceptance so far, and 
 
     llama.generate(ids, 64, speculation=Speculation(PromptLookup()))
 
-Rejected tokens need no undoing: their slots in the cache lie beyond the position of the text, and are overwritten before
-anything can see them. Left out on purpose: trees of draft tokens, drafts with a different tokenizer, trained extra heads.
+Rejected tokens need no undoing: their slots in the cache lie beyond the position of the text, and are overwritten
+before anything can see them. Left out on purpose: trees of draft tokens, a different tokenizer, trained extra heads.
 
 Shape suffixes: B sequences, k draft tokens, T = k + 1 positions, V vocabulary.
 """

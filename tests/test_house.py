@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ ONLY = {
 }
 REPORTS_MEASURE_NOTHING = "benchmarks.rows"  # the one module of benchmarks/ that reports/ imports: it reads files
 
+# Modules of the library that still spell flags.
+STILL_KNOW_FLAGS = {"llama.device", "llama.training.step", "llama.training.memory", "llama.training.snapshot"}
 # Functions that are still longer than 60 lines.
 TOO_LONG = {"finetuning.main"}
 
@@ -114,6 +117,14 @@ def test_no_unsafe_readers(path):
         assert "shell" not in keywords
         if called == "torch.load":
             assert keywords.get("weights_only") == "True"
+
+
+def test_the_library_knows_no_flags():
+    """It names a parameter as Python does, `dtype=float32`; llama/cli.py alone knows how a command line writes that."""
+    flags = re.compile(r"--[a-z]\w*")
+    known = {name: flags.findall(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    spelled = {name for name, words in known.items() if words and name.split(".")[0] == "llama"}
+    assert not spelled - {"llama.cli", *STILL_KNOW_FLAGS}
 
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)

@@ -396,7 +396,7 @@ def test_an_adapter_against_its_base(small, tmp_path, monkeypatch, capsys):
     ids = [256, *(small / "text.txt").read_bytes()]
     assert value(ours, "loss_nats") == perplexity.evaluate(model, ids, 32).loss != value(theirs, "loss_nats")
     code, _, err = call(monkeypatch, capsys, *flags, f"--adapter={tmp_path}/foreign")
-    assert code == 2 and "was trained on different base model" in err and err.count("\n") == 1
+    assert code == 2 and "was trained on a different base model" in err and err.count("\n") == 1
 
 
 def test_adapters_of_one_name_are_two_cells(small, tmp_path, monkeypatch, capsys):
