@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import hardware, inputs, rows, stopwatch, workers
+from benchmarks import hardware, rows, stopwatch, workers
 from benchmarks.options import TableOptions, finish
 from llama import checkpoint, cli, lora
 from llama import device as devices
@@ -102,7 +102,7 @@ class Options(TableOptions):
         "peers, to measure transformers (full) and peft (LoRA over a 16-bit base) too (needs both)",
         choices=("peers",),
     )
-    estimate: bool = option(False, "print what each cell would need, and measure nothing")
+    estimate: bool = option(False, "say what each cell would need, and measure nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,18 +123,6 @@ class Options(TableOptions):
         return list(dict.fromkeys([*(PEERS if self.against else []), *found]))
 
 
-@dataclass(frozen=True)
-class StepSetup:
-    """What all cells of one run share."""
-
-    ckpt_dir: str
-    seq_len: int
-    device: str
-    warm_up: int
-    memory_limit_gb: float | None
-    seed: int
-
-
 Runs = tuple[StepCell, list[dict[str, Any]]]  # a cell and its measurements
 
 
@@ -153,14 +141,11 @@ def main(options: Options) -> None:
     if not devices.computes_bf16(device):  # loss scaling needs the whole gradient before a weight may move
         cells = [cell for cell in cells if not (cell.lean and cell.amp and not cell.lora)]
     path = options.results_file("benchmark_finetuning")
+    options = replace(options, device=str(device))
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
-        directory = inputs.provide_weights(
-            Path(folder), options.model, options.ckpt_dir, torch.bfloat16, options.seed, options.against is not None
-        )
-        shape = (options.seq_len, str(device), options.warm_up, options.memory_limit_gb, options.seed)
-        setup = StepSetup(str(directory.resolve()), *shape)
-        measured = same_losses(step_runs(setup, args, cells, options.repeats))
-        found = [keep(path, options.label, setup, cell, runs) for cell, runs in measured]
+        directory = options.provide_weights(Path(folder), torch.bfloat16)
+        measured = same_losses(step_runs(options, args, cells, directory))
+        found = [keep(path, options, cell, runs) for cell, runs in measured]
     from reports import charts  # matplotlib is for this process alone, not for those of the cells
 
     shown = tables.table_3(found) + tables.table_2(found) + tables.step_details(found)
@@ -213,13 +198,13 @@ def estimates(
     return found
 
 
-def step_runs(setup: StepSetup, args: ModelArgs, cells: Sequence[StepCell], repeats: int) -> Iterator[Runs]:
+def step_runs(options: Options, args: ModelArgs, cells: Sequence[StepCell], directory: Path) -> Iterator[Runs]:
     """Each cell with its measurements. On a CPU, cells that fit into memory together take turns."""
     groups = [[cell] for cell in cells]
-    if not setup.device.startswith("cuda"):
+    if not options.device.startswith("cuda"):
         room = 0.88 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        groups = side_by_side(cells, lambda cell: 1.1 * predicted(args, cell, setup.seq_len).peak, room)
-    return workers.rounds(groups, lambda cell: StepRunner(setup, cell), repeats, setup.seed)
+        groups = side_by_side(cells, lambda cell: 1.1 * predicted(args, cell, options.seq_len).peak, room)
+    return workers.rounds(groups, lambda cell: StepRunner(options, cell, directory), options.repeats, options.seed)
 
 
 def same_losses(measured: Iterator[Runs], tolerance: float = 0.01) -> Iterator[Runs]:
@@ -255,15 +240,16 @@ def side_by_side(cells: Sequence[StepCell], size: Callable[[StepCell], float], r
 class StepRunner:
     """One cell in its process."""
 
-    setup: StepSetup
+    options: Options
     cell: StepCell
+    directory: Path
 
     def prepare(self) -> None:
         """Load, look into memory with a step of its own, and warm up."""
-        setup, cell = self.setup, self.cell
-        self.device, _ = devices.resolve(setup.device, "float32")
+        options, cell = self.options, self.cell
+        self.device, _ = devices.resolve(options.device, "float32")
         self.half = devices.half_dtype(self.device)
-        workers.limit_memory(self.device, setup.memory_limit_gb)
+        workers.limit_memory(self.device, options.memory_limit_gb)
         if cell.engine == "llama":
             devices.return_freed_memory()  # as finetuning.py does
         warm_training(cell, self.device, self.half)
@@ -271,7 +257,7 @@ class StepRunner:
         self.prepared: dict[str, float] = {}
         load = self._load if cell.engine == "llama" else self._load_peer
         self.step, loading = stopwatch.measure(load, self.device)
-        losses = [self.step() for _ in range(setup.warm_up)]
+        losses = [self.step() for _ in range(options.warm_up)]
         self.prepared |= {"load_s": loading.seconds, "first_loss_nats": losses[0]}
 
     def measure(self) -> dict[str, float]:
@@ -291,13 +277,13 @@ class StepRunner:
         return self.half if self.cell.half else torch.float32
 
     def _load(self) -> Callable[[], float]:
-        setup, cell = self.setup, self.cell
-        model = checkpoint.load(setup.ckpt_dir, self._weights_dtype(), self.device)
+        options, cell = self.options, self.cell
+        model = checkpoint.load(self.directory, self._weights_dtype(), self.device)
         self.trainer = make_trainer(model, cell, self.half)
-        window = random_window(cell, model.args.vocab_size, setup.seq_len, setup.seed)
+        window = random_window(cell, model.args.vocab_size, options.seq_len, options.seed)
         found = memory.track_step(self.trainer, window).footprint()
-        self.flops = count_flops(model.args, cell, setup.seq_len, self.half)
-        expected = predicted(model.args, cell, setup.seq_len, self.half).peak
+        self.flops = count_flops(model.args, cell, options.seq_len, self.half)
+        expected = predicted(model.args, cell, options.seq_len, self.half).peak
         self.prepared |= {"step_tflop": self.flops / 1e12, "expected_peak_memory_mb": expected / devices.MB}
         for name in memory.CATEGORIES:
             self.prepared[f"{name}_at_peak_mb"] = found.at_peak[name] / devices.MB
@@ -311,17 +297,17 @@ class StepRunner:
             import transformers
         except ImportError as error:
             raise EnvironmentFailure(f"against=peers needs {error.name}; see requirements-dev.txt") from None
-        setup, cell = self.setup, self.cell
+        options, cell = self.options, self.cell
         transformers.utils.logging.disable_progress_bar()
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(setup.ckpt_dir, dtype=self._weights_dtype()).to(self.device)
+        model = load(self.directory, dtype=self._weights_dtype()).to(self.device)
         if cell.lora:
-            options = {"r": ADAPTERS.r, "lora_alpha": ADAPTERS.alpha, "lora_dropout": ADAPTERS.dropout}
-            config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+            settings = {"r": ADAPTERS.r, "lora_alpha": ADAPTERS.alpha, "lora_dropout": ADAPTERS.dropout}
+            config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
             model = peft.get_peft_model(model, config)
         model.train()
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
-        window = random_window(cell, model.config.vocab_size, setup.seq_len, setup.seed)
+        window = random_window(cell, model.config.vocab_size, options.seq_len, options.seed)
         batches = [batch.tokens.to(self.device) for batch in window]
 
         def step() -> float:
@@ -366,14 +352,14 @@ def warm_training(cell: StepCell, device: torch.device, half: torch.dtype) -> No
     trainer.step(random_window(cell, PRESETS["tiny-draft"].vocab_size, 16, 0))
 
 
-def keep(path: Path | None, label: str, setup: StepSetup, cell: StepCell, runs: list[dict[str, Any]]) -> rows.Row:
+def keep(path: Path | None, options: Options, cell: StepCell, runs: list[dict[str, Any]]) -> rows.Row:
     """One row for a cell; without metrics where memory ran out."""
-    device = torch.device(setup.device)
+    device = torch.device(options.device)
     kernels = train_ops.in_use(cell.lean, device) if cell.engine == "llama" else "peer"
-    place = {"model": label, **asdict(cell), "seq_len": setup.seq_len}
-    place |= {"memory_limit_gb": setup.memory_limit_gb, "kernels": kernels}
+    place = {"model": options.label, **asdict(cell), "seq_len": options.seq_len}
+    place |= {"memory_limit_gb": options.memory_limit_gb, "kernels": kernels}
     dtype = devices.dtype_name(devices.half_dtype(device) if cell.half else torch.float32)
-    return rows.record(path, "benchmark_finetuning", place, rows.by_metric(runs), device, dtype, setup.seed)
+    return rows.record(path, "benchmark_finetuning", place, rows.by_metric(runs), device, dtype, options.seed)
 
 
 if __name__ == "__main__":

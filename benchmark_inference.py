@@ -24,7 +24,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +110,6 @@ class GenerationCell:
         return f"batch {self.batch_size}, {self.engine}, cache {'on' if self.use_cache else 'off'}{weights}"
 
 
-@dataclass(frozen=True)
-class GenerationSetup:
-    """What all cells of one run share."""
-
-    ckpt_dir: str
-    input_len: int
-    output_len: int
-    device: str
-    dtype: str
-    decoding: str
-    warm_up: int
-    memory_limit_gb: float | None
-    seed: int
-
-
 def main(options: Options) -> None:
     """Measure every cell, keep its row, and show Table 1."""
     device, dtype = devices.resolve_half(options.device, options.dtype)
@@ -133,15 +118,12 @@ def main(options: Options) -> None:
     cells = cells_of(options, PLAIN[name])
     experiment = "inference" if options.weights is None else "formats"  # a comparison is not to change Table 1
     path = options.results_file(experiment)
+    options = replace(options, device=str(device), dtype=name)  # for all cells, whatever their processes would choose
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
-        directory = inputs.provide_weights(
-            Path(folder), options.model, options.ckpt_dir, dtype, options.seed, options.against is not None
-        )
-        shape = (options.input_len, options.output_len, str(device), name, options.decoding, options.warm_up)
-        setup = GenerationSetup(str(directory.resolve()), *shape, options.memory_limit_gb, options.seed)
-        require_same_tokens(setup)
-        measured = generation_runs(setup, cells, options.repeats)
-        found = [keep(path, experiment, options.label, setup, cell, runs) for cell, runs in measured]
+        directory = options.provide_weights(Path(folder), dtype)
+        require_same_tokens(options, directory)
+        measured = generation_runs(options, cells, directory)
+        found = [keep(path, experiment, options, cell, runs) for cell, runs in measured]
     from reports import charts  # matplotlib is for this process alone, not for those of the cells
 
     figures = charts.generation(found) if experiment == "inference" else {}
@@ -158,40 +140,43 @@ def cells_of(options: Options, plain: str) -> list[GenerationCell]:
     return ours + [GenerationCell(peer, size, True) for size in options.sizes for peer in PEERS if options.against]
 
 
-def require_same_tokens(setup: GenerationSetup) -> None:
+def require_same_tokens(options: Options, directory: Path) -> None:
     """Compare tokens with and without the cache, in a process of its own: no speed would matter where they differ."""
-    with closing(workers.Worker(TokenCheck(setup))) as check:
+    with closing(workers.Worker(TokenCheck(options, directory))) as check:
         if check.ask() is None:
             raise EnvironmentFailure("comparing the tokens in float32 ran out of memory; nothing was timed")
 
 
 def generation_runs(
-    setup: GenerationSetup, cells: list[GenerationCell], repeats: int
+    options: Options, cells: list[GenerationCell], directory: Path
 ) -> Iterator[tuple[GenerationCell, list[dict[str, Any]]]]:
     """Each cell with its measurements. On a CPU those of one batch size take turns; on a GPU each runs alone."""
-    groups = workers.turns(cells, torch.device(setup.device), lambda cell: cell.batch_size)
-    return workers.rounds(groups, lambda cell: GenerationRunner(setup, cell), repeats, setup.seed)
+    groups = workers.turns(cells, torch.device(options.device), lambda cell: cell.batch_size)
+    return workers.rounds(
+        groups, lambda cell: GenerationRunner(options, cell, directory), options.repeats, options.seed
+    )
 
 
 @dataclass
 class TokenCheck:
     """Greedy tokens in fp32 with and without the cache, of a few short prompts."""
 
-    setup: GenerationSetup
+    options: Options
+    directory: Path
     n_prompts: int = 2
     input_len: int = 48
     output_len: int = 8
 
     def prepare(self) -> None:
-        self.device, _ = devices.resolve(self.setup.device, "float32")
-        workers.limit_memory(self.device, self.setup.memory_limit_gb)
+        self.device, _ = devices.resolve(self.options.device, "float32")
+        workers.limit_memory(self.device, self.options.memory_limit_gb)
 
     def measure(self) -> dict[str, int]:
         """How many tokens are equal: all of them. Raises InternalError where one differs."""
-        setup, length = self.setup, min(self.input_len, self.setup.input_len)
-        model = checkpoint.load(setup.ckpt_dir, torch.float32, self.device)
-        llama = Llama(model, None, length + self.output_len, self.n_prompts, decoding=setup.decoding)
-        prompts = inputs.random_prompts(model.args.vocab_size, self.n_prompts, length, setup.seed)
+        options, length = self.options, min(self.input_len, self.options.input_len)
+        model = checkpoint.load(self.directory, torch.float32, self.device)
+        llama = Llama(model, None, length + self.output_len, self.n_prompts, decoding=options.decoding)
+        prompts = inputs.random_prompts(model.args.vocab_size, self.n_prompts, length, options.seed)
         on, off = (llama.generate(prompts, self.output_len, 0, use_cache=use_cache)[0] for use_cache in (True, False))
         if on != off:
             raise InternalError(
@@ -204,27 +189,28 @@ class TokenCheck:
 class GenerationRunner:
     """One cell in its process."""
 
-    setup: GenerationSetup
+    options: Options
     cell: GenerationCell
+    directory: Path
 
     def prepare(self) -> None:
         """Load and run `warm_up` times; without the cache two tokens touch all that 32 do."""
-        setup, cell = self.setup, self.cell
-        self.device, self.dtype = devices.resolve(setup.device, setup.dtype)
-        workers.limit_memory(self.device, setup.memory_limit_gb)
+        options, cell = self.options, self.cell
+        self.device, self.dtype = devices.resolve(options.device, options.dtype)
+        workers.limit_memory(self.device, options.memory_limit_gb)
         workers.warm_libraries(self.device, self.dtype)
         self.baseline = stopwatch.memory_baseline(self.device)
-        load = load_ours if cell.engine == "llama" else load_transformers
-        (self.generate, self.llama), loading = stopwatch.measure(
-            lambda: load(setup, cell, self.device, self.dtype), self.device
+        load = self._load_ours if cell.engine == "llama" else self._load_transformers
+        (self.generate, self.llama), loading = stopwatch.measure(load, self.device)
+        length = options.output_len if cell.use_cache else 2
+        _, warming = stopwatch.measure(
+            lambda: [self.generate(length, None) for _ in range(options.warm_up)], self.device
         )
-        length = setup.output_len if cell.use_cache else 2
-        _, warming = stopwatch.measure(lambda: [self.generate(length, None) for _ in range(setup.warm_up)], self.device)
         self.prepared = {"load_s": loading.seconds, "warm_up_s": warming.seconds}
 
     def measure(self) -> dict[str, Any]:
         """Times, peak memory and, of ours, the limits from rates measured right now, and what ran."""
-        length, values = self.setup.output_len, dict(self.prepared)
+        length, values = self.options.output_len, dict(self.prepared)
         if self.llama is not None:
             values |= self._limits()
             values |= {"decoding": self.llama.decoder.name, "weights": weights_of(self.llama.model)}
@@ -237,17 +223,17 @@ class GenerationRunner:
 
     def _limits(self) -> dict[str, float]:
         """The least time and memory that this cell can take on this hardware; see the top of this file."""
-        setup, cell, model = self.setup, self.cell, self.llama.model
-        args, batch, n, itemsize = model.args, cell.batch_size, setup.output_len, self.dtype.itemsize
+        options, cell, model = self.options, self.cell, self.llama.model
+        args, batch, n, itemsize = model.args, cell.batch_size, options.output_len, self.dtype.itemsize
         bandwidth = max(hardware.read_bandwidth(model).values())
         rate = max(hardware.product_rate(model).values())
-        step_bytes = hardware.decode_bytes(model, batch, setup.input_len + n // 2)
-        prefill_s = batch * args.forward_flops(setup.input_len) / rate
+        step_bytes = hardware.decode_bytes(model, batch, options.input_len + n // 2)
+        prefill_s = batch * args.forward_flops(options.input_len) / rate
         if cell.use_cache:
             step_s = step_bytes / bandwidth
         else:
-            step_s = batch * sum(args.forward_flops(setup.input_len + i) for i in range(1, n)) / rate / (n - 1)
-        cache = args.kv_cache_bytes(batch, setup.input_len + n - 1, itemsize) if cell.use_cache else 0
+            step_s = batch * sum(args.forward_flops(options.input_len + i) for i in range(1, n)) / rate / (n - 1)
+        cache = args.kv_cache_bytes(batch, options.input_len + n - 1, itemsize) if cell.use_cache else 0
         memory = hardware.weight_bytes(model) + cache + batch * args.vocab_size * itemsize
         return {
             "read_gb_s": bandwidth / 1e9,
@@ -259,19 +245,37 @@ class GenerationRunner:
             "floor_peak_memory_mb": memory / devices.MB,
         }
 
+    def _load_ours(self) -> tuple[Generate, Llama]:
+        """A function that generates, and what it does that with."""
+        options, cell = self.options, self.cell
+        if cell.weights in QUANTIZED:
+            args = checkpoint.read_args(self.directory)
+            model = inputs.random_codes(args, QUANTIZED[cell.weights], self.device, self.dtype, options.seed)
+        else:
+            model = checkpoint.load(self.directory, self.dtype, self.device)
+        llama = Llama(model, None, options.input_len + options.output_len, cell.batch_size, decoding=options.decoding)
+        prompts = inputs.random_prompts(model.args.vocab_size, cell.batch_size, options.input_len, options.seed)
+        return lambda n, on_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=on_step), llama
 
-def load_ours(
-    setup: GenerationSetup, cell: GenerationCell, device: torch.device, dtype: torch.dtype
-) -> tuple[Generate, Llama]:
-    """A function that generates, and what it does that with."""
-    if cell.weights in QUANTIZED:
-        args = checkpoint.read_args(setup.ckpt_dir)
-        model = inputs.random_codes(args, QUANTIZED[cell.weights], device, dtype, setup.seed)
-    else:
-        model = checkpoint.load(setup.ckpt_dir, dtype, device)
-    llama = Llama(model, None, setup.input_len + setup.output_len, cell.batch_size, decoding=setup.decoding)
-    prompts = inputs.random_prompts(model.args.vocab_size, cell.batch_size, setup.input_len, setup.seed)
-    return lambda n, on_step: llama.generate(prompts, n, 0, use_cache=cell.use_cache, on_step=on_step), llama
+    def _load_transformers(self) -> tuple[Generate, None]:
+        """Hugging Face's generate: with its default cache, a static one, or a static one and torch.compile."""
+        try:
+            import transformers
+        except ImportError:
+            raise EnvironmentFailure("against=transformers needs that package; see requirements-dev.txt") from None
+        transformers.utils.logging.disable_progress_bar()
+        load, engine = transformers.AutoModelForCausalLM.from_pretrained, self.cell.engine
+        model = load(self.directory, dtype=self.dtype).to(self.device).eval()
+        shape = (self.cell.batch_size, self.options.input_len, self.options.seed)
+        ids = torch.tensor(inputs.random_prompts(model.config.vocab_size, *shape)).to(self.device)
+        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        if engine != "transformers":
+            settings["cache_implementation"] = "static"
+            settings["disable_compile"] = engine == "transformers static"
+        if engine == "transformers compiled":
+            settings["compile_config"] = transformers.CompileConfig()
+            settings["compile_config"]._compile_all_devices = True  # its own switch for compiling on a CPU too
+        return lambda n, _: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **settings), None
 
 
 def weights_of(model: Transformer) -> str:
@@ -280,46 +284,16 @@ def weights_of(model: Transformer) -> str:
     return f"int{found.bits}" if found else PLAIN[devices.dtype_name(model.dtype)]
 
 
-def load_transformers(
-    setup: GenerationSetup, cell: GenerationCell, device: torch.device, dtype: torch.dtype
-) -> tuple[Generate, None]:
-    """Hugging Face's generate: with its default cache, a static one, or a static one and torch.compile."""
-    try:
-        import transformers
-    except ImportError:
-        raise EnvironmentFailure(
-            "against=transformers needs the transformers package; see requirements-dev.txt"
-        ) from None
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(setup.ckpt_dir, dtype=dtype).to(device).eval()
-    prompts = inputs.random_prompts(model.config.vocab_size, cell.batch_size, setup.input_len, setup.seed)
-    ids = torch.tensor(prompts).to(device)
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    if cell.engine != "transformers":
-        options["cache_implementation"] = "static"
-        options["disable_compile"] = cell.engine == "transformers static"
-    if cell.engine == "transformers compiled":
-        compile_config = transformers.CompileConfig()
-        compile_config._compile_all_devices = True  # its own switch for compiling on a CPU too
-        options["compile_config"] = compile_config
-    return lambda n, _: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), None
-
-
 def keep(
-    path: Path | None,
-    experiment: str,
-    label: str,
-    setup: GenerationSetup,
-    cell: GenerationCell,
-    runs: list[dict[str, Any]],
+    path: Path | None, experiment: str, options: Options, cell: GenerationCell, runs: list[dict[str, Any]]
 ) -> rows.Row:
     """One row for a cell; without metrics where memory ran out."""
-    about = runs[0] if runs else {"decoding": setup.decoding}
-    place = {"model": label, **asdict(cell), "input_len": setup.input_len, "output_len": setup.output_len}
-    place |= {"decoding": about.get("decoding", "peer"), "memory_limit_gb": setup.memory_limit_gb}
-    place["weights"] = about.get("weights") or cell.weights or PLAIN[setup.dtype]
-    device = torch.device(setup.device)
-    return rows.record(path, experiment, place, rows.by_metric(runs), device, setup.dtype, setup.seed)
+    about = runs[0] if runs else {"decoding": options.decoding}
+    place = {"model": options.label, **asdict(cell), "input_len": options.input_len, "output_len": options.output_len}
+    place |= {"decoding": about.get("decoding", "peer"), "memory_limit_gb": options.memory_limit_gb}
+    place["weights"] = about.get("weights") or cell.weights or PLAIN[options.dtype]
+    device = torch.device(options.device)
+    return rows.record(path, experiment, place, rows.by_metric(runs), device, options.dtype, options.seed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def random_prompts(vocab_size: int, batch_size: int, length: int, seed: int) -> 
 
 
 def provide_weights(
-    folder: Path, model: str, ckpt_dir: str | None, dtype: torch.dtype, seed: int, for_peers: bool
+    folder: Path, model: str, ckpt_dir: str | None, dtype: torch.dtype, seed: int, for_peers: bool = False
 ) -> Path:
     """A directory for all cells: the user's, or random weights; in Hugging Face's layout where peers need it."""
     if ckpt_dir is not None:

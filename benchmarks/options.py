@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import rows
+from benchmarks import inputs, rows
 from llama import cli
 from llama.cli import option
 from llama.config import PRESETS
@@ -58,11 +58,17 @@ class TableOptions(DeviceOptions):
     memory_limit_gb: float | None = option(None, "hold a larger GPU to this much memory; a P100 has 16", above=0)
     figures: str | None = option(None, FIGURES)
     work_dir: str | None = option(None, WORK_DIR)
+    against: str | None = option(None, "libraries to measure on the same weights and ids, too")
 
     @property
     def label(self) -> str:
         """What rows call the model."""
         return self.model if self.ckpt_dir is None else Path(self.ckpt_dir).name
+
+    def provide_weights(self, folder: Path, dtype: torch.dtype) -> Path:
+        """A checkpoint for all cells; `folder` is where random ones may be written."""
+        for_peers = self.against is not None
+        return inputs.provide_weights(folder, self.model, self.ckpt_dir, dtype, self.seed, for_peers).resolve()
 
     def require_limit_fits(self, device: torch.device) -> None:
         if self.memory_limit_gb is not None and device.type != "cuda":

@@ -131,10 +131,10 @@ def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monk
 def test_the_benchmark_takes_it(plain, tmp_path):
     """The tokens with the cache on and off, and floors from the bytes that are really read."""
     target = quantized(plain, tmp_path / "q", CONFIGS["int4"])
-    shape = (8, 3, "cpu", "float32", "auto", 0, None, 0)
-    setup = benchmark_inference.GenerationSetup(str(target), *shape)
+    options = benchmark_inference.Options(input_len=8, output_len=3, device="cpu", dtype="float32", warm_up=0, seed=0)
     cell = benchmark_inference.GenerationCell("llama", 1, True)
-    check, runner = benchmark_inference.TokenCheck(setup), benchmark_inference.GenerationRunner(setup, cell)
+    check = benchmark_inference.TokenCheck(options, target)
+    runner = benchmark_inference.GenerationRunner(options, cell, target)
     for one in (check, runner):
         one.prepare()
     assert check.measure()["tokens_equal"] == 16

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import ROOT, SMALL
 from support import CUDA, FakeGPU
 
 import benchmark_finetuning
-from benchmark_finetuning import COURSE, SETS, StepCell, StepRunner, StepSetup, keep
+from benchmark_finetuning import COURSE, SETS, Options, StepCell, StepRunner, keep
 from benchmarks import hardware
 from benchmarks.rows import Row, read_file, read_folder
 from llama import Transformer, checkpoint, cli
@@ -26,7 +27,7 @@ from llama.errors import InputError, InternalError
 from llama.kernels.cpu import train_ops
 from reports import charts, render, tables
 
-SETUP = StepSetup("", 512, "cpu", 1, None, 1)
+OPTIONS = Options(model="tiny", device="cpu")
 
 
 def made_row(cell: StepCell, peak: float, step: float, **kinds: float) -> Row:
@@ -38,7 +39,7 @@ def made_row(cell: StepCell, peak: float, step: float, **kinds: float) -> Row:
         "expected_peak_memory_mb": peak * 0.9,
         **most,
     }
-    return keep(None, "x", SETUP, cell, [run] * 3)
+    return keep(None, OPTIONS, cell, [run] * 3)
 
 
 @pytest.mark.slow
@@ -89,18 +90,18 @@ def test_one_cell_by_itself(tmp_path):
     """What a cell's process does, in this one: every figure that tables and charts take, and which kernels ran."""
     checkpoint.save(Transformer.random(PRESETS["tiny-draft"], torch.bfloat16), tmp_path / "weights")
     rows = []
-    setup = StepSetup(str(tmp_path / "weights"), 24, "cpu", 1, None, 1)
+    options = Options(model="tiny-draft", seq_len=24, device="cpu")
     for cell in (StepCell(lora=True, half=True, lean=True), StepCell(amp=True)):
-        runner = StepRunner(setup, cell)
+        runner = StepRunner(options, cell, tmp_path / "weights")
         runner.prepare()
         runs = [runner.measure(), runner.measure()]
         assert runs[0]["first_loss_nats"] == runs[1]["first_loss_nats"] == pytest.approx(8.4, abs=0.3)
         assert runs[0]["step_s"] > 0 and runs[0]["step_over_floor_x"] > 0
-        rows.append(keep(tmp_path / "rows.jsonl", "x", setup, cell, runs))
+        rows.append(keep(tmp_path / "rows.jsonl", options, cell, runs))
     assert [row.data["dtype"] for row in rows] == ["bfloat16", "float32"]
     assert [row.median("copies_most_mb") > 0 for row in rows] == [False, True]
     assert [row.cell["kernels"] for row in rows] == ["c" if train_ops.library() else "none", "none"]
-    assert charts.steps(rows).keys() == {"steps-memory-x-cpu", "steps-time-x-cpu"}
+    assert charts.steps(rows).keys() == {"steps-memory-tiny-draft-cpu", "steps-time-tiny-draft-cpu"}
     assert "| llama, lean + 16-bit base + LoRA |" in render.markdown(tables.step_details(rows))
 
 
@@ -109,8 +110,8 @@ def test_a_step_with_kernels_and_one_without_are_two_cells(tmp_path, monkeypatch
     cell, path = StepCell(lora=True, lean=True), tmp_path / "rows.jsonl"
     for library in (object(), None):
         monkeypatch.setattr(train_ops, "library", lambda library=library: library)
-        keep(path, "x", SETUP, cell, [{"step_s": 1.0}])
-    keep(path, "x", SETUP, StepCell(engine="peft", lora=True, half=True), [{"step_s": 1.0}])
+        keep(path, OPTIONS, cell, [{"step_s": 1.0}])
+    keep(path, OPTIONS, StepCell(engine="peft", lora=True, half=True), [{"step_s": 1.0}])
     found = read_folder(tmp_path)["benchmark_finetuning"]
     assert [row.cell["kernels"] for row in found] == ["c", "none", "peer"]
 
@@ -136,7 +137,7 @@ def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monke
         return step
 
     monkeypatch.setattr(StepRunner, "_load", load)
-    runner = StepRunner(StepSetup("", 512, "cuda", 2, None, 1), StepCell())
+    runner = StepRunner(Options(warm_up=2, device="cuda"), StepCell(), Path())
     runner.prepare()
     for _ in range(2):
         values = runner.measure()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT
 from support import CUDA, FakeGPU
 
 import benchmark_inference
-from benchmark_inference import GenerationCell, GenerationRunner, GenerationSetup, TokenCheck
+from benchmark_inference import GenerationCell, GenerationRunner, Options, TokenCheck
 from benchmarks import hardware, workers
 from benchmarks.rows import read_file
 from llama import Llama, Transformer, cli
@@ -22,7 +23,7 @@ from llama.config import PRESETS
 from llama.errors import InputError, InternalError
 from reports import render, tables
 
-SETUP = GenerationSetup("", 256, 32, "cpu", "float16", "auto", 1, None, 1)
+OPTIONS = Options(model="tiny", device="cpu", dtype="float16")
 
 
 def test_a_cell_counts_neither_loading_nor_warm_up_nor_limits(monkeypatch):
@@ -43,9 +44,10 @@ def test_a_cell_counts_neither_loading_nor_warm_up_nor_limits(monkeypatch):
     with torch.device("meta"):
         model = Transformer(PRESETS["tiny"])
     llama = SimpleNamespace(model=model, decoder=SimpleNamespace(name="captured"))
-    monkeypatch.setattr(benchmark_inference, "load_ours", lambda *a: (gpu.queue(500.0, 5000), (generate, llama))[1])
+    loaded = lambda self: (gpu.queue(500.0, 5000), (generate, llama))[1]  # noqa: E731
+    monkeypatch.setattr(GenerationRunner, "_load_ours", loaded)
     monkeypatch.setattr(benchmark_inference, "weights_of", lambda model: "fp16")
-    runner = GenerationRunner(SETUP, GenerationCell("llama", 1, True))
+    runner = GenerationRunner(OPTIONS, GenerationCell("llama", 1, True), Path())
     runner.prepare()
     for _ in range(2):
         values = runner.measure()
@@ -87,7 +89,7 @@ def test_a_cell_out_of_memory_is_an_x():
     """Its row has no metrics, and says what was to be measured."""
     run = {"runtime_s": 1.25, "decoding": "eager", "weights": "fp16"}
     cells = {GenerationCell("llama", 1, True): [run] * 3, GenerationCell("llama", 8, True): []}
-    found = [benchmark_inference.keep(None, "inference", "x", SETUP, *item) for item in cells.items()]
+    found = [benchmark_inference.keep(None, "inference", OPTIONS, *item) for item in cells.items()]
     assert [row.cell["decoding"] for row in found] == ["eager", "auto"] and found[1].metrics == {}
     assert "| with KV cache: runtime (s) | 1.25 | x |" in render.markdown(tables.table_1(found))
 
@@ -101,7 +103,7 @@ def test_cells_of_one_batch_size_take_turns_on_a_cpu_and_each_runs_alone_on_a_gp
 
 def test_nothing_is_timed_where_the_cache_changes_a_token(monkeypatch):
     """Tokens with and without the cache, in fp32: a difference ends the benchmark, as a fault of this code."""
-    check = TokenCheck(GenerationSetup(str(ROOT / "data" / "tiny"), 20, 4, "cpu", "bfloat16", "auto", 1, None, 1))
+    check = TokenCheck(Options(input_len=20, device="cpu", dtype="bfloat16"), ROOT / "data" / "tiny")
     check.prepare()
     assert check.measure() == {"tokens_equal": 16}
     generate = Llama.generate
