@@ -194,7 +194,7 @@ def estimates(
         place = {"model": label, **asdict(cell), "seq_len": seq_len, "limit_gb": limit_gb}
         values = {name: [n_bytes / devices.MB] for name, n_bytes in sizes.items()}
         dtype = devices.dtype_name(torch.bfloat16 if cell.half else torch.float32)
-        found.append(rows.record(path, "estimates", place, values, torch.device("cpu"), dtype))
+        found.append(rows.record(path, "estimates", place, values, torch.device("meta"), dtype))
     return found
 
 

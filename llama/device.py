@@ -146,7 +146,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The marketing name of a GPU or CPU, as far as the system tells."""
+    """The marketing name of a GPU or CPU, as far as the system tells; the meta device computes shapes alone."""
+    if device.type == "meta":
+        return "arithmetic"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

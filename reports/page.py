@@ -49,7 +49,8 @@ def render(rows: dict[str, list[Row]]) -> str:
     for name in rows:
         if name not in known:
             sections.append((name, name.replace("_", " ").capitalize(), html(tables.generic(rows[name]))))
-    devices = dict.fromkeys(row.data["device"]["name"] for found in rows.values() for row in found)
+    measured = [row for found in rows.values() for row in found if row.data["device"]["kind"] != "meta"]
+    devices = dict.fromkeys(row.data["device"]["name"] for row in measured)
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "replay.js"))
     return template("page.html", sections=sections, devices=list(devices), style=style, script=script)
 

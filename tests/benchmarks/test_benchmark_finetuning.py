@@ -222,6 +222,7 @@ def test_estimates_say_which_cells_fit():
         None, "x", SMALL, [StepCell(), StepCell(lora=True), *benchmark_finetuning.PEERS], 64, 0.0025
     )
     (table,) = tables.estimates(rows)
+    assert {row.data["device"]["kind"] for row in rows} == {"meta"}  # they are no measurements
     yes_no = [line[-1] for line in table.body]
     full, adapted = (benchmark_finetuning.predicted(SMALL, cell, 64).peak for cell in (StepCell(), StepCell(lora=True)))
     assert yes_no == [("yes" if peak <= 2.5e6 else "no") for peak in (full, adapted)]
