@@ -1,5 +1,5 @@
 # make run   generate text with the embedded model and compare the KV cache on and off
-# make reports  the three course reports as PDFs and the results page, from the measured rows
+# make reports  from the measured rows: the tables and charts of the documents, the results page, the course reports
 # make page  the results page alone, reports/index.html
 # make test  lint, check formatting, run the tests
 # make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
@@ -13,7 +13,8 @@ run: .venv/run.stamp
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
 
 reports: page .venv/dev.stamp
-	.venv/bin/python -m reports.pdf.build
+	.venv/bin/python -m reports.build readme
+	.venv/bin/python -m reports.build pdf
 
 page: .venv/run.stamp
 	.venv/bin/python -m reports.build page

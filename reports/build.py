@@ -2,6 +2,8 @@
 
     python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md, and the charts
     python -m reports.build page      # all that was measured: reports/index.html, which needs no network
+    python -m reports.build pdf       # the three course reports: reports/phase_1.pdf, phase_2.pdf, phase_3.pdf
+    python -m reports.build pdf --device=P100    # with the rows of another measured device
 
 A document shows what a function of tables.py makes of an experiment's rows between the lines
 `<!-- begin: EXPERIMENT FUNCTION -->` and `<!-- end -->`; what stands there is replaced, all else is left alone.
@@ -20,6 +22,7 @@ from llama import cli
 from llama.cli import option
 from llama.errors import InputError
 from reports import page as results_page
+from reports import pdf as course_reports
 from reports.cells import Table
 from reports.charts import CHARTS
 from reports.render import markdown, save_svg, write
@@ -85,7 +88,30 @@ def page(options: PageOptions) -> None:
     print(f"{sum(map(len, rows.values()))} rows of {len(rows)} experiments in {path}")
 
 
-COMMANDS = {"readme": readme, "page": page}
+@dataclass(frozen=True)
+class PdfOptions(cli.Options):
+    """Make the three course reports from measured rows."""
+
+    device: str | None = option(None, "part of the name of a measured device; default: that of the newest Table 1")
+    model: str = option("llama3.2-1b", "whose rows fill Tables 1 to 3; the folder's name for weights of your own")
+    results: str | None = option(None, "folder of measured rows; default: reports/results")
+    out_dir: str | None = option(None, "folder for the reports; default: reports")
+    png: bool = option(False, "also each page as an image")
+
+
+def pdf(options: PdfOptions) -> None:
+    rows = read_folder(Path(options.results) if options.results is not None else RESULTS)
+    target = Path(options.out_dir) if options.out_dir is not None else ROOT / "reports"
+    shown = course_reports.gather(rows, options.device, options.model)
+    for phase in course_reports.PHASES:
+        write(target / f"{phase}.pdf", course_reports.build(phase, shown))
+        for number, image in enumerate(course_reports.build(phase, shown, "png") if options.png else [], 1):
+            write(target / f"{phase}-{number}.png", image)
+        print(target / f"{phase}.pdf")
+    print(f"rows of {shown['device']}; --device picks another")
+
+
+COMMANDS = {"readme": readme, "page": page, "pdf": pdf}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

@@ -211,8 +211,8 @@ def _bars(
                 axes.plot([spread["min"], spread["max"]], [i, i], color=GREY, lw=1)
             if row.has(mark):
                 place = [row.median(mark)] * 2, [i - 0.19, i + 0.25]
-                axes.plot(*place, color="white", lw=4)
-                axes.plot(*place, color="black", lw=1.6, label=mark_name)
+                axes.plot(*place, color="white", lw=4, solid_capstyle="butt")
+                axes.plot(*place, color="black", lw=1.6, solid_capstyle="butt", label=mark_name)
         axes.set(yticks=[], ylim=(len(labelled) - 0.6, -0.75))
         axes.grid(visible=False, axis="y")
     _add(found, stem, figure, labelled[0][1])

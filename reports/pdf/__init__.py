@@ -1,1 +1,0 @@
-"""What report.py fills the three PDF reports with."""
