@@ -6,7 +6,7 @@ import math
 
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
 from llama.lora import LoRAConfig
-from reports.tables import CHANGED, SLOWER
+from reports.training_tables import CHANGED, SLOWER
 
 
 def facts(args: ModelArgs) -> dict[str, str]:

@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, group
 from reports import charts, tables
-from reports.cells import computed, figure
+from reports.cells import Tables, computed, figure
 from reports.render import TEMPLATES, Provenance, html, svg, template
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-# Anchor, title, the experiment whose rows a section shows, its tables, and whether the experiment's chart stands there.
-SECTIONS: list[tuple[str, str, str, list[Callable[..., Any]], bool]] = [
-    ("table-1", "Table 1: memory and runtime of generation", "inference",
-     [tables.table_1, tables.generation_details], True),
-    ("table-2", "Table 2: what each technique does to memory and time", "benchmark_finetuning",
-     [tables.table_2], False),
-    ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning",
-     [tables.table_3, tables.step_details], True),
-    ("fine-tuning", "Fine-tuning: does it learn", "finetuning", [tables.learning, tables.answers], True),
-    ("loading", "Loading", "loading", [tables.loading], False),
-    ("formats", "Generation with quantized weights", "formats", [tables.generation_details], False),
-    ("ladder", "The ladder: one change per row", "ladder", [tables.ladder, tables.drafts], True),
-    ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels", [tables.kernels], False),
-    ("pruning", "Pruning: size, quality and speed", "pruning", [tables.pruning_quality, tables.pruning_speed], True),
-    ("perplexity", "Perplexity", "perplexity", [tables.perplexity], False),
-    ("embedded", "The embedded models", "tiny", [tables.embedded], False),
-]  # fmt: skip
+# Anchor, title and experiment of each section, and its tables where those are not all of the experiment's.
+SECTIONS: list[tuple[Any, ...]] = [
+    ("table-1", "Table 1: memory and runtime of generation", "inference"),
+    ("table-2", "Table 2: what each technique does to memory and time", "benchmark_finetuning", (tables.table_2,)),
+    ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning", (tables.table_3, tables.step_details)),
+    ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
+    ("loading", "Loading", "loading"),
+    ("formats", "Generation with quantized weights", "formats"),
+    ("ladder", "The ladder: one change per row", "ladder"),
+    ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels"),
+    ("pruning", "Pruning: size, quality and speed", "pruning"),
+    ("perplexity", "Perplexity", "perplexity"),
+    ("embedded", "The embedded models", "tiny"),
+]
 COLOURS = {charts.BLUE: "var(--a)", charts.RED: "var(--b)", charts.GREY: "var(--c)", "#d9d9d9": "var(--rule)"}
 COLOURS |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}  # of charts, by those of style.css: light and dark
 
@@ -43,8 +40,7 @@ COLOURS |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}  # of charts, 
 def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
     sections = [("replay", "With and without the KV cache, as it ran", replays(rows.get("replay", [])))]
-    for anchor, title, experiment, make, has_chart in SECTIONS:
-        sections.append((anchor, title, section(rows.get(experiment, []), make, has_chart)))
+    sections += [(anchor, title, section(rows, *shown)) for anchor, title, *shown in SECTIONS]
     known = {"replay", *(experiment for _, _, experiment, *_ in SECTIONS)}
     for name in rows:
         if name not in known:
@@ -55,12 +51,13 @@ def render(rows: dict[str, list[Row]]) -> str:
     return template("page.html", sections=sections, devices=list(devices), style=style, script=script)
 
 
-def section(rows: Sequence[Row], make: Sequence[Callable[..., Any]], has_chart: bool) -> Markup | str:
-    """Tables with charts after the first of them; nothing without rows."""
-    first, *others = (html(function(rows)) for function in make)
-    drawn = charts.CHARTS[rows[0].data["experiment"]](rows) if has_chart and rows else {}
-    figures = [inline(name, found) for name, found in drawn.items()]
-    return template("section.html", first=first, figures=figures, others=others) if rows else ""
+def section(rows: dict[str, list[Row]], experiment: str, make: Sequence[Tables] = ()) -> Markup | str:
+    """The tables of an experiment, and after the first of them its charts; nothing without rows."""
+    found = rows.get(experiment, [])
+    first, *others = (html(function(found)) for function in make or tables.TABLES[experiment])
+    drawn = {} if tables.table_2 in make or experiment not in charts.CHARTS else charts.CHARTS[experiment](found)
+    figures = [inline(name, chart) for name, chart in drawn.items()]
+    return template("section.html", first=first, figures=figures, others=others) if found else ""
 
 
 def inline(name: str, found: charts.Figure) -> dict[str, str]:

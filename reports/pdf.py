@@ -7,10 +7,11 @@ texts that models wrote come from rows. What was not measured on the device says
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import matplotlib
 from benchmarks.rows import Row
 from llama.config import PRESETS
 from llama.errors import EnvironmentFailure, InputError
-from reports import tables
 from reports.cells import NOT_MEASURED, chosen, figure, newest, ratio
 from reports.charts import CHARTS
 from reports.facts import facts
 from reports.render import Provenance, svg, text, typst
+from reports.tables import TABLES
 
 SOURCES = Path(__file__).parent
 PHASES = ("phase_1", "phase_2", "phase_3")
@@ -36,18 +37,6 @@ COMMANDS = {  # what measures the rows of an experiment
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
 }
-SHOWN: list[tuple[str, Callable[..., Any]]] = [
-    ("inference", tables.table_1),
-    ("inference", tables.generation_details),
-    ("benchmark_finetuning", tables.table_2),
-    ("benchmark_finetuning", tables.table_3),
-    ("benchmark_finetuning", tables.step_details),
-    ("finetuning", tables.learning),
-    ("finetuning", tables.answers),
-    ("ladder", tables.ladder),
-    ("pruning", tables.pruning_quality),
-    ("pruning", tables.pruning_speed),
-]
 
 
 def choose_device(rows: Sequence[Row], wanted: str | None) -> str | None:
@@ -78,8 +67,8 @@ def gather(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[s
     try:
         here = rows_of(rows, device, model)
         found: dict[str, list[dict[str, Any]]] = {}
-        for experiment, make in SHOWN:
-            for table in make(here[experiment]):
+        for experiment in COMMANDS:
+            for table in itertools.chain.from_iterable(make(here[experiment]) for make in TABLES.get(experiment, ())):
                 found.setdefault(table.name, []).append(typst(table))
         return {
             "device": device or "no device",

@@ -282,8 +282,8 @@ def test_charts_are_those_of_the_rows(results):
     shown = [set(path.attrs["d"] for path in svg.all("path")) for svg in Page(text).top.all("svg")]
     drawn = [
         {path.attrs["d"] for path in Page(render.svg(figure)).top.all("path")}
-        for _, _, experiment, _, has_chart in results_page.SECTIONS
-        if has_chart
+        for anchor, _, experiment, *_ in results_page.SECTIONS
+        if experiment in charts.CHARTS and anchor != "table-2"
         for figure in charts.CHARTS[experiment](rows.get(experiment, [])).values()
     ]
     assert shown == drawn and len(drawn) >= 6
