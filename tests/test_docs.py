@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 import runpy
@@ -28,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), TINY / "READ
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 NOT_RUN, SLOW, OUTPUT = "not run by the tests: ", "run by the slow tests", "output of: "
 README_LINES = 160
+OPTION = re.compile(r"--(\w+)")
 
 
 class Block(NamedTuple):
@@ -116,24 +118,35 @@ def test_what_is_not_run_says_why():
     assert all(command in EVERY or re.sub("[\"']", "", command) in re.sub("[\"']", "", makefile) for command in SHOWN)
 
 
+def script_of(command: str) -> tuple[str, ...]:
+    """What stands before the options; nothing where it is no script of ours."""
+    program, *words = shlex.split(command)
+    if program != "python" or words[:2] == ["-m", "pytest"]:
+        return ()
+    return tuple(itertools.takewhile(lambda word: word == "-m" or not word.startswith("-"), words))
+
+
 @functools.cache
 def options_of(script: tuple[str, ...]) -> set[str]:
     """The options that `--help` lists."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         assert run_here([*script, "--help"], patch) == 0
-    return set(re.findall(r"--(\w+)", out.getvalue()))
+    return set(OPTION.findall(out.getvalue()))
 
 
 @pytest.mark.parametrize("block", [block for block in SHELL if block.comment.startswith(NOT_RUN)], ids=lambda b: b.page)
 def test_options_of_commands_that_are_not_run_exist(block):
     """Script, command and options, for lack of more."""
     for command in commands(block):
-        words = shlex.split(command)
-        if words[0] != "python" or words[1:3] == ["-m", "pytest"]:
-            continue
-        named = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-        given = {word.removeprefix("--").partition("=")[0] for word in words[named:]}
-        assert given - {"help"} <= options_of(tuple(words[1:named])), command
+        if script := script_of(command):
+            assert set(OPTION.findall(command)) - {"help"} <= options_of(script), command
+
+
+def test_options_named_in_the_text_exist():
+    """Each is an option of some script whose commands the pages show."""
+    known = {"debug"}.union(*map(options_of, {script_of(command) for command in EVERY} - {()}))
+    named = {name for text in TEXTS.values() for part in re.findall("`[^`\n]+`", text) for name in OPTION.findall(part)}
+    assert named and not named - known
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
