@@ -177,7 +177,7 @@ def train_model(name: str, seed: int, device: torch.device, work_dir: Path) -> N
 
 def _recipe(name: str) -> str:
     """A hash of what a run is made of: resuming with another corpus, tokenizer or schedule would mix two runs."""
-    parts = [(HERE / file).read_bytes() for file in ("words.py", "corpus.py", "tokenizer.model")]
+    parts = [(HERE / file).read_bytes() for file in ("words.toml", "corpus.py", "tokenizer.model")]
     parts.append(repr((MODELS[name][0], MODELS[name][2], BATCH_SIZE, SEQ_LEN)).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
