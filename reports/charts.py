@@ -8,6 +8,7 @@ tell series apart, not colours alone. The label of a figure says what it shows, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.rows import Row, group
 from reports.cells import chosen
+from reports.tables import weights_of
 from reports.training_tables import step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
@@ -36,20 +38,19 @@ Named = dict[str, Figure]
 def generation(rows: Sequence[Row]) -> Named:
     """Runtime and peak memory by batch size with and without the cache, each with its hardware limit."""
     found: Named = {}
+    series = {"with KV cache": (True, "o", "-", BLUE), "without": (False, "s", "--", RED)}
+    plots = {"runtime": ("runtime_s", "Runtime (s), logarithmic"), "memory": ("peak_memory_mb", "Peak memory (MB)")}
     for same in group(rows, "model", "input_len", "output_len", "memory_limit_gb"):
         by_size = sorted(same, key=lambda row: row.cell["batch_size"])
-        for what, metric, title in (
-            ("runtime", "runtime_s", "Runtime (s), logarithmic"),
-            ("memory", "peak_memory_mb", "Peak memory (MB)"),
-        ):
+        own = chosen(by_size, engine="llama")
+        formats = dict.fromkeys(map(weights_of, own))
+        for weights, (what, (metric, title)) in itertools.product(formats, plots.items()):
+            title += f", {weights} weights" if len(formats) > 1 else ""
             figure, axes = _plot(title, same, f"{what.capitalize()} by batch size, with and without the KV cache.")
-            for label, use_cache, style, colour in (
-                ("with KV cache", True, "o-", BLUE),
-                ("without", False, "s--", RED),
-            ):
-                ours = chosen(by_size, engine="llama", use_cache=use_cache)
-                _line(axes, ours, "batch_size", metric, label, style, colour)
-                _line(axes, ours, "batch_size", f"floor_{metric}", f"{label}: hardware limit", f"{style[0]}:", colour)
+            for label, (use_cache, marker, dash, colour) in series.items():
+                ours = [row for row in chosen(own, use_cache=use_cache) if weights_of(row) == weights]
+                _line(axes, ours, "batch_size", metric, label, marker + dash, colour)
+                _line(axes, ours, "batch_size", f"floor_{metric}", f"{label}: hardware limit", f"{marker}:", colour)
             others = chosen(by_size, engine="transformers")
             _line(axes, others, "batch_size", metric, "transformers, its cache", "^-.", GREY)
             axes.set(xlabel="batch size", xticks=sorted({row.cell["batch_size"] for row in same}))

@@ -49,6 +49,16 @@ def test_generation_draws_every_cell_and_its_limit():
         assert lines["transformers, its cache"] == others
 
 
+def test_each_format_of_weights_has_charts_of_its_own():
+    rows, found = ROWS["formats"], charts.generation(ROWS["formats"])
+    names = list(dict.fromkeys(row.cell["weights"] for row in rows))
+    assert len(names) == 3 and len(found) == 2 * len(names)
+    for figure, name in zip(list(found.values())[::2], names, strict=True):
+        ours = pick(rows, engine="llama", use_cache=True, weights=name)
+        assert drawn(figure)["with KV cache"] == points(ours, lambda row: row.cell["batch_size"], "runtime_s")
+        assert name in figure.get_suptitle()
+
+
 def test_steps_draw_every_category_peak_and_limit():
     rows = pick(ROWS["benchmark_finetuning"], batch_size=1, accumulation=1)
     memory, time = (drawn(figure) for figure in charts.steps(ROWS["benchmark_finetuning"]).values())
