@@ -86,7 +86,7 @@ def shown(directory: Path) -> str:
 
 
 def report(model: Transformer, errors: dict[str, float]) -> str:
-    """The relative error of each matrix, a line for each layer, and the worst by name."""
+    """The relative error of each matrix, one line per layer, and the worst by name."""
     parts = [name.removeprefix("layers.0.") for name in errors if name.startswith("layers.0.")]
     heads = [part.split(".")[-1] for part in parts]
     lines = ["relative error of each matrix (%)", "layer " + "".join(f"{head:>7}" for head in heads)]

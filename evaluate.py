@@ -1,4 +1,4 @@
-"""Perplexity of a Llama model on a text, alone or against another model.
+"""Perplexity of a Llama model on a text, alone or against a second model.
 
     python evaluate.py                                                      # the embedded model on text of its world
     python evaluate.py --dtype=bfloat16 --against_dtype=float32             # what 16 bits cost
@@ -58,7 +58,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Options(cli.Options):
-    """Perplexity of a Llama model on a text, alone or against another model."""
+    """Perplexity of a Llama model on a text, alone or against a second model."""
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
@@ -141,11 +141,11 @@ def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
 
 
 def require_same_tokenizer(side: Side, path: Path) -> None:
-    """Raise InputError where the second model has a tokenizer of its own that is another one."""
+    """Raise InputError where the second model brings a different tokenizer."""
     for name in {layout.tokenizer for layout in checkpoint.LAYOUTS.values()}:
         own = side.directory / name
         if own.is_file() and files.sha256(own) != files.sha256(path):
-            raise InputError(f"--against: {own} is not the tokenizer in use; other tokens cannot be compared")
+            raise InputError(f"--against: {own} is not the tokenizer in use; different tokens cannot be compared")
 
 
 def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[int]:

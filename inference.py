@@ -11,7 +11,6 @@ python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 from benchmarks import stopwatch
 from benchmarks.rows import model_cell, record, require_writable
 from data.alpaca import encode_prompt as encode_instruction
+from data.prompts import read as read_prompts
 from data.tiny import EMBEDDED, directory_of, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, checkpoint, cli, lora, quantization
@@ -106,7 +106,11 @@ class Prompt:
 def main(options: Options) -> None:
     if options.results is not None:
         require_writable(Path(options.results))
-    texts = read_prompts(options)
+    texts = list(SAMPLE_CHATS if options.chat else SAMPLE_PROMPTS)
+    if options.prompt is not None:
+        texts = [options.prompt]
+    elif options.prompt_file is not None:
+        texts = read_prompts(Path(options.prompt_file))
     directory = directory_of(options.ckpt_dir)
     llama = load(options, directory)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
@@ -155,31 +159,6 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
         raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
     return ModelDraft(checkpoint.load(name, llama.model.dtype, llama.device, progress=True), decoding)
-
-
-def read_prompts(options: Options) -> list[str]:
-    """The texts to continue. Raises InputError for an unreadable or empty file."""
-    if options.prompt is not None:
-        return [options.prompt]
-    if options.prompt_file is None:
-        return list(SAMPLE_CHATS if options.chat else SAMPLE_PROMPTS)
-    path = Path(options.prompt_file)
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # also turns \r\n into \n
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from error
-    if path.suffix == ".json":
-        try:
-            prompts = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-            raise InputError(f"{path} must hold a JSON list of strings")
-    else:
-        prompts = [line for line in content.split("\n") if line.strip()]
-    if not prompts:
-        raise InputError(f"{path} holds no prompt")
-    return prompts
 
 
 def encode(llama: Llama, text: str, options: Options) -> list[int]:
@@ -242,6 +221,7 @@ class Comparison:
 
     prompt: Prompt
     ids: dict[bool, list[int]]
+    texts: dict[bool, str]
     spent: dict[bool, stopwatch.Measurement]
     verdict: str
 
@@ -253,24 +233,26 @@ def show_comparison(llama: Llama, prompts: list[Prompt], settings: dict[str, Any
     without = {"use_cache": False} if speculation is None else {"speculation": None}
     modes = {True: settings, False: settings | without}
     # The first call pays for set-up in the libraries; what its draft proposes is not counted.
-    own = None if speculation is None else Speculation(speculation.draft, speculation.draft_tokens)
-    llama.generate([prompts[0].ids], **settings | {"max_gen_len": 4, "speculation": own})
+    uncounted = None if speculation is None else Speculation(speculation.draft, speculation.draft_tokens)
+    llama.generate([prompts[0].ids], **settings | {"max_gen_len": 4, "speculation": uncounted})
     comparisons = []
     for number, prompt in enumerate(prompts, 1):
         ids, spent = {}, {}
         for is_on, mode in modes.items():
             (output, _), spent[is_on] = stopwatch.measure(partial(llama.generate, [prompt.ids], **mode), llama.device)
             ids[is_on] = output[0]
+        texts = {is_on: llama.tokenizer.decode(ids[is_on]).strip() for is_on in modes}
         agreement = verdict(llama, prompt.ids, ids[True], ids[False], settings["stop_tokens"])
-        comparisons.append(Comparison(prompt, ids, spent, agreement))
+        comparisons.append(Comparison(prompt, ids, texts, spent, agreement))
         print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
         print(cli.side_by_side(f"{what} on", f"{what} off"))
         print("-" * (2 * cli.COLUMN + 3))
-        print(cli.side_by_side(*(llama.tokenizer.decode(ids[is_on]).strip() for is_on in modes)))
+        print(cli.side_by_side(texts[True], texts[False]))
         print(f"\n  tokens    {agreement}")
         on, off = spent[True].seconds, spent[False].seconds
         print(f"  time      {on:.3f} s on, {off:.3f} s off: {off / on:.2f} times as fast with the {what}")
-        print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {memory_kind(llama)})\n")
+        kind = "allocated on the GPU" if llama.device.type == "cuda" else "resident in the process"
+        print(f"  memory    {megabytes(spent[True])} on, {megabytes(spent[False])} off (peak {kind})\n")
     n_agree = sum(comparison.ids[True] == comparison.ids[False] for comparison in comparisons)
     on, off = (sum(comparison.spent[is_on].seconds for comparison in comparisons) for is_on in modes)
     print(f"{n_agree} of {len(prompts)} prompts give equal tokens with the {what} on and off;", end=" ")
@@ -296,14 +278,13 @@ def record_comparisons(
 ) -> None:
     """Keep comparisons: times and memory as metrics, the texts and the verdict as series."""
     for comparison in comparisons:
-        runs, series = {}, {"verdict": [comparison.verdict]}
+        runs, series = {"tokens_equal": [n_equal(*comparison.ids.values())]}, {"verdict": [comparison.verdict]}
         for is_on, name in ((True, "on"), (False, "off")):
-            ids, spent = comparison.ids[is_on], comparison.spent[is_on]
-            series[f"text_{name}"] = [llama.tokenizer.decode(ids).strip()]
-            runs |= {f"runtime_{name}_s": [spent.seconds], f"tokens_{name}": [len(ids)]}
+            spent = comparison.spent[is_on]
+            series[f"text_{name}"] = [comparison.texts[is_on]]
+            runs |= {f"runtime_{name}_s": [spent.seconds], f"tokens_{name}": [len(comparison.ids[is_on])]}
             if spent.peak_bytes is not None:
                 runs[f"peak_memory_{name}_mb"] = [spent.peak_bytes / devices.MB]
-        runs["tokens_equal"] = [n_equal(*comparison.ids.values())]
         cell = {**cell, "prompt": comparison.prompt.text}
         record(path, "comparison", cell, runs, llama.device, dtype_name(llama.model.dtype), seed, series)
 
@@ -323,10 +304,6 @@ def describe_draft(counts: Counts) -> str:
 
 def megabytes(spent: stopwatch.Measurement) -> str:
     return "not measurable here" if spent.peak_bytes is None else f"{spent.peak_bytes / devices.MB:,.0f} MB"
-
-
-def memory_kind(llama: Llama) -> str:
-    return "allocated on the GPU" if llama.device.type == "cuda" else "resident in the process"
 
 
 if __name__ == "__main__":

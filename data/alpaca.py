@@ -4,7 +4,7 @@
 
 The prompt and the answer are tokenized apart. In one string the prompt's last ":" would melt into one token with the
 first word of some answers (41 % of Alpaca's, with Llama 3's tokenizer): the model would learn from a prompt that it
-never sees when it is asked. Every answer ends with the end-of-text token, which is a label like the others: without it
+never sees in use. Every answer ends with the end-of-text token, which is a label like the others: without it
 a model does not learn to stop.
 """
 
@@ -34,7 +34,7 @@ MAX_FIELD = 1 << 20  # characters
 
 @dataclass(frozen=True)
 class Record:
-    """One task: what to do, with what (may be empty), and the answer."""
+    """One task: what to do, the input to do it with (may be empty), and the answer."""
 
     instruction: str
     input: str
@@ -55,7 +55,7 @@ class Sample:
 
 
 def read(path: str | Path) -> list[Record]:
-    """The records of a JSON list, or of a .jsonl file with one object a line.
+    """The records of a JSON list, or of a .jsonl file with one object per line.
 
     Raises InputError naming file, record (from 1) and field. A missing `input` is an empty one.
     """
@@ -115,7 +115,7 @@ def _record(place: str, entry: object) -> Record:
 
 
 def prompt(instruction: str, input: str = "") -> str:
-    """What the model is given, in training and when it is asked; it ends with "### Response:"."""
+    """What the model is given, in training and in use; it ends with "### Response:"."""
     template = WITH_INPUT if input.strip() else WITHOUT_INPUT
     return template.format(instruction=instruction, input=input)
 

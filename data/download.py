@@ -2,8 +2,7 @@
 
     python -m data.download --n=1000 --seed=7 --subset_out=runs/alpaca_1000.json       # default: 200, seed 1
 
-A download that breaks off is tried again, and continued by the same command. Stanford publishes the data under
-CC BY-NC 4.0; it is not part of this repository.
+A download that breaks off is tried again, and continued by the same command. Stanford's licence is CC BY-NC 4.0.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
 LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
-VALIDATION = 64  # at most
+VALIDATION = 64  # samples at most
 VALIDATION_SHARE = 0.1  # of a file, its end
 
 
@@ -67,7 +67,7 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
-    """The last tenth of a file validates, at most VALIDATION of `context` tokens; samples of the rest train.
+    """The last tenth of a file validates, at most VALIDATION times `context` tokens; samples of the rest train.
 
     Samples come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
     is too short for one sample.
@@ -88,7 +88,7 @@ def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, s
 
 
 def of_embedded_model(tokenizer: Tokenizer, batch_size: int, seed: int) -> Text:
-    """Text of the embedded model's world, made up as it is asked for: no sample is seen twice by design."""
+    """Text of the embedded model's world, made up on demand: no sample is seen twice by design."""
 
     def samples(step: int) -> list[Sample]:
         stream = sequences(tokenizer, f"text-{seed}-{step}")

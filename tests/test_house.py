@@ -64,15 +64,15 @@ def tree_of(path: Path) -> ast.Module:
 @functools.cache
 def imports_of(path: Path) -> frozenset[str]:
     """Every module that a file imports, also inside functions; `from llama import checkpoint` is llama.checkpoint."""
-    found = set()
+    imports = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in MODULES else node.module for name in names}
-    return frozenset(found)
+            imports |= {name if name in MODULES else node.module for name in names}
+    return frozenset(imports)
 
 
 def is_below(name: str, *packages: str) -> bool:

@@ -645,12 +645,12 @@ def as_qa(items: list[Pair]) -> str:
 
 def several(rng: Rng, maker: Callable[[Rng], Pair], weights: tuple[int, ...]) -> list[Pair]:
     """One to `len(weights)` pairs, no question twice."""
-    wanted = rng.choices(range(1, len(weights) + 1), weights)[0]
-    found: dict[str, str] = {}
-    while len(found) < wanted:
+    n = rng.choices(range(1, len(weights) + 1), weights)[0]
+    answers: dict[str, str] = {}
+    while len(answers) < n:
         asked, answer = maker(rng)
-        found[asked] = answer
-    return list(found.items())
+        answers[asked] = answer
+    return list(answers.items())
 
 
 def qa(rng: Rng) -> Document:
@@ -948,16 +948,16 @@ def document(rng: random.Random, mix: Mix = BALANCED) -> Document:
 def records(n: int, seed: int) -> list[dict[str, str]]:
     """`n` different tasks of this world, in the shape of Alpaca's: instruction, input (for a third), output."""
     rng = random.Random(f"records-{seed}")
-    found: dict[Pair, str] = {}
-    while len(found) < n:
+    answers: dict[Pair, str] = {}
+    while len(answers) < n:
         kind = rng.randrange(3)
         if kind == 0:
             text, items = passage(rng)
-            found[items[0][0], text] = items[0][1]
+            answers[items[0][0], text] = items[0][1]
         else:
             asked, answer = question(rng) if kind == 1 else task(rng)
-            found[asked, ""] = answer
-    return [{"instruction": asked, "input": text, "output": answer} for (asked, text), answer in found.items()]
+            answers[asked, ""] = answer
+    return [{"instruction": asked, "input": text, "output": answer} for (asked, text), answer in answers.items()]
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def train_model(name: str, seed: int, device: torch.device, work_dir: Path) -> N
 
 
 def _recipe(name: str) -> str:
-    """A hash of what a run is made of: resuming with another corpus, tokenizer or schedule would mix two runs."""
+    """A hash of what a run is made of: resuming with a different corpus, tokenizer or schedule would mix two runs."""
     parts = [(HERE / file).read_bytes() for file in ("words.toml", "corpus.py", "tokenizer.model")]
     parts.append(repr((MODELS[name][0], MODELS[name][2], BATCH_SIZE, SEQ_LEN)).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -187,7 +187,7 @@ def _resume(path: Path, recipe: str, model: Transformer, optimizer: torch.optim.
         return 0
     state = torch.load(path, weights_only=True)
     if state["recipe"] != recipe:
-        raise InputError(f"{path} is of another corpus, tokenizer or schedule; delete it to start over")
+        raise InputError(f"{path} is of a different corpus, tokenizer or schedule; delete it to start over")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

@@ -91,7 +91,7 @@ def test_an_interrupted_training_continues_to_the_same_weights(short_run, monkey
     resumed = checkpoint.load(folder).state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     monkeypatch.setattr(train, "SEQ_LEN", 128)
-    with pytest.raises(InputError, match="another corpus, tokenizer or schedule"):
+    with pytest.raises(InputError, match="a different corpus, tokenizer or schedule"):
         train.train_model("draft", 1, device, short_run / "cut")
 
 
