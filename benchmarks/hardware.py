@@ -1,8 +1,9 @@
-"""What the hardware allows, measured in the same minute as what it is compared with.
+"""The hardware limit of a piece of work, measured in the same minute as the work itself.
 
-A decode step cannot be faster than reading its weights and cache once; a prefill cannot be faster than its matrix
-products at the best rate that any of them reaches. Both rates change with the neighbours of a shared machine, so that a
-floor measured at another time is worth nothing.
+A roofline has two parts. Work that does little with each byte is limited by memory bandwidth: a decode step cannot be
+faster than reading its weights and cache once. Work that does much with each byte is limited by arithmetic: a prefill
+cannot be faster than its matrix products at the best rate that any of them reaches. Both rates change with the
+neighbours of a shared machine, so they are measured here, on the model at hand, and not taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks import stopwatch
 from llama.kernels.cpu import decode_step
 from llama.model import Transformer
 
-PRODUCT_ROWS = (256, 1024, 2048)
+PRODUCT_TOKENS = (256, 1024, 2048)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -30,7 +31,7 @@ def weight_bytes(model: Transformer) -> int:
 def decode_bytes(model: Transformer, batch_size: int, context: int) -> int:
     """Bytes that one cached decode step cannot avoid reading: each weight once, and the K and V of the context.
 
-    As ModelArgs.decode_bytes, for weights of any format.
+    Weights of any format; an untied embedding table is only looked up, so it does not count.
     """
     unread = 0 if model.output is None else sum(t.nbytes for t in model.tok_embeddings.state_dict().values())
     cache = model.args.kv_cache_bytes(batch_size, context, model.dtype.itemsize)
@@ -60,22 +61,22 @@ def read_bandwidth(model: Transformer) -> dict[str, float]:
 
 @torch.no_grad()
 def product_rate(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, float]:
-    """FLOPs per second of the network's largest products, x w1^T and x w2^T, by number of rows of x.
+    """FLOPs per second of the network's largest products, x w1^T and x w2^T, by number of tokens in x.
 
-    Each product takes the weights of another layer, so that none is in a cache. dtype: to multiply in; default: that of
-    the activations.
+    Each product takes the weights of a different layer, so that none is in a cache. dtype: to multiply in; default:
+    that of the activations.
     """
     args, device, dtype = model.args, model.norm.weight.device, dtype or model.dtype
     blocks = [block.feed_forward for block in model.layers[:4]]
     weights = [(_plain(part.w1, dtype), _plain(part.w2, dtype)) for part in blocks]
     rates = {}
-    for rows in PRODUCT_ROWS:
-        x = torch.full((rows, args.dim), 0.5, dtype=dtype, device=device)
-        h = torch.full((rows, args.ffn_dim), 0.5, dtype=dtype, device=device)
-        used = weights[: 4 if rows <= 1024 else 2]
+    for n_tokens in PRODUCT_TOKENS:
+        x = torch.full((n_tokens, args.dim), 0.5, dtype=dtype, device=device)
+        h = torch.full((n_tokens, args.ffn_dim), 0.5, dtype=dtype, device=device)
+        used = weights[: 4 if n_tokens <= 1024 else 2]
         F.linear(x, used[0][0])
         seconds = stopwatch.measure(functools.partial(_products, x, h, used), device)[1].seconds
-        rates[f"{rows} rows"] = len(used) * 4 * rows * args.dim * args.ffn_dim / seconds
+        rates[f"{n_tokens} tokens"] = len(used) * 4 * n_tokens * args.dim * args.ffn_dim / seconds
     return rates
 
 

@@ -39,6 +39,7 @@ from reports import tables
 
 PARTS = ("dense", "iterative", "one-shot", "one-round", "speed")
 INPUT_LEN, OUTPUT_LEN = 256, 16
+Measured = tuple[dict[str, Any], dict[str, list[float]]]  # cell and metrics of a row
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,6 @@ class Options(shared.DeviceOptions):
                 pruning.check(PRESETS[model], method, self.share, self.rounds)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a row is made of."""
-
-    cell: dict[str, Any]
-    metrics: dict[str, list[float]]
-
-
 def main(options: Options) -> None:
     """Measure the parts, keep their rows, and show the newest rows of all parts."""
     path = options.results_file("pruning")
@@ -82,8 +75,8 @@ def main(options: Options) -> None:
     quality = Quality(options, device)
     for part in options.parts.split(","):
         dtype = half if part == "speed" else torch.float32
-        for one in speed(options, device, half) if part == "speed" else quality.measure(part):
-            rows.record(path, "pruning", one.cell, one.metrics, device, devices.dtype_name(dtype), options.seed)
+        for cell, metrics in speed(options, device, half) if part == "speed" else quality.measure(part):
+            rows.record(path, "pruning", cell, metrics, device, devices.dtype_name(dtype), options.seed)
     found = newest(path)
     from reports import charts
 
@@ -160,7 +153,7 @@ class Quality:
         cell |= {"model": "tiny", "batch_size": options.batch_size, "lr": options.lr}
         size = {"parameters": n_params, "stored_mb": 2 * n_params / devices.MB}
         size["zeros"] = pruning.count_zeros(model)[0]
-        return Measured(cell, rows.by_metric([size | losses]))
+        return cell, rows.by_metric([size | losses])
 
 
 def speed(options: Options, device: torch.device, dtype: torch.dtype) -> Iterator[Measured]:
@@ -187,7 +180,7 @@ def speed(options: Options, device: torch.device, dtype: torch.dtype) -> Iterato
         cell |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "batch_size": 1, "decoding": llama.decoder.name}
         n_params = llama.model.args.n_params()
         size = {"parameters": [n_params], "stored_mb": [n_params * dtype.itemsize / devices.MB]}
-        yield Measured(cell, size | rows.by_metric(runs[gone]))
+        yield cell, size | rows.by_metric(runs[gone])
 
 
 def time_generation(llama: Llama, prompts: list[list[int]]) -> dict[str, float]:

@@ -122,7 +122,7 @@ def test_a_step_counts_neither_loading_nor_warm_up_nor_looking_into_memory(monke
     monkeypatch.setattr(benchmark_finetuning.devices, "resolve", lambda *a: (CUDA, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(benchmark_finetuning, "warm_training", lambda *a: gpu.queue(1000.0, 5000))
-    monkeypatch.setattr(hardware, "product_rate", lambda *a: gpu.queue(300.0, 5000) or {"256 rows": 1e12})
+    monkeypatch.setattr(hardware, "product_rate", lambda *a: gpu.queue(300.0, 5000) or {"256 tokens": 1e12})
     steps = []
 
     def load(self):

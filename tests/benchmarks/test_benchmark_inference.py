@@ -31,7 +31,7 @@ def test_a_cell_counts_neither_loading_nor_warm_up_nor_limits(monkeypatch):
     monkeypatch.setattr(benchmark_inference.devices, "resolve", lambda *a: (CUDA, torch.float16))
     monkeypatch.setattr(workers, "warm_libraries", lambda *a: gpu.queue(1000.0, 5000))
     monkeypatch.setattr(hardware, "read_bandwidth", lambda model: gpu.queue(300.0, 5000) or {"sum": 1e12})
-    monkeypatch.setattr(hardware, "product_rate", lambda model: gpu.queue(300.0, 5000) or {"256 rows": 1e15})
+    monkeypatch.setattr(hardware, "product_rate", lambda model: gpu.queue(300.0, 5000) or {"256 tokens": 1e15})
     calls = []
 
     def generate(n, on_step):
