@@ -209,7 +209,7 @@ def estimates(rows: list[Row]) -> list[Table]:
     columns = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {name: metric(f"{name}_at_peak_mb", ",.0f") for name in memory.CATEGORIES}
     columns |= {f"within {limit:g} GB": lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"}
-    note = "Predicted, not measured: without the CUDA context (about 300 MB) and what kernels allocate inside."
+    note = "Predicted, not measured: without the CUDA context (some hundred MB) and what kernels allocate inside."
     rows = sorted((row for row in rows if row.metrics), key=step_order)
     title = "predicted memory at the peak of a step"
     return [table("estimates", f"{_steps_title(rows)}: {title}", rows, columns, note)] if rows else []
