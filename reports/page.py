@@ -61,7 +61,7 @@ def section(rows: dict[str, list[Row]], experiment: str, make: Sequence[Tables] 
 
 
 def inline(name: str, found: charts.Figure) -> dict[str, str]:
-    """A chart as part of the page: in its colours, with ids of its own, and in words for who cannot see it."""
+    """A chart as part of the page: in its colours, with unique ids, and in words for readers who cannot see it."""
     text = svg(found)
     for colour, ours in COLOURS.items():
         text = text.replace(colour, ours)

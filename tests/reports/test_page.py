@@ -461,7 +461,7 @@ def test_the_committed_page_is_made_of_the_committed_rows():
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DONE = "document.querySelector('#replay-1 [data-cache={}]').dataset.state === 'done'"
-# Tokens as they appear on each side, and when each side was done; looked at after every change of the page.
+# Tokens as they appear on each side, and when each side was done, read after every change of the page.
 WATCH = """
 window.seen = {on: [], off: []}; window.ended = [];
 new MutationObserver(() => {
