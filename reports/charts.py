@@ -24,7 +24,7 @@ from reports.tables import weights_of
 from reports.training_tables import step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
-BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by those of its colour scheme
+BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by its own
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 7, "axes.titlelocation": "left"}
 STYLE |= {"axes.titlecolor": GREY, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 STYLE |= {"axes.grid": True, "grid.color": "#d9d9d9", "grid.linewidth": 0.6, "lines.linewidth": 1.4}

@@ -24,6 +24,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("table-1", "Table 1: memory and runtime of generation", "inference"),
     ("table-2", "Table 2: what each technique does to memory and time", "benchmark_finetuning", (tables.table_2,)),
     ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning", (tables.table_3, tables.step_details)),
+    ("estimates", "Predicted memory of a fine-tuning step", "estimates"),
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
