@@ -52,7 +52,7 @@ of_generation = per_setting("model", "input_len", "output_len", "memory_limit_gb
 @of_generation
 def table_1(rows: list[Row]) -> list[Table]:
     """Peak memory and runtime of generation by batch size, with and without the KV cache: the course's form."""
-    rows = chosen(rows, engine="llama")
+    rows = chosen(_current(rows), engine="llama")
     sizes, formats = sorted({row.cell["batch_size"] for row in rows}), _formats(rows)
     body = []
     for use_cache, weights in itertools.product((True, False), formats):
@@ -72,6 +72,12 @@ def weights_of(row: Row) -> str:
     return row.cell.get("weights") or PLAIN_WEIGHTS[row.data["dtype"]]
 
 
+def _current(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each cell, whether or not it names the format of its weights."""
+    names = ("engine", "batch_size", "use_cache", "decoding")
+    return list({(*(row.cell.get(name) for name in names), weights_of(row)): row for row in rows}.values())
+
+
 def _formats(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(weights_of(row) for row in chosen(rows, engine="llama")))
 
@@ -83,7 +89,8 @@ def _generation_title(rows: Sequence[Row]) -> str:
 @of_generation
 def generation_details(rows: list[Row]) -> list[Table]:
     """Every cell with its spread, relative to the hardware limit and to ours; then the limits themselves."""
-    rows.sort(key=lambda row: (row.cell["batch_size"], row.cell["engine"], not row.cell["use_cache"]))
+    names = ("batch_size", "engine")
+    rows = sorted(_current(rows), key=lambda row: (*map(row.cell.get, names), not row.cell["use_cache"]))
     formats = _formats(rows)
     # Compared with ours in plain weights with the cache, or in the first format where those were not measured.
     cached = sorted(chosen(rows, engine="llama", use_cache=True), key=lambda r: weights_of(r) in ("int8", "int4"))

@@ -5,6 +5,7 @@ Each function is made like those of tables.py, which names the tables of every e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def table_2(rows: list[Row]) -> list[Table]:
         f"An arrow is a change of more than {CHANGED:.0%}, for the time of more than {SLOWER:.0%}. Parameters include "
         "their copies in 16 bits; each kind is at its own highest moment."
     )
-    tables = []
+    rows, tables = _current(rows), []
     for accumulation, title in ((1, "without accumulation"), (2, "with accumulation")):
         base = _step(rows, accumulation=accumulation)
         pairs = {words: (base, _step(rows, name, accumulation=accumulation)) for name, words in TECHNIQUES.items()}
@@ -61,6 +62,16 @@ def table_2(rows: list[Row]) -> list[Table]:
             name, title = f"table-2-{accumulation}", f"{_steps_title(rows)}: {title}"
             tables.append(Table(name, title, ["", *pairs], body, note, [row for row in rows if row in used]))
     return tables
+
+
+def _current(rows: Sequence[Row]) -> list[Row]:
+    """The rows, but for those from before rows said which kernels ran of which there is one that does."""
+    told = [row for row in rows if "kernels" in row.cell]
+    return [row for row in rows if row in told or newest(told, **_configuration(row)) is None]
+
+
+def _configuration(row: Row) -> dict[str, Any]:
+    return {name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)}
 
 
 def _steps_title(rows: Sequence[Row]) -> str:
@@ -122,10 +133,11 @@ def table_3(rows: list[Row]) -> list[Table]:
         ("table-3-half", ", LoRA over a 16-bit base", {"lean": "lean", "checkpointing": "checkpointing"}, over_half),
     ]
     figures = {"peak memory (MB)": metric("peak_memory_mb", ",.0f"), "time per step (s)": metric("step_s", ".2f")}
-    tables = []
+    rows, tables = _current(rows), []
     for name, title, marks, wanted in modes:
         columns = {words: _yes_or_no(mark) for mark, words in marks.items()} | figures
-        own = sorted(chosen(rows, **wanted), key=step_order)
+        by_marks = {tuple(row.cell[mark] for mark in marks): row for row in chosen(rows, **wanted)}
+        own = sorted(by_marks.values(), key=step_order)
         tables += [table(name, _steps_title(rows) + title, own, columns)] if own else []
     return tables
 
@@ -150,10 +162,14 @@ def step_label(row: Row) -> str:
 @of_steps
 def step_details(rows: list[Row]) -> list[Table]:
     """Every cell with its spread, the hardware limit and the predicted peak; then what checkpointing gains."""
-    rows.sort(key=step_order)
+    rows = sorted(_current(rows), key=step_order)
+    labels = Counter(map(step_label, rows))
+
+    def label(row: Row) -> str:
+        return step_label(row) + f", kernels: {row.cell.get('kernels')}" * (labels[step_label(row)] > 1)
 
     def like(row: Row, **changes: Any) -> Row | None:
-        return newest(rows, **{name: row.cell[name] for name in (*TECHNIQUES, *PLAIN)} | changes)
+        return newest(rows, **_configuration(row) | changes)
 
     def plain(row: Row) -> Row | None:
         return like(row, checkpointing=False) if row.cell["checkpointing"] else None
@@ -164,7 +180,7 @@ def step_details(rows: list[Row]) -> list[Table]:
     def recomputed(row: Row) -> Row | None:
         return like(row, checkpointing=True)
 
-    columns = {"configuration": step_label, "time per step (s)": runs("step_s", ".2f")}
+    columns = {"configuration": label, "time per step (s)": runs("step_s", ".2f")}
     columns |= {"time vs. limit": metric("step_over_floor_x", ".2f")}
     columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {"predicted (MB)": metric("expected_peak_memory_mb", ",.0f")}
@@ -180,7 +196,7 @@ def step_details(rows: list[Row]) -> list[Table]:
     tables = [table("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)]
     whole = chosen(rows, checkpointing=False, batch_size=1, accumulation=1, engine="llama")
     paired = [row for row in whole if recomputed(row) is not None]
-    gain = {"mode": lambda row: step_label(row).removeprefix("llama, ")}
+    gain = {"mode": lambda row: label(row).removeprefix("llama, ")}
     gain |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
     gain |= {"all recomputed (MB)": lambda row: figure(recomputed(row), "peak_memory_mb", ",.0f")}
     gain |= {"time per step (s)": metric("step_s", ".2f")}

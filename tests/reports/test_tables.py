@@ -181,3 +181,33 @@ def test_generic_tables_show_every_metric_of_any_experiment():
         ["8", "x", "x"],
     ]
     assert table.title == "E; model <b>; layers [0, 3]; note -"
+
+
+def measured_again(rows: list[Row], metric: str, **more) -> list[Row]:
+    """The same cells, measured again by scripts whose rows say more."""
+    found = [Row("later.jsonl", row.line, copy.deepcopy(row.data)) for row in rows]
+    for row in found:
+        row.cell.update(more)
+        row.metrics[metric]["median"] = 7.77
+    return found
+
+
+def test_a_row_that_says_more_takes_the_place_of_the_one_before():
+    """Older rows neither name the weights of their dtype nor the kernels of their step: no cell is shown twice."""
+    for experiment, metric, more in (
+        ("inference", "runtime_s", {"weights": "bf16"}),
+        ("benchmark_finetuning", "step_s", {"kernels": "none"}),
+    ):
+        older = [row for row in ROWS[experiment] if not more.keys() & row.cell.keys()]
+        later = measured_again(older, metric, **more)
+        for make in tables.TABLES[experiment]:
+            alone, both = make(later), make([*older, *later])
+            assert alone and [table.body for table in both] == [table.body for table in alone]
+
+
+def test_steps_with_different_kernels_are_told_apart():
+    lean = [row for row in ROWS["benchmark_finetuning"] if row.cell["lean"] and not row.cell["half"]]
+    both = measured_again(lean, "step_s", kernels="c") + measured_again(lean, "step_s", kernels="none")
+    details = tables.step_details(both)[0]
+    assert {line[0].rpartition(", ")[2] for line in details.body} == {"kernels: c", "kernels: none"}
+    assert len(details.body) == 2 * len(lean) and len(tables.table_3(both)[0].body) == len(lean)
