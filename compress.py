@@ -74,10 +74,9 @@ def quantize(options: QuantizeOptions) -> None:
 
 
 def tokenizer_file(path: str | None, directory: Path) -> Path:
-    """The tokenizer of a checkpoint. Raises InputError where there is none."""
+    """The tokenizer of a checkpoint. Raises InputError where there is none, or one of a different vocabulary."""
     file = Path(path) if path is not None else find_tokenizer(directory)
-    if not file.is_file():
-        raise InputError(f"--tokenizer_path={file} is not a file")
+    Tokenizer(file).check_vocabulary(checkpoint.read_args(directory).vocab_size)
     return file
 
 

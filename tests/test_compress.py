@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
 
 CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
+FITTING = dataclasses.replace(SMALL, vocab_size=4096)  # the tokenizer's
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -50,7 +52,7 @@ def call(monkeypatch, capsys, script, *arguments: str) -> tuple[int, str, str]:
 def plain(tmp_path_factory) -> Path:
     """A small random checkpoint of 16 bits, with a tokenizer file."""
     path = tmp_path_factory.mktemp("plain") / "model"
-    checkpoint.save(random_model().to(torch.bfloat16), path, tokenizer_path=TINY / "tokenizer.model")
+    checkpoint.save(random_model(FITTING).to(torch.bfloat16), path, tokenizer_path=TINY / "tokenizer.model")
     return path
 
 
@@ -172,7 +174,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def places(plain, tmp_path_factory) -> dict[str, Path]:
     """Directories that are refused."""
-    work, damaged = tmp_path_factory.mktemp("refused"), random_model()
+    work, damaged = tmp_path_factory.mktemp("refused"), random_model(FITTING)
     damaged.layers[1].attention.wo.weight.data[3, 3] = torch.inf
     checkpoint.save(damaged, work / "damaged", tokenizer_path=TINY / "tokenizer.model")
     return {"plain": plain, "damaged": work / "damaged", "quantized": quantized(plain, work / "q", CONFIGS["int8"])}
@@ -262,7 +264,7 @@ def test_adapters_of_a_quantized_base_are_counted_removed_and_not_merged(plain, 
     before = copy.deepcopy(model.state_dict())
     lora.apply(model, LoRAConfig())
     trained, whole = lora.trainable_share(model)
-    assert whole - trained == SMALL.n_params()
+    assert whole - trained == FITTING.n_params()
     with pytest.raises(InputError, match="cannot be merged into quantized weights"):
         lora.merge(model)
     lora.remove(model)
@@ -449,3 +451,14 @@ def test_changed_fields_of_params_load_or_end_in_one_line(plain, tmp_path, name)
             except InputError as error:
                 assert "\n" not in str(error)
     assert quantization.Quantization.from_params(good["quantization"]) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("command", ["quantize --bits=8", "prune --share=0.5 --method=magnitude"])
+def test_a_tokenizer_of_a_different_vocabulary_is_refused_before_the_weights_are_read(
+    tmp_path, monkeypatch, capsys, command
+):
+    checkpoint.save(random_model(), tmp_path / "small", tokenizer_path=TINY / "tokenizer.model")
+    monkeypatch.setattr("llama.checkpoint.load", lambda *_args, **_named: pytest.fail("read the weights"))
+    flags = [*command.split(), f"--ckpt_dir={tmp_path / 'small'}", f"--out_dir={tmp_path / 'out'}"]
+    code, _, err = call(monkeypatch, capsys, compress, *flags)
+    assert code == 2 and "the tokenizer has 4096 words, the model 512" in err
