@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama.device import MB, peak_memory_bytes, reset_peak_memory, synchronize
+from llama.device import MB, memory_bytes, peak_memory_bytes, reset_peak_memory, synchronize
 
 Result = TypeVar("Result")
 
@@ -42,9 +42,7 @@ def measure(work: Callable[[], Result], device: torch.device) -> tuple[Result, M
 
 def memory_baseline(device: torch.device) -> int:
     """What the process holds now, and what its peaks are to be counted from; nothing on a GPU, where peaks are ours."""
-    if device.type == "cuda" or not reset_peak_memory(device):
-        return 0
-    return peak_memory_bytes(device)
+    return 0 if device.type == "cuda" else memory_bytes(device)
 
 
 def measure_generation(

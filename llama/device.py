@@ -6,11 +6,13 @@ import ctypes
 import platform
 from pathlib import Path
 
+import psutil
 import torch
 
 from llama.errors import EnvironmentFailure, InputError
 
 MB = 1e6
+PROCESS = Path("/proc/self")  # Linux's facts about this process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +32,7 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFailure("no CUDA device is available; use --device=cpu, or install a CUDA build of torch")
+        raise EnvironmentFailure("no CUDA device is available; use device=cpu, or install a CUDA build of torch")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise EnvironmentFailure(
             f"{resolved} does not exist; this machine has {torch.cuda.device_count()} CUDA devices"
@@ -125,24 +127,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def memory_bytes(device: torch.device) -> int:
+    """What is allocated on a GPU now; on a CPU, what of this process is resident."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
 def reset_peak_memory(device: torch.device) -> bool:
-    """Start a new peak at the current use. False where that is not possible."""
+    """Start a new peak at the current use. False where that is not possible: of a process, Linux alone does it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the resident high-water mark to the current size
+        (PROCESS / "clear_refs").write_text("5")  # sets the resident high-water mark to the current size
     except OSError:
         return False
     return True
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The highest memory use since the last reset."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The highest memory use since the last reset, or ever where there was none. None: not measurable here."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024  # "... kB", which means KiB here
+    try:
+        status = dict(line.split(":", 1) for line in (PROCESS / "status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024  # "... kB", which means KiB here
+    except (OSError, KeyError):
+        return None
 
 
 def device_name(device: torch.device) -> str:

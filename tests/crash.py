@@ -11,6 +11,7 @@ what went wrong. Each trial is a fork of this process, which has imported everyt
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 import finetuning
 from llama import checkpoint, cli, lora
-from llama.training import memory, snapshot
+from llama.training import memory, snapshot, verdict
+from llama.training.options import TrainingOptions
 
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * n} for n, word in enumerate(("ox", "fox", "red", "to", "a"), 1)
@@ -40,27 +42,27 @@ FLAGS = {
 }  # fmt: skip
 
 
-def options_in(work: Path) -> finetuning.Options:
+def options_in(work: Path) -> TrainingOptions:
     """A random model, its tokenizer and records in `work`, and the settings of a run over them."""
     if not (work / "base").exists():
         args = type(SMALL)(**{**vars(SMALL), "vocab_size": 4096, "dim": 32, "n_layers": 4})
         checkpoint.save(random_model(args), work / "base", "meta", TINY / "tokenizer.model")
         (work / "data.json").write_text(json.dumps(RECORDS))
-    return finetuning.resolve({**FLAGS, "ckpt_dir": str(work / "base"), "data": str(work / "data.json")})
+    return TrainingOptions.resolve({**FLAGS, "ckpt_dir": str(work / "base"), "data": str(work / "data.json")})
 
 
 def make_quick() -> None:
     """What is not about files takes no time: short answers, no picture, no estimate of memory."""
-    finetuning.ANSWER_LEN, finetuning.INSTRUCTIONS = 2, ("Say fox.",)
-    finetuning.plot = lambda *_: None
+    verdict.ANSWER_LEN, finetuning.INSTRUCTIONS = 2, ("Say fox.",)
+    finetuning.save_chart = lambda *_: None
     footprint = memory.Footprint({"weights": 1}, {"weights": 1})
-    finetuning.memory.estimate = lambda *_: footprint
+    memory.estimate = lambda *_, **__: footprint
     tqdm.monitor_interval = 0  # no thread: it would not survive the fork
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one killed while holding it stops the rest
 
 
 def attempt(
-    options: finetuning.Options,
+    options: TrainingOptions,
     root: Path,
     output: Path,
     fault: tuple[int, int, int] | None,
@@ -98,7 +100,7 @@ def attempt(
         library = ctypes.CDLL(None)  # the preloaded one
         if fault is not None:
             library.fault_arm(str(root).encode(), *fault)
-        finetuning.train(options, root, resume)
+        finetuning.main(dataclasses.replace(options, out_dir=str(root), resume=resume))
         if fault is not None:
             os.write(1, f"\noperations {library.fault_count()}\n".encode())
         code = 0
@@ -120,6 +122,7 @@ def digest(root: Path) -> str:
     adapter = safetensors.torch.load_file(root / "adapter" / lora.WEIGHTS)
     content += [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(adapter.items())]
     state = snapshot.load(last).state
+    del state["figures"]
     return hashlib.sha256(b"".join([*content, json.dumps(state, sort_keys=True).encode()])).hexdigest()
 
 
@@ -127,7 +130,7 @@ def saved_steps(output: Path) -> list[str]:
     return [line.split()[1] for line in output.read_text(errors="replace").splitlines() if line.startswith("saved ")]
 
 
-def trial(options: finetuning.Options, work: Path, wanted: str, fault: tuple[int, int, int]) -> str | None:
+def trial(options: TrainingOptions, work: Path, wanted: str, fault: tuple[int, int, int]) -> str | None:
     """One fault, then a resumed run. What went wrong, if anything."""
     root, output = work / "run", work / "output"
     shutil.rmtree(root, ignore_errors=True)
@@ -149,7 +152,7 @@ def trial(options: finetuning.Options, work: Path, wanted: str, fault: tuple[int
     return None if digest(root) == wanted else "the resumed run has other bytes"
 
 
-def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int, number: int) -> dict:
+def kill_often(options: TrainingOptions, work: Path, wanted: str, n: int, number: int) -> dict:
     """Kill a run at random moments, resume it, kill it again, to its end; as often as it takes for `n` kills."""
     killed = {-number, 128 + number}  # by the signal itself, or after saving
     rng, kills, runs, failures = random.Random(0), 0, 0, {}
@@ -167,7 +170,7 @@ def kill_often(options: finetuning.Options, work: Path, wanted: str, n: int, num
     return {"kills": kills, "runs": runs, "failures": failures}
 
 
-def try_faults(options: finetuning.Options, work: Path, error: int, lasting: int, every: int) -> dict:
+def try_faults(options: TrainingOptions, work: Path, error: int, lasting: int, every: int) -> dict:
     """Let one operation after another fail."""
     code = attempt(options, work / "run", work / "output", (0, 0, 0))
     text = (work / "output").read_text()
@@ -187,7 +190,9 @@ def main(mode: str, directory: str, *numbers: str) -> None:
     make_quick()
     work = Path(directory)
     options = options_in(work)
-    finetuning.train(options, work / "warm up", resume=False)  # what PyTorch imports late is there for all forks
+    finetuning.main(
+        dataclasses.replace(options, out_dir=str(work / "warm up"))
+    )  # what PyTorch imports late is there for all forks
     numbers = list(map(int, numbers))
     if mode == "faults":
         found = try_faults(options, work, *numbers)

@@ -26,20 +26,24 @@ from transformers import LlamaForCausalLM
 import finetuning
 import inference
 from data import alpaca
-from llama import checkpoint, cli, lora
+from llama import checkpoint, cli, files, lora
+from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
 from llama.tokenizer import Tokenizer
 from llama.training import batch as batches
+from llama.training import run as running
 from llama.training import snapshot
-from llama.training.step import Evaluation
+from llama.training import verdict as verdicts
+from llama.training.options import Settings, TrainingOptions
+from llama.training.step import Evaluation, Trainer
 
 
 @contextlib.contextmanager
 def short_answers():
     """What is tested is the run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "ANSWER_LEN", 3)
+        patch.setattr(verdicts, "ANSWER_LEN", 3)
         patch.setattr(finetuning, "INSTRUCTIONS", ("Say fox.",))
         yield
 
@@ -70,28 +74,38 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return exit_.value.code, *capsys.readouterr()
 
 
-def run_to(base: Path, root: Path, step: int | None = None, resume: bool = False, **changes) -> finetuning.Run:
+class StopAfter(running.StopSignal):
+    """As if a signal came after `step` steps; None: never."""
+
+    def __init__(self, run: running.Run, step: int | None) -> None:
+        super().__init__()
+        self.run, self.step, self.received = run, step, signal.SIGTERM
+
+    def __call__(self) -> bool:
+        return self.step is not None and self.run.trainer.progress.windows >= self.step
+
+
+def options_of(base: Path, root: Path, **changes) -> TrainingOptions:
+    places = {"ckpt_dir": str(base / "base"), "data": str(base / "data.json"), "out_dir": str(root)}
+    return TrainingOptions.resolve({**crash.FLAGS, **places, **changes})
+
+
+def prepared(options: TrainingOptions) -> running.Run:
+    files = finetuning.directory_of(options.ckpt_dir), finetuning.tokenizer_file(options)
+    return running.Run(options, *files, *finetuning.read_data(options))
+
+
+def run_to(base: Path, root: Path, step: int | None = None, resume: bool = False, **changes) -> running.Run:
     """A run in this process, stopped after `step` steps as by a signal; None: to its end."""
-    options = finetuning.resolve(
-        {**crash.FLAGS, "ckpt_dir": str(base / "base"), "data": str(base / "data.json"), **changes}
-    )
+    run = prepared(options_of(base, root, **changes))
     with snapshot.lock(root):
-        run = finetuning.Run(options, root)
         run.restore() if resume else run.begin()
-        stop = finetuning.StopSignal()
-        if step is not None:
-            update = run._check_movement
-
-            def count(report):
-                update(report)
-                stop.received = signal.SIGTERM if run.trainer.progress.windows >= step else None
-
-            run._check_movement = count
-        try:
-            run.loop(stop)
-            run.finish()
-        except Stopped:
-            pass
+        stop = StopAfter(run, step)
+        with contextlib.suppress(Stopped):
+            finetuning.train(run, stop)
+            if run.trainer.progress.windows < run.total:
+                run.save_and_stop(stop)
+            finetuning.keep_figures(run, run.finish())
     return run
 
 
@@ -108,6 +122,7 @@ def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
     assert [row["step"] for row in rows if "held_out_loss" in row] == [3]
     measured = json.loads(results.read_text())
+    assert measured["cell"]["kernels"] == "none" and measured["cell"]["preset"] == "course"
     assert measured["cell"]["kernels"] == "none"  # plain training has none
     assert measured["series"]["loss_nats"] == [[row["step"], row["loss"]] for row in rows if "loss" in row]
     assert [step for step, _ in measured["series"]["held_out_loss_nats"]] == [0, 3, 6]
@@ -204,15 +219,16 @@ def verdict(before: float, after: float, copied: float = 9.0, **options) -> str:
         noise = [0.01 * math.sin(i) for i in range(30)]
         return Evaluation([10 * (loss + x) for x in noise], [10] * 30, [10 * copy_loss] * 30)
 
-    return " ".join(finetuning.verdict(finetuning.resolve(options), 4096, made(before, 9.0), made(after, copied), 0.5))
+    given = TrainingOptions.resolve(options)
+    return " ".join(verdicts.verdict(given, 4096, made(before, 9.0), made(after, copied), 0.5))
 
 
 def test_verdicts_are_plain():
     assert "It learned." in verdict(3.0, 2.5) and "ALARM" not in verdict(3.0, 2.5)
     assert "It got worse" in verdict(2.5, 3.0)
     hardly = verdict(3.0, 2.9999)
-    assert "It learned nothing that shows." in hardly and "--preset=learn" in hardly
-    assert "--preset=learn" not in verdict(3.0, 3.0, preset="learn")
+    assert "It learned nothing that shows." in hardly and "The preset learn" in hardly
+    assert "The preset learn" not in verdict(3.0, 3.0, preset="learn")
     assert "ALARM: the loss started at 9.00, above ln(vocabulary) = 8.32" in verdict(9.0, 2.0)
     assert "ALARM: the model is better at repeating" in verdict(3.0, 2.5, copied=1.0)
 
@@ -265,6 +281,68 @@ def test_resuming_after_every_step_gives_the_same_bytes(base, reference, tmp_pat
     assert crash.digest(tmp_path / "run") == reference
 
 
+def test_the_figures_of_a_resumed_run_are_those_of_all_its_steps(base, tmp_path):
+    """Time, tokens and peak memory; the row that is published counts every step."""
+    results = tmp_path / "rows.jsonl"
+    run_to(base, tmp_path / "run", 3)
+    before = snapshot.latest(tmp_path / "run" / "snapshots")[1].state["figures"]
+    run = run_to(base, tmp_path / "run", resume=True, results=str(results))
+    assert run.figures.step_seconds[:3] == before["step_seconds"] and len(run.figures.step_seconds) == 4
+    assert run.figures.peak_bytes >= before["peak_bytes"]
+    assert json.loads(results.read_text())["metrics"]["step_s"]["n"] == 4
+    n_tokens = sum(len(sample.tokens) for sequence in run.data.sequences for sample in sequence)
+    assert run.figures.tokens == 2 * n_tokens  # two epochs
+    run_to(base, tmp_path / "run", resume=True, results=str(results))  # of a run that has ended: no second row
+    assert len(results.read_text().splitlines()) == 1
+
+
+def test_a_run_of_a_version_without_figures_resumes_to_the_same_bytes(base, reference, tmp_path, capsys):
+    root, results = tmp_path / "run", tmp_path / "rows.jsonl"
+    run_to(base, root, 2)
+    for path in snapshot.listed(root / "snapshots"):
+        state = json.loads((path / "state.json").read_text())
+        del state["figures"]
+        (path / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        size, digest = (path / "state.json").stat().st_size, files.sha256(path / "state.json")
+        manifest["files"]["state.json"] |= {"bytes": size, "sha256": digest}
+        (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    run_to(base, root, resume=True, results=str(results))
+    assert crash.digest(root) == reference and not results.exists()
+    assert "Time and memory of the first 2 steps are not known" in capsys.readouterr().out
+
+
+def test_tokens_per_second_do_not_count_padding(base, tmp_path):
+    tokens = {run_to(base, tmp_path / f"{n}", epochs=1, batch_size=n).figures.tokens for n in (1, 2, 4)}
+    assert len(tokens) == 1
+
+
+@pytest.mark.parametrize("missing", ["clear_refs", "status", ""])
+def test_a_system_that_does_not_tell_the_peak_is_no_reason_to_end(base, tmp_path, monkeypatch, capsys, missing):
+    """Without Linux's /proc, or where the peak cannot be reset: no figure, rather than that of the whole process."""
+    (tmp_path / "proc").mkdir()
+    if missing:
+        (tmp_path / "proc" / "status").write_text("" if missing == "status" else "VmHWM: 99 kB")
+    if missing == "clear_refs":
+        (tmp_path / "proc" / "clear_refs").mkdir()  # cannot be written
+    monkeypatch.setattr(devices, "PROCESS", tmp_path / "proc" if missing else tmp_path / "none")
+    code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", results=tmp_path / "rows.jsonl"))
+    assert code == 0, err
+    assert "Peak memory of a step is not measurable here;" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_mb"] is None
+    assert "peak_memory_mb" not in json.loads((tmp_path / "rows.jsonl").read_text())["metrics"]
+
+
+def test_moved_data_and_a_moved_base_resume(base, reference, tmp_path):
+    """What a run was started with is known by its content."""
+    run_to(base, tmp_path / "run", 2)
+    shutil.copytree(base, tmp_path / "moved")
+    typed = {"resume": True, "out_dir": str(tmp_path / "run"), "ckpt_dir": str(tmp_path / "moved" / "base")}
+    options = TrainingOptions.resolve({**typed, "data": str(tmp_path / "moved" / "data.json")})
+    finetuning.main(options)
+    assert crash.digest(tmp_path / "run") == reference
+
+
 def test_a_longer_log_is_cut_back_and_a_shorter_one_refused(base, reference, tmp_path):
     root = tmp_path / "run"
     run_to(base, root, 2)
@@ -298,7 +376,9 @@ def test_a_signal_saves_and_the_run_goes_on_later(base, tmp_path, number):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err
     line = err.strip().splitlines()[-1]
-    assert re.search(rf"stopped by {number.name} after step (\d+) of 120, saved in .*; --resume goes on", line)
+    assert re.search(
+        rf"stopped by {number.name} after step (\d+) of 120, saved in .*; --resume=True continues it", line
+    )
     step = int(re.search(r"after step (\d+)", line)[1])
     assert snapshot.latest(root / "snapshots")[0].name == f"step-{step:08d}" and step >= 3
     rows = [json.loads(row) for row in log.read_text().splitlines()]
@@ -309,7 +389,7 @@ def test_a_second_signal_ends_it_at_once():
     # A shell starts what it runs in the background with SIGINT ignored, these tests too.
     outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        stop = finetuning.StopSignal()
+        stop = running.StopSignal()
         with stop.caught():
             os.kill(os.getpid(), signal.SIGINT)
             assert stop() and stop.received == signal.SIGINT
@@ -354,7 +434,7 @@ def test_other_data_or_another_base_is_refused(base, stopped, tmp_path, monkeypa
         changed = {**about, "options": {**about["options"], name: str(tmp_path / path)}}
         (tmp_path / "run" / "settings.json").write_text(json.dumps(changed))
         code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'run'}")
-        assert code == 2 and f"--{name} is not what the run was started with" in err
+        assert code == 2 and f"{name} is not what the run was started with" in err
 
 
 def test_a_snapshot_that_lacks_anything_is_not_resumed(base, stopped, tmp_path, monkeypatch, capsys):
@@ -434,8 +514,8 @@ BAD = {
     "alpha": ("-1", "alpha"),
     "dropout": ("1", "dropout"),
     "targets": ("wq,q_proj", "targets: 'wq,q_proj'"),
-    "optimizer": ("lion", "optimizer: 'lion' is unknown"),
-    "amp": ("int8", "amp: 'int8' is unknown"),
+    "optimizer": ("lion", "--optimizer=lion: expected one of sgd, adamw"),
+    "amp": ("int8", "--amp=int8: expected one of none, fp16, bf16"),
     "checkpointing": ("every:0", "checkpointing: 'every:0'"),
     "dtype": ("int8", "dtype 'int8' is unknown"),
     "epochs": ("0", "--epochs=0: expected at least 1"),
@@ -447,11 +527,11 @@ BAD = {
     "data": ("absent.json", "cannot read absent.json"),
     "ckpt_dir": ("absent", "absent"),
     "tokenizer_path": ("README.md", "README.md"),
-    "clip_norm": ("0", "clip_norm"),
-    "schedule": ("wave", "schedule: 'wave'"),
+    "clip_norm": ("0", "--clip_norm=0.0: expected more than 0"),
+    "schedule": ("wave", "--schedule=wave: expected one of"),
     "device": ("tpu", "device 'tpu' is unknown"),
-    "loss_normalization": ("sum", "loss_normalization"),
-    "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0: expected more than 0, and no --checkpointing"),
+    "loss_normalization": ("sum", "--loss_normalization=sum: expected one of"),
+    "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0 chooses the layers; leave out checkpointing"),
 }
 
 
@@ -466,7 +546,7 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(base, tmp_path, mon
 def test_a_directory_in_use_is_not_overwritten(base, stopped, tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
     code, _, err = call(monkeypatch, capsys, *flags(base, stopped))
-    assert code == 2 and "--resume goes on" in err
+    assert code == 2 and "--resume=True continues the run" in err
     assert {p: p.stat().st_mtime_ns for p in stopped.rglob("*")} == before
     code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'none'}")
     assert code == 2 and "holds no run to resume" in err and not (tmp_path / "none").exists()
@@ -493,7 +573,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tmp_path, 
     args = type(checkpoint.read_args(base / "base"))(**{**vars(checkpoint.read_args(base / "base")), "vocab_size": 512})
     checkpoint.save(random_model(args), tmp_path / "small", "meta", TINY / "tokenizer.model")
     code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", ckpt_dir=tmp_path / "small"))
-    assert code == 2 and "do not belong together" in err
+    assert code == 2 and "the tokenizer has 4096 words, the model 512" in err
 
 
 # Faults
@@ -570,8 +650,8 @@ def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     samples, _, _ = alpaca.encode(tokenizer, alpaca.read(ROOT / "data" / "alpaca_200.json")[:24], 256)
     rows = [[sample] for sample in samples]
-    settings = finetuning.Settings(optimizer="adamw", lr=1e-2, weight_decay=0.01, clip_norm=1.0)
-    trainer = finetuning.Trainer(model, settings, 20)
+    settings = Settings(optimizer="adamw", lr=1e-2, weight_decay=0.01, clip_norm=1.0)
+    trainer = Trainer(model, settings, 20)
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
     losses = []
     for step in range(20):

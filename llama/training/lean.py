@@ -1,13 +1,13 @@
 """Training with the same numbers in far less memory: what backward needs is computed again, gradients are not kept.
 
-    sgd = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
+    optimizer = make_lean(model)      # after lora.apply; Trainer does it for Settings(lean=True)
 
     LeanRMSNorm      keeps its input and one number for each position; the plain one keeps four tensors of that size
     LeanAttention    rotates in one operation that keeps nothing; on AMX, gradients by kernels/cpu/attention_backward.c
     LeanFeedForward  keeps gate and up, two of the four tensors of the hidden size
     LeanLinear       under autocast, the 16-bit copy of a weight lives as long as one product, not the whole step
     LeanLoRALinear   the same under an adapter, and of dropout one byte an element instead of two fp32 tensors
-    InBackward       where the weights themselves are trained: SGD as soon as a gradient is known, so that none is kept
+    SGDInBackward    where the weights themselves are trained: SGD as soon as a gradient is known, so that none is kept
 
 The logits are lean in lean_loss.py, the arithmetic in kernels/cpu/train_ops.py. With SGD inside the backward pass a
 weight has one chance to move: no accumulation, no clipping, no momentum, no loss scale. The results are those of the
@@ -17,12 +17,15 @@ compare the two part by part.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from llama.errors import InputError
 from llama.frozen import FrozenLinear, compute_dtype
 from llama.kernels.cpu import attention_backward, train_ops
 from llama.lora import LoRALinear
@@ -54,21 +57,27 @@ class Workspace:
         return buffer[: weight.numel()].view(weight.shape)
 
 
-class InBackward:
-    """Plain SGD that happens inside the backward pass, at the learning rate that is set before each step.
+class SGDInBackward(torch.optim.Optimizer):
+    """Plain SGD that happens inside the backward pass, at the learning rate that the group of weights has by then.
 
-    `is_finite` tells after a step whether the gradient was: what is not finite in one layer reaches all below it, and
-    the embedding last. The weights have moved by then.
+    `step` finds nothing left to do. `is_finite` tells, until `zero_grad`, whether the gradient was: what is not finite
+    in one layer reaches all below it, and the embedding last. The weights have moved by then.
     """
 
-    def __init__(self, device: torch.device, workspace: Workspace) -> None:
-        self.lr = 0.0
+    def __init__(self, weights: Iterable[nn.Parameter], workspace: Workspace) -> None:
+        super().__init__(weights, {"lr": 0.0})
         self.workspace = workspace
-        self._sum = torch.zeros((), device=device)
+        self._sum = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
-    def start(self, lr: float) -> None:
-        """Before each step."""
-        self.lr = lr
+    @property
+    def lr(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    def step(self, closure: None = None) -> None:
+        """Every weight has moved already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Get ready for the next step; no weight has a gradient."""
         self._sum.zero_()
 
     def move(self, weight: Tensor, gradient: Tensor) -> None:
@@ -97,7 +106,7 @@ class _RMSNorm(Function):
     """y = w x / rms(x), keeping x and one number for each position."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, sgd: InBackward | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, sgd: SGDInBackward | None) -> Tensor:
         y, inverse = train_ops.rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, inverse)
         ctx.weight, ctx.sgd = weight, sgd
@@ -116,7 +125,7 @@ class _RMSNorm(Function):
 class LeanRMSNorm(RMSNorm):
     """RMSNorm that keeps its input and one number for each position, and returns what the next product takes."""
 
-    def __init__(self, norm: RMSNorm, sgd: InBackward | None) -> None:
+    def __init__(self, norm: RMSNorm, sgd: SGDInBackward | None) -> None:
         nn.Module.__init__(self)
         self.eps, self.weight, self.sgd = norm.eps, norm.weight, sgd
 
@@ -128,7 +137,7 @@ class _Linear(Function):
     """y = x w^T in the dtype of x, without keeping the weight's copy in that dtype."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, sgd: InBackward | None, workspace: Workspace) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, sgd: SGDInBackward | None, workspace: Workspace) -> Tensor:
         # Not save_for_backward, which refuses a weight that has moved since: here it moves in its own backward.
         ctx.weight, ctx.sgd, ctx.workspace = weight, sgd, workspace
         ctx.save_for_backward(x if weight.requires_grad else None)
@@ -147,7 +156,7 @@ class _Linear(Function):
 class LeanLinear(nn.Linear):
     """A linear layer whose 16-bit copy of the weight lives as long as one product."""
 
-    def __init__(self, linear: nn.Linear, sgd: InBackward | None, workspace: Workspace) -> None:
+    def __init__(self, linear: nn.Linear, sgd: SGDInBackward | None, workspace: Workspace) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias, self.sgd, self.workspace = linear.weight, None, sgd, workspace
@@ -278,18 +287,32 @@ class _SwiGLU(Function):
         return train_ops.swiglu_backward(d, *(kept.clone() for kept in ctx.saved_tensors))
 
 
+# The feed-forward, and which node of the graph keeps what for its backward pass:
+#
+#     x --- w1 ---> gate --+
+#      \                   silu(gate) * up = product --- w2 ---> y
+#       +-- w3 ---> up ----+
+#
+#     _GatedUp, from x to product: keeps gate and up, and x where the weights are trained
+#     _Down, from product to y:    keeps nothing; in its backward pass, which comes first, it makes product again from
+#                                  the gate and up of _GatedUp, whose own backward pass then overwrites them
+#
+# Two nodes and not one, because a checkpointed block is recomputed up to the last tensor that is kept of it: what comes
+# after that, the product with w2, a quarter of a block's FLOPs, is not.
+
+
 class _GatedUp(Function):
-    """silu(x w1^T) * (x w3^T), keeping the two products; x only where the weights are trained."""
+    """silu(x w1^T) * (x w3^T)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w3: Tensor, sgd: InBackward | None, workspace: Workspace) -> Tensor:
+    def forward(ctx, x: Tensor, w1: Tensor, w3: Tensor, sgd: SGDInBackward | None, workspace: Workspace) -> Tensor:
         ctx.weights, ctx.sgd, ctx.workspace, ctx.unpacked = (w1, w3), sgd, workspace, None
         gate, up = (F.linear(x, workspace.narrow(weight, x.dtype)) for weight in ctx.weights)
         ctx.save_for_backward(gate, up, None if sgd is None else x)
         return train_ops.swiglu(gate, up)
 
     def unpack(ctx) -> tuple[Tensor | None, ...]:
-        """What was kept; recomputation allows to ask autograd for it once."""
+        """gate, up, x. Of a checkpointed block autograd hands out what was kept only once, and two nodes want it."""
         ctx.unpacked = ctx.unpacked or ctx.saved_tensors
         return ctx.unpacked
 
@@ -309,14 +332,10 @@ class _GatedUp(Function):
 
 
 class _Down(Function):
-    """y = product w^T after _GatedUp, whose product is not kept but made again from what that keeps.
-
-    Two functions and not one: a checkpointed block is recomputed up to the last tensor that is kept of it, and the
-    product with w2, a quarter of a block's FLOPs, comes after that.
-    """
+    """y = product w2^T, where the weights are trained: w2 moves by dy^T product."""
 
     @staticmethod
-    def forward(ctx, product: Tensor, weight: Tensor, sgd: InBackward, workspace: Workspace) -> Tensor:
+    def forward(ctx, product: Tensor, weight: Tensor, sgd: SGDInBackward, workspace: Workspace) -> Tensor:
         ctx.gated, ctx.weight, ctx.sgd, ctx.workspace = product.grad_fn, weight, sgd, workspace
         return F.linear(product, workspace.narrow(weight, product.dtype))
 
@@ -332,7 +351,7 @@ class _Down(Function):
 class LeanFeedForward(FeedForward):
     """SwiGLU that keeps two tensors of the hidden size."""
 
-    def __init__(self, feed_forward: FeedForward, sgd: InBackward | None, workspace: Workspace) -> None:
+    def __init__(self, feed_forward: FeedForward, sgd: SGDInBackward | None, workspace: Workspace) -> None:
         nn.Module.__init__(self)
         self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
         self.sgd, self.workspace = sgd, workspace
@@ -351,7 +370,7 @@ class _Lookup(Function):
     """Rows of a table, which the backward pass moves; it makes no gradient of the table."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, weight: Tensor, sgd: InBackward) -> Tensor:
+    def forward(ctx, tokens: Tensor, weight: Tensor, sgd: SGDInBackward) -> Tensor:
         ctx.weight, ctx.sgd = weight, sgd
         ctx.save_for_backward(tokens)
         return F.embedding(tokens, weight)
@@ -367,7 +386,7 @@ class _Lookup(Function):
 class LeanEmbedding(TokenEmbedding):
     """The table of token vectors, of which a step moves the rows that were looked up."""
 
-    def __init__(self, embedding: TokenEmbedding, sgd: InBackward) -> None:
+    def __init__(self, embedding: TokenEmbedding, sgd: SGDInBackward) -> None:
         super().__init__(*embedding.weight.shape, _weight=embedding.weight)
         self.weight, self.sgd = embedding.weight, sgd  # the parameter itself
 
@@ -375,14 +394,19 @@ class LeanEmbedding(TokenEmbedding):
         return _Lookup.apply(tokens, self.weight, self.sgd)
 
 
-def make_lean(model: Transformer) -> InBackward | None:
+def make_lean(model: Transformer) -> SGDInBackward | None:
     """Swap the lean parts in. Where the weights themselves are trained, return the SGD that moves them.
 
-    With adapters there is none: their gradients are small, and any optimizer may use them.
+    With adapters there is none: their gradients are small, and any optimizer may use them. Raises InputError where some
+    weights are trained and some are not.
     """
-    embedding = model.tok_embeddings.weight
+    weights = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
+    trained = [weight for weight in weights.values() if weight.requires_grad]
     workspace = Workspace()
-    sgd = InBackward(embedding.device, workspace) if embedding.requires_grad else None
+    sgd = SGDInBackward(trained, workspace) if trained else None
+    if 0 < len(trained) < len(weights):
+        frozen = next(name for name, weight in weights.items() if not weight.requires_grad)
+        raise InputError(f"lean=True trains all weights or adapters alone, but {frozen} is frozen and others are not")
     parts = [
         (RMSNorm, lambda norm: LeanRMSNorm(norm, sgd)),
         (nn.Linear, lambda linear: LeanLinear(linear, sgd, workspace)),

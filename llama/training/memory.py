@@ -1,4 +1,4 @@
-"""Where the memory of a training step goes: by category, measured or foreseen, and what recomputation can save.
+"""Where the memory of a training step goes: by category, measured or estimated, and what recomputation can save.
 
     with Tracker(model) as tracker:            # real tensors, or fake ones that hold nothing
         ...one step...
@@ -18,14 +18,17 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama import device as devices
 from llama import lora, quantization
 from llama.config import ModelArgs
 from llama.errors import InputError
@@ -33,7 +36,8 @@ from llama.lora import LoRAConfig
 from llama.model import Transformer
 from llama.quantization import Quantization
 from llama.training.batch import Batch
-from llama.training.step import Settings, Trainer, checkpoint_layers
+from llama.training.options import Settings
+from llama.training.step import Trainer, checkpoint_layers
 
 # In the order in which one storage that is several things is counted.
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
@@ -59,14 +63,23 @@ class Footprint:
 class Tracker(TorchDispatchMode):
     """Follows every storage that is made or freed inside the block, with what it was used for.
 
-    marks_blocks: remember the moments at which each block of the network begins and ends, for `moments`.
+    Of h = x @ w; y = h.relu(); y.sum().backward(), with 8 bytes in w and 4 in each other tensor, it keeps
+
+        storage    0     1    2    3     4    5     6      the number in which `_keys` turns a live storage's address
+        of         w     x    h    y    sum  dy    dw
+        events    +8    +4   +4   +4    ...             in order of time: bytes made, and -bytes where freed
+        category   0     4    4    4     5    5     2      of CATEGORIES, the first of all that the storage was used as
+
+    `footprint` plays the events and counts each storage, from its beginning, as what it became: x was temporary when
+    it was made, and an activation when autograd kept it. marks_blocks: remember the moments at which each block of the
+    network begins and ends, for `moments`.
     """
 
     def __init__(self, model: Transformer, marks_blocks: bool = False) -> None:
         super().__init__()
         self._model, self._marks_blocks = model, marks_blocks
-        self._events: list[tuple[int, int]] = []  # storage, + bytes where made, - bytes where freed
-        self._keys: dict[int, int] = {}  # live storages by address: number of the storage
+        self._events: list[tuple[int, int]] = []  # number of the storage, + bytes where made, - bytes where freed
+        self._keys: dict[int, int] = {}  # the number of each live storage by its address
         self._category: list[str] = []
         self._marks: list[tuple[Any, int]] = []
         self._sums: dict[int, int] = {}  # sums of two gradients: number of the storage, and that of the first addend
@@ -197,7 +210,7 @@ class Tracker(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a training step: rows and tokens of a batch, how many of the tokens are labels, batches in a step."""
+    """Of a training step: sequences of a batch, tokens of each, labels of the batch, and batches in the step."""
 
     batch_size: int
     tokens: int
@@ -212,6 +225,20 @@ class Shape:
         return [Batch(ids, None, where, torch.zeros_like(where)) for _ in range(self.accumulation)]
 
 
+class _RepeatedHeads(TorchFunctionMode):
+    """Attention of a CUDA device on tensors of the CPU: without flash attention, `attend` repeats K and V there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is scaled_dot_product_attention and kwargs.get("enable_gqa"):
+            q, k, v, mask = args
+            has_flash = torch.cuda.is_available() and devices.computes_bf16(torch.device("cuda"))
+            if not (has_flash and q.dtype.itemsize == 2):
+                k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+                args, kwargs["enable_gqa"] = (q, k, v, mask), False
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def fake_trainer(
     args: ModelArgs,
@@ -220,14 +247,18 @@ def fake_trainer(
     settings: Settings,
     layers: Sequence[int] = (),
     quantized: Quantization | None = None,
+    device_type: str = "cpu",
 ) -> Iterator[Trainer]:
-    """A trainer whose tensors have shapes and no content, and a world in which all tensors are like that."""
+    """A trainer whose tensors have shapes and no content, and a world in which all tensors are like that.
+
+    device_type: "cuda" for attention as it is there; all else is as on a CPU.
+    """
     with torch.device("meta"):
         model = Transformer(args)
     if quantized is not None:
         quantization.lay_out(model, quantized)
     model.to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _RepeatedHeads() if device_type == "cuda" else nullcontext():
         model = model.to_empty(device="cpu")
         if adapters is not None:
             lora.apply(model, adapters)
@@ -238,12 +269,12 @@ def fake_trainer(
 def track_step(trainer: Trainer, window: Sequence[Batch], marks_blocks: bool = False) -> Tracker:
     """Follow one whole step, with the learning rate at 0: no weight changes."""
     trainer.model.train()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
     with Tracker(trainer.model, marks_blocks) as tracker:
         for batch in window:
-            trainer.back_propagate(batch, 1)
+            trainer.back_propagate(batch)
         tracker.mark("update")
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = 0.0
         trainer.optimizer.step()
         tracker.count_optimizer(trainer.optimizer)
         trainer.optimizer.zero_grad()
@@ -259,19 +290,29 @@ def estimate(
     shape: Shape,
     layers: tuple[int, ...] = (),
     quantized: Quantization | None = None,
+    device_type: str = "cpu",
 ) -> Footprint:
     """What a training step will need, found by running it on tensors without content, as a CPU would.
 
-    Not in it: what kernels allocate inside themselves (oneDNN's copy of an operand in a layout of its own: 33 MB for
-    Llama 3.2 1B in 16 bits), what the allocator wastes, and PyTorch's own libraries.
+    With device_type "cuda" attention is that of a GPU, where K and V may be repeated for each query head. Not in it:
+    what kernels allocate inside themselves (oneDNN's copy of an operand in a layout of its own: 33 MB for Llama 3.2 1B
+    in 16 bits), what the allocator wastes, and PyTorch's own libraries.
     """
-    with fake_trainer(args, dtype, adapters, settings, layers, quantized) as trainer:
+    with fake_trainer(args, dtype, adapters, settings, layers, quantized, device_type) as trainer:
         return track_step(trainer, shape.window()).footprint()
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """What recomputing each block saves, and the peak of each stretch of a step that recomputes none, in bytes.
+
+    Live bytes over a step of n = 3 blocks, F forward and B backward, an arrow up where a block's activations are made:
+
+                               loss
+                       F2 ^            v B2            savings[2]: the step up at F2, without its last bit, the output,
+               F1 ^                         v B1                   which the next block keeps as its input
+        F0 ^                                      v B0     update
+        peaks: 0        1        2        3 = n   2   1   0   0
 
     savings[i]: no longer kept of block i. peaks[i]: while block i runs, forward or backward; it is lowered by the
     savings of the blocks before it. peaks[n], of the loss, by all of them. peaks[0], which is also that of everything
@@ -293,9 +334,10 @@ def profile(
     settings: Settings,
     shape: Shape,
     quantized: Quantization | None = None,
+    device_type: str = "cpu",
 ) -> Profile:
     """Measure the blocks, on tensors without content; see `estimate`."""
-    with fake_trainer(args, dtype, adapters, settings, quantized=quantized) as trainer:
+    with fake_trainer(args, dtype, adapters, settings, (), quantized, device_type) as trainer:
         # With accumulation the second batch is the one to look at: the gradients of the first are there.
         moments = track_step(trainer, shape.window()[:2], marks_blocks=True).moments()
     n = args.n_layers
@@ -337,8 +379,8 @@ def plan(profile: Profile, budget: float) -> list[int]:
                     else "while a block or the loss runs"
                 )
                 raise InputError(
-                    f"--checkpoint_budget_gb={budget / 1e9:g}: recomputing blocks cannot bring the peak below "
-                    f"{least / 1e9:.2f} GB, which is reached {where}; use --lean, --lora or a shorter --max_seq_len"
+                    f"checkpoint_budget_gb={budget / 1e9:g}: recomputing blocks cannot bring the peak below "
+                    f"{least / 1e9:.2f} GB, which is reached {where}; use lean=True, lora=True or a smaller max_seq_len"
                 )
             chosen.append(left.pop())
     return sorted(chosen)

@@ -7,12 +7,11 @@ holds the sha256 of each file and of each tensor. A process killed at any moment
 before it untouched. What does not match its manifest is not a snapshot: `latest` passes over it and says so, `load`
 refuses it and names file and tensor. safetensors alone would load most flipped bits without a word.
 
-Left out on purpose: what the tensors mean (training.py).
+Left out on purpose: what the tensors mean (step.py, run.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -129,25 +129,21 @@ def lock(root: Path) -> Iterator[None]:
 
     Raises InputError naming the process that holds it. Scratch directories of killed processes are removed.
     """
+    path = root / ".lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = filelock.FileLock(path, timeout=0).acquire()
+    except filelock.Timeout:
+        owner = path.read_text(errors="replace").strip() or "unknown"
+        raise InputError(f"{root} is in use by process {owner}; choose another out_dir") from None
     except OSError as error:
-        raise EnvironmentFailure(f"cannot write to {root}: {error.strerror}; choose another --out_dir") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise InputError(f"{root} is in use by process {owner}; choose another --out_dir") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        for path in [*root.glob(".*"), *root.glob("snapshots/.*")]:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+        raise EnvironmentFailure(f"cannot write to {root}: {error.strerror}; choose another out_dir") from error
+    with lock:
+        path.write_text(f"{os.getpid()}\n")  # the library keeps no such number
+        for scratch in [*root.glob(".*"), *root.glob("snapshots/.*")]:
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(path: Path, run_id: str) -> bool:
@@ -158,7 +154,7 @@ def _is_whole(path: Path, run_id: str) -> bool:
         _discard(path)
         return False
     if _run_of(path) != run_id:
-        raise InputError(f"{path} belongs to another run; move it away or choose another --out_dir")
+        raise InputError(f"{path} belongs to another run; move it away or choose another out_dir")
     return True
 
 

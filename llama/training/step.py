@@ -1,14 +1,15 @@
-"""One optimizer step, exactly: accumulation, AMP, recomputation, and the state that resuming needs.
+"""What one optimizer step needs, exactly: accumulation, AMP, recomputation, and the state that resuming needs.
 
-A step takes a window of batches, counts the label tokens of all of them, and back-propagates sum(CE) / count batch by
-batch: the gradient of one large batch, however the window is cut and however long the answers are. Nothing that is not
-finite ever reaches a weight. Trained weights are fp32; the frozen ones may have 16 bits.
+The loop stands in finetuning.py, `train`. A step takes a window of batches, counts the label tokens of all of them, and
+back-propagates sum(CE) / count batch by batch: the gradient of one large batch, however the window is cut and however
+long the answers are. Nothing that is not finite ever reaches a weight. Trained weights are fp32; frozen ones may have
+16 bits.
 
 With `Settings(lean=True)` the network's parts are those of lean.py: the same step in far less memory.
 `CheckpointedBlock` is activation checkpointing (Chen et al. 2016): a block keeps its input alone, and its forward runs
 again in the backward pass, dropout included.
 
-Left out on purpose: data (batch.py), files (snapshot.py), what is printed (finetuning.py).
+Left out on purpose: data (batch.py), files (snapshot.py, run.py), what is printed (run.py, verdict.py).
 """
 
 from __future__ import annotations
@@ -28,62 +29,14 @@ from llama.evaluation.intervals import LossSums
 from llama.model import Cache, Transformer, TransformerBlock
 from llama.surgery import replace_modules
 from llama.training.batch import Batch
-from llama.training.lean import InBackward, make_lean
+from llama.training.lean import SGDInBackward, make_lean
 from llama.training.lean_loss import lean_cross_entropy_sum
 from llama.training.loss import cross_entropy_sum
+from llama.training.options import AMP, Settings, require_plain_sgd
 from llama.training.snapshot import Snapshot
 
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("constant", "linear", "cosine")
-NORMALIZATIONS = ("tokens", "microbatch")
-AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_SKIPS = 25  # steps in a row whose fp16 gradients overflowed: by then the scale is 1e-3 and it is not the scale
 SAMPLED = 4096  # elements of each trained tensor that tell whether steps survive rounding
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an optimizer step does. Raises InputError naming the field where a value is impossible.
-
-    weight_decay: torch's meaning, part of the gradient for SGD and decoupled for AdamW. clip_norm: largest allowed L2
-    norm of the whole gradient. loss_normalization: "tokens" weighs each label token of a step alike; "microbatch" is
-    the mean over micro-batches of their mean losses, in which a token of a short answer weighs more. lean: see lean.py.
-    """
-
-    optimizer: str = "sgd"
-    lr: float = 1e-5
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    clip_norm: float | None = None
-    loss_normalization: str = "tokens"
-    amp: str = "none"
-    lean: bool = False
-
-    def __post_init__(self) -> None:
-        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss_normalization": NORMALIZATIONS, "amp": AMP}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
-        for name in ("lr", "momentum", "weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: {getattr(self, name)} is out of range; use 0 or more")
-        if self.momentum >= 1 or (self.momentum and self.optimizer != "sgd"):
-            raise InputError(f"momentum: {self.momentum} is for sgd and below 1")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise InputError(f"clip_norm: {self.clip_norm} is out of range; use a positive number or leave it out")
-
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of update `step` (from 0): up to `lr` over the warm-up, then by the schedule down to 0.
-
-        The last update, total_steps - 1, still moves: the schedule reaches 0 one step later.
-        """
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / (self.warmup_steps + 1)
-        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
-        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
-        return self.lr * factor
 
 
 @dataclass
@@ -99,9 +52,10 @@ class Progress:
 
 @dataclass
 class Report:
-    """What one window did. loss: nats per label token (by the normalization in use); grad_norm: before clipping.
+    """What one step did. loss: nats per label token (by the normalization in use); grad_norm: before clipping.
 
-    grad_norm is None where SGD happened inside the backward pass: the gradient was never there as a whole.
+    grad_norm is None where SGD happened inside the backward pass: the gradient was never there as a whole. tokens:
+    prompts included, padding not.
     """
 
     loss: float
@@ -160,28 +114,8 @@ def checkpoint_layers(model: Transformer, layers: Sequence[int]) -> None:
         replace_modules(model, lambda name, _: name in blocks, CheckpointedBlock)
 
 
-def require_plain_sgd(settings: Settings, accumulation: int = 1) -> None:
-    """Raise InputError where SGD inside the backward pass would be another step than these settings ask for."""
-    allowed = {
-        "optimizer": ("sgd",),
-        "momentum": (0,),
-        "weight_decay": (0,),
-        "clip_norm": (None,),
-        "amp": ("none", "bf16"),
-        "accumulation": (1,),
-    }
-    found = {**vars(settings), "accumulation": accumulation}
-    for name, choices in allowed.items():
-        if found[name] not in choices:
-            raise InputError(
-                f"--lean trains all weights by SGD inside the backward pass, which {name}={found[name]} does not "
-                "allow: use sgd without momentum, weight_decay and clip_norm, accumulation 1, and amp none or bf16; "
-                "or --lora"
-            )
-
-
 class Trainer:
-    """A model with what training adds to it: optimizer, gradient scaler, progress. `stop` ends a window early.
+    """A model with what training adds to it: optimizer, gradient scaler, progress; and the parts of a step.
 
     Raises InputError where nothing is trainable, where a trainable weight has 16 bits (most of its updates would be
     rounded away), and where SGD inside the backward pass is not the step that the settings ask for.
@@ -194,135 +128,159 @@ class Trainer:
             raise InputError("no weight is trainable; apply adapters or unfreeze the model")
         for name, weight in self.weights.items():
             if weight.dtype not in (torch.float32, torch.float64):
-                raise InputError(f"{name}: trained weights must be float32, not {weight.dtype}; use --dtype=float32")
+                raise InputError(f"{name}: trained weights must be float32, not {weight.dtype}; use dtype=float32")
         self.masks = {name: mask for name, mask in model.named_buffers() if name.endswith(".mask")}  # of pruned weights
         self.device = model.tok_embeddings.weight.device
         self.optimizer = self._make_optimizer()
         self.compute_dtype = AMP[settings.amp] or model.dtype
         # fp16 gradients below 6e-8 vanish; the scaler multiplies the loss so that they do not. bf16 has fp32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute_dtype is torch.float16)
-        self.sgd: InBackward | None = None
-        if settings.lean:
-            self.sgd = make_lean(model)
-        if self.sgd is not None:
-            require_plain_sgd(settings)
-            if self.masks:
-                raise InputError("--lean trains all weights inside the backward pass, which would move pruned ones too")
         self.progress = Progress()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         settings, weights = self.settings, list(self.weights.values())
+        in_backward = make_lean(self.model) if settings.lean else None
+        if in_backward is not None:
+            require_plain_sgd(settings)
+            if self.masks:
+                raise InputError(
+                    "lean=True trains all weights inside the backward pass, which would move pruned ones too"
+                )
+            return in_backward
         if settings.optimizer == "sgd":
             return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
         return torch.optim.AdamW(weights, settings.lr, weight_decay=settings.weight_decay)
 
-    def step(self, window: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> Report | None:
-        """Take one optimizer step over all batches of a window; None, and no trace, where `stop()` became true.
+    # The parts of a step
 
-        Raises NonFinite, with every weight as it was, where loss or gradient is not finite; in fp16, where that means
-        that the loss scale was too high, only after MAX_SKIPS skipped steps in a row.
+    def step(self, window: Sequence[Batch]) -> Report:
+        """Take one optimizer step over all batches of a window.
+
+        It is a turn of the loop in finetuning.py, which is written out there to be read and also logs, saves and stops.
+        This is for those who need steps alone: pruning, benchmarks, tests. A test compares the two bit by bit.
         """
-        count, random = sum(len(batch.labels) for batch in window), self._random_state()
-        if count == 0:
-            raise ValueError("the window has no label token")
-        if self.sgd is not None:
-            if len(window) > 1:
-                raise ValueError("SGD inside the backward pass cannot accumulate over several batches")
-            self.sgd.start(self.settings.lr_at(self.progress.steps, self.total_steps))
-        self.model.train()
-        total = torch.zeros((), device=self.device)
+        label_tokens, loss = sum(len(batch.labels) for batch in window), 0.0
+        lr = self.begin(window)
         for batch in window:
-            if stop():
-                self.optimizer.zero_grad()
-                self._set_random_state(random)
-                return None
-            share = count if self.settings.loss_normalization == "tokens" else len(batch.labels) * len(window)
-            loss = self.back_propagate(batch, share)
-            total = total + loss
-        return self._update(window, total, count)
+            per_token = self.settings.loss_normalization == "tokens"
+            with self.autocast():
+                part = self.loss_sum(batch) / (label_tokens if per_token else len(batch.labels) * len(window))
+            self.require_finite(window, part)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = self.clip_gradient()
+        self.require_finite(window, loss, norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return self.count(window, loss, lr, norm, skipped=self.scaler.get_scale() < scale)
 
-    def back_propagate(self, batch: Batch, share: int) -> Tensor:
-        """Add the gradient of loss_sum / share to those of the weights, or move them by it; return the loss."""
-        loss = self.loss_sum(batch) / share
-        if self.sgd is not None and self.sgd.lr and not loss.isfinite():
-            raise NonFinite(self._describe_non_finite([batch], loss.item(), math.nan))
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+    def begin(self, window: Sequence[Batch]) -> float:
+        """Set the learning rate of the next step, and return it; dropout is on from here."""
+        if not any(len(batch.labels) for batch in window):
+            raise ValueError("the window has no label token")
+        if len(window) > 1 and not self.keeps_gradients:
+            raise ValueError("SGD inside the backward pass cannot accumulate over several batches")
+        lr = self.settings.lr_at(self.progress.steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        return lr
+
+    @property
+    def keeps_gradients(self) -> bool:
+        return not isinstance(self.optimizer, SGDInBackward)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        amp = AMP[self.settings.amp]
+        return torch.autocast(self.device.type, amp, enabled=amp is not None)
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Summed cross entropy of a batch in nats, under autocast where AMP is on."""
-        return self.loss_sums(batch, [batch.labels])[0]
+        """Summed cross entropy of a batch in nats."""
+        return self.loss_sums(batch, batch.labels)[0]
 
-    def loss_sums(self, batch: Batch, labellings: Sequence[Tensor]) -> list[Tensor]:
+    def loss_sums(self, batch: Batch, *labellings: Tensor) -> list[Tensor]:
         """The same for several choices of labels [N], from one pass through the network."""
         batch = batch.to(self.device)
-        amp = AMP[self.settings.amp]
-        with torch.autocast(self.device.type, amp, enabled=amp is not None):
-            h = self.model.hidden(batch.tokens, batch.pos).flatten(0, 1)[batch.where]
-            return [self._cross_entropy_sum(h, labels.to(self.device)) for labels in labellings]
+        h = self.model.hidden(batch.tokens, batch.pos).flatten(0, 1)[batch.where]
+        return [self._cross_entropy_sum(h, labels.to(self.device)) for labels in labellings]
 
     def _cross_entropy_sum(self, h: Tensor, labels: Tensor) -> Tensor:
         head = self.model.tok_embeddings if self.model.output is None else self.model.output
         if not self.settings.lean or not head.weight.is_floating_point():  # codes have no slices to multiply
             return cross_entropy_sum(self.model.logits, h, labels)
-        return lean_cross_entropy_sum(h, head.weight, labels, self.sgd and self.sgd.move_product)
+        move = None if self.keeps_gradients else self.optimizer.move_product
+        return lean_cross_entropy_sum(h, head.weight, labels, move)
 
-    def _update(self, window: Sequence[Batch], total: Tensor, count: int) -> Report:
-        progress, loss = self.progress, total.item()
-        lr = self.settings.lr_at(progress.steps, self.total_steps)
-        norm, skipped = (None, False) if self.sgd is not None else self._optimizer_step(window, loss, lr)
-        if self.sgd is not None and not self.sgd.is_finite():
-            names = ", ".join(name for batch in window for name in batch.names)
-            raise NonFinite(
-                f"step {progress.windows + 1}: loss {loss:g}, but a gradient that is not finite (samples {names}) has "
-                "moved weights; the snapshots are from before; lower --lr"
-            )
+    def back_propagate(self, batch: Batch, share: float = 1) -> Tensor:
+        """Forward and backward pass of loss_sum / share, to be measured: nothing is checked, so tensors may be fake."""
+        with self.autocast():
+            loss = self.loss_sum(batch) / share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def clip_gradient(self) -> float | None:
+        """Scale the gradient down to the largest norm that the settings allow; return the L2 norm from before.
+
+        None where SGD inside the backward pass has used the gradient up, NaN where that was not finite.
+        """
+        if not self.keeps_gradients:
+            return None if self.optimizer.is_finite() else math.nan
+        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
+        return nn.utils.clip_grad_norm_(self.weights.values(), limit).item()
+
+    def require_finite(self, window: Sequence[Batch], loss: Tensor, norm: float | None = None) -> None:
+        """Raise NonFinite where the loss, or the gradient's norm, is not finite: before it reaches a weight.
+
+        Not where the loss is scaled: there it means that the scale was too high, and GradScaler leaves the step out.
+        """
+        if not self.scaler.is_enabled() and not math.isfinite(loss.item() + (norm or 0.0)):
+            self.optimizer.zero_grad()
+            has_moved = norm is not None and not self.keeps_gradients
+            end = "SGD inside the backward pass has moved weights; the snapshots are from before; lower lr"
+            end = end if has_moved else "no weight was changed; lower lr or use amp=none"
+            raise NonFinite(f"{self._describe_non_finite(window, loss.item(), norm)}; {end}")
+
+    def count(self, window: Sequence[Batch], loss: Tensor, lr: float, norm: float | None, skipped: bool) -> Report:
+        """Add a step to the progress. Raises NonFinite where the last MAX_SKIPS were all skipped."""
+        progress, label_tokens = self.progress, sum(len(batch.labels) for batch in window)
         progress.windows += 1
         progress.steps += not skipped
         progress.skipped += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-        progress.label_tokens += count
+        progress.label_tokens += label_tokens
         if progress.skipped_in_a_row >= MAX_SKIPS:
-            raise NonFinite(f"{MAX_SKIPS} steps in a row overflowed; {self._describe_non_finite(window, loss, norm)}")
-        return Report(loss, lr, norm, count, sum(batch.tokens.numel() for batch in window), skipped)
-
-    def _optimizer_step(self, window: Sequence[Batch], loss: float, lr: float) -> tuple[float, bool]:
-        """Move the weights by their gradients. Return the gradient's norm, and whether the step was skipped."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), limit).item()
-        if not self.scaler.is_enabled() and not math.isfinite(loss + norm):
-            self.optimizer.zero_grad()
-            raise NonFinite(self._describe_non_finite(window, loss, norm))
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)  # does nothing where a gradient overflowed
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return norm, self.scaler.get_scale() < scale
+            problem = self._describe_non_finite(window, loss.item(), norm)
+            raise NonFinite(
+                f"{MAX_SKIPS} steps in a row overflowed; {problem}; no weight was changed; lower lr or use amp=none"
+            )
+        return Report(loss.item(), lr, norm, label_tokens, sum(batch.n_tokens for batch in window), skipped)
 
     @torch.no_grad()
-    def _describe_non_finite(self, window: Sequence[Batch], loss: float, norm: float) -> str:
+    def _describe_non_finite(self, window: Sequence[Batch], loss: float, norm: float | None) -> str:
         """Where in the data, and the block in which activations are largest or first stop being finite."""
         largest: dict[int, float] = {}
+
+        def note(layer: int, y: Tensor) -> None:
+            largest[layer] = max(largest.get(layer, 0.0), y.abs().max().nan_to_num(math.inf).item())
+
         hooks = [
-            block.register_forward_hook(
-                lambda _, __, y, i=i: largest.__setitem__(
-                    i, max(largest.get(i, 0.0), y.abs().max().nan_to_num(math.inf).item())
-                )
-            )
-            for i, block in enumerate(self.model.layers)
+            block.register_forward_hook(lambda _, __, y, i=i: note(i, y)) for i, block in enumerate(self.model.layers)
         ]
         for batch in window:
-            self.loss_sum(batch)
+            with self.autocast():
+                self.loss_sum(batch)
         for hook in hooks:
             hook.remove()
         layer = max(largest, key=lambda i: (largest[i], -i))
         names = ", ".join(name for batch in window for name in batch.names)
+        gradient = "" if norm is None else f"gradient norm {norm:g}, "
         return (
-            f"step {self.progress.windows + 1}: loss {loss:g}, gradient norm {norm:g} (samples {names}; activations "
-            f"reach {largest[layer]:.3g} in layer {layer}); no weight was changed; lower --lr or use --amp=none"
+            f"step {self.progress.windows + 1}: loss {loss:g}, {gradient}samples {names}; activations reach "
+            f"{largest[layer]:.3g} in layer {layer}"
         )
 
     # State
@@ -339,7 +297,7 @@ class Trainer:
         }
         state = {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
         weights = {name: weight.detach() for name, weight in self.weights.items()}
-        tensors = {"model": weights, "optimizer": optimizer, "rng": self._random_state()}
+        tensors = {"model": weights, "optimizer": optimizer, "rng": self.random_state()}
         return Snapshot(tensors | ({"masks": self.masks} if self.masks else {}), state)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -351,11 +309,11 @@ class Trainer:
             _require_same("masks", self.masks, snapshot.tensors.get("masks", {}))
             for name, mask in self.masks.items():
                 mask.copy_(snapshot.tensors["masks"][name])
-        _require_same("rng", self._random_state(), _entry(snapshot.tensors, "rng"))
-        self._set_random_state(snapshot.tensors["rng"])
+        _require_same("rng", self.random_state(), _entry(snapshot.tensors, "rng"))
+        self.set_random_state(snapshot.tensors["rng"])
         scaler = _entry(snapshot.state, "scaler")
         if scaler.keys() != self.scaler.state_dict().keys():
-            raise InputError("state.json:scaler: is of a run with another --amp or --dtype")
+            raise InputError("state.json:scaler: is of a run with a different amp or dtype")
         if scaler:
             self.scaler.load_state_dict(scaler)
         progress = _entry(snapshot.state, "progress")
@@ -384,14 +342,15 @@ class Trainer:
                     raise InputError(f"optimizer:{name}: expected {sorted(expected)}, found {sorted(slots.get(i, {}))}")
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
-    def _random_state(self) -> dict[str, Tensor]:
+    def random_state(self) -> dict[str, Tensor]:
         """Of the generators that dropout draws from."""
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from an earlier `random_state`."""
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -438,7 +397,8 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> Evaluation:
     trainer.model.eval()
     for batch in batches:
         itself = batch.tokens.flatten()[batch.where]
-        loss, copied = trainer.loss_sums(batch, [batch.labels, itself])
+        with trainer.autocast():
+            loss, copied = trainer.loss_sums(batch, batch.labels, itself)
         result.sums.append(loss.item())
         result.copied.append(copied.item())
         result.counts.append(len(batch.labels))

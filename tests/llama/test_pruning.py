@@ -479,7 +479,7 @@ BAD = {
     "no data": ("--data=nowhere.txt", r"--data=nowhere.txt is not a file"),
     "steps": ("--iterative --steps=3", r"--steps=3: expected at least 8"),
     "bound": ("--max_loss_increase=0.1", r"with --iterative"),
-    "lr": ("--lr=-1", r"lr: -1"),
+    "lr": ("--lr=-1", r"--lr=-1"),
     "rounds": ("--iterative --rounds=0", r"--rounds=0"),
     "flag": ("--shares=0.5", r"did you mean --share\?"),
 }

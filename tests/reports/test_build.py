@@ -6,13 +6,13 @@ import pytest
 from conftest import ROOT
 
 import benchmark_finetuning
-import finetuning
 from benchmarks import kernels as benchmark_kernels
 from benchmarks import ladder as benchmark_ladder
 from benchmarks.rows import Row, read_folder
 from llama import cli
 from llama.config import PRESETS
 from llama.errors import InputError
+from llama.training import options
 from reports import build
 from reports.cells import Figure
 from reports.render import markdown
@@ -84,7 +84,7 @@ def test_what_is_published_was_measured_often_enough_and_at_once():
     steps = [row for row in ROWS["benchmark_finetuning"] if row.cell["model"] == "llama3.2-1b"]
     assert len({(row.data["device"]["name"], row.data["commit"]) for row in steps}) == 1
     presets = {row.cell["preset"] for row in ROWS["finetuning"] if row.cell["model"] == "tiny"}
-    assert presets == set(finetuning.PRESETS)
+    assert presets == set(options.PRESETS)
     assert {row.cell["part"] for row in ROWS["kernels"]} == set(benchmark_kernels.PARTS["cpu"])
     assert all(
         isinstance(cell, Figure) for table in table_1(ROWS["inference"]) for _, *line in table.body for cell in line

@@ -259,7 +259,9 @@ def test_sixteen_bit_rounding_of_lean_parts_is_no_worse(dtype, amp):
             trainer = Trainer(model, Settings(lean=is_lean, amp=setting), 1)
             torch.manual_seed(seed)
             model.train()
-            trainer.loss_sum(window).backward()
+            with trainer.autocast():
+                loss = trainer.loss_sum(window)
+            loss.backward()
             found = {name: grad.double() for name, grad in gradients(model).items()}
             if exact is None:
                 exact = found
@@ -329,6 +331,14 @@ def test_what_lean_keeps_for_the_backward_pass():
 # What it refuses
 
 
+@pytest.mark.parametrize("frozen", ["tok_embeddings.weight", "layers.2.attention.wo.weight", "norm.weight"])
+def test_what_is_partly_frozen_is_refused_by_name(frozen):
+    model = full_model()
+    model.get_parameter(frozen).requires_grad_(False)
+    with pytest.raises(InputError, match=f"but {frozen} is frozen and others are not"):
+        Trainer(model, Settings(lean=True), 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -363,7 +373,11 @@ def test_a_loss_that_is_not_finite_moves_nothing():
 
 def test_a_gradient_that_is_not_finite_ends_the_run():
     trainer = Trainer(full_model(), Settings(lean=True), 1)
-    spoil = lambda _, __, y: y.register_hook(lambda dy: dy * math.nan) and None  # noqa: E731
+
+    def spoil(_, __, y):
+        if y.requires_grad:
+            y.register_hook(lambda dy: dy * math.nan)
+
     trainer.model.layers[2].register_forward_hook(spoil)
     with pytest.raises(NonFinite, match=r"has moved weights; the snapshots are from before"):
         trainer.step(batches([samples(2)]))

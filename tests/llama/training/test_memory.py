@@ -58,7 +58,7 @@ def allocated_peak(trainer: Trainer, window) -> int:
     trainer.model.train()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         for batch in window:
-            trainer.back_propagate(batch, 1)
+            trainer.back_propagate(batch)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -115,6 +115,28 @@ def test_accumulation_keeps_gradients_through_the_next_forward():
     peaks = [memory.estimate(SMALL, torch.float32, None, Settings(), Shape(1, 64, 64, n)) for n in (1, 2, 5)]
     assert peaks[0].peak + 0.9 * WEIGHTS < peaks[1].peak == pytest.approx(peaks[2].peak, rel=1e-3)
     assert peaks[1].at_peak["gradients"] == WEIGHTS
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_a_gpu_without_flash_attention_keeps_repeated_keys_and_values(amp, n_kv_heads):
+    """On a P100 `attend` repeats K and V in each layer for each query head, and autograd keeps those."""
+    args, shape = dataclasses.replace(SMALL, n_kv_heads=n_kv_heads), Shape(2, 48, 20)
+    plans = [
+        memory.estimate(args, torch.float32, ADAPTERS, Settings(amp=amp), shape, device_type=kind).largest[
+            "activations"
+        ]
+        for kind in ("cpu", "cuda")
+    ]
+    repeated = 2 * shape.batch_size * shape.tokens * SMALL.dim * (4 if amp == "none" else 2)  # K and V of one layer
+    once = repeated * n_kv_heads // SMALL.n_heads  # no longer kept: the attention kernel gets the others
+    assert plans[1] - plans[0] == (SMALL.n_layers * (repeated - once) if n_kv_heads < SMALL.n_heads else 0)
+    profiles = [
+        memory.profile(args, torch.float32, ADAPTERS, Settings(amp=amp), shape, device_type=kind)
+        for kind in ("cpu", "cuda")
+    ]
+    grown = [new - old for old, new in zip(profiles[0].savings, profiles[1].savings, strict=True)]
+    assert grown == [(plans[1] - plans[0]) // SMALL.n_layers] * SMALL.n_layers
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from conftest import SMALL, random_model
 from support import batches, gap, gradients, lora_model, samples
 from torch.utils.flop_counter import FlopCounterMode
 
-import llama.training.step
+import finetuning
 from data import alpaca
 from data.alpaca import Record, Sample
 from llama import Llama, Transformer
@@ -26,11 +26,12 @@ from llama.evaluation.intervals import confidence
 from llama.training import batch as batching
 from llama.training.batch import Batch
 from llama.training.loss import cross_entropy_sum
+from llama.training.options import NORMALIZATIONS, SCHEDULES, Settings, TrainingOptions
 from llama.training.step import (
     CheckpointedBlock,
     Evaluation,
     Movement,
-    Settings,
+    Report,
     Trainer,
     checkpoint_layers,
     checkpointed_layers,
@@ -106,9 +107,7 @@ def test_any_partition_has_the_gradient_of_one_batch(dtype, tolerance, n):
 def test_mean_of_means_is_another_gradient():
     """The switch does something: with answers of unequal length the course's loss is another one."""
     model, parts = random_model(), [[sample] for sample in samples(6)]
-    tokens, course = (
-        gradients_of(model, batches(parts), loss_normalization=name) for name in llama.training.step.NORMALIZATIONS
-    )
+    tokens, course = (gradients_of(model, batches(parts), loss_normalization=name) for name in NORMALIZATIONS)
     assert gap(course, tokens) > 0.05
 
 
@@ -154,16 +153,38 @@ def reader(tokenizer) -> Transformer:
     return random_model(dataclasses.replace(SMALL, vocab_size=tokenizer.n_words)).double()
 
 
+class BareRun:
+    """What finetuning.train needs of a run: no directory, no clock, no evaluation."""
+
+    def __init__(self, model: Transformer, options: TrainingOptions, windows: list[list[Batch]]) -> None:
+        self.options, self.windows, self.total, self.eval_every = options, windows, len(windows), len(windows)
+        self.trainer = Trainer(model, options, self.total)
+        self.device = self.trainer.device
+        self.reports: list[Report] = []
+        self.names: list[list[str]] = []
+
+    def window(self) -> list[Batch]:
+        return self.windows[self.trainer.progress.windows]
+
+    def log_step(self, report: Report, names: list[str], bar: object) -> None:
+        self.reports.append(report)
+        self.names.append(names)
+
+    def start_clock(self) -> None: ...
+
+    def save(self) -> None: ...
+
+
 def train_ours(model: Transformer, tokenizer, n_steps: int) -> tuple[list[float], list[list[int]]]:
     """Losses on RECORDS, and which of them each step took."""
     encoded, _, _ = alpaca.encode(tokenizer, RECORDS, 512)
-    rows = [[sample] for sample in encoded]
-    trainer, losses, chosen = Trainer(model, Settings(lr=0.3), n_steps), [], []
-    for step in range(n_steps):
-        window = batching.window(rows, step, 1, 3, 7, tokenizer.pad_id)
-        losses.append(trainer.step(window).loss)
-        chosen.append([int(name.split()[1]) - 1 for batch in window for name in batch.names])
-    return losses, chosen
+    sequences = [[sample] for sample in encoded]
+    windows = [batching.window(sequences, step, 1, 3, 7, tokenizer.pad_id) for step in range(n_steps)]
+    run = BareRun(model, TrainingOptions(lr=0.3), windows)
+    finetuning.train(run, lambda: False)
+    return [report.loss for report in run.reports], [
+        [int(name.split()[1]) - 1 for name in names] for names in run.names
+    ]
 
 
 def train_plainly(model: Transformer, tokenizer, chosen: list[list[int]]) -> list[float]:
@@ -193,7 +214,7 @@ def test_fifty_steps_equal_a_plain_loop(tiny):
     assert losses[-1] < losses[0] - 0.5
 
 
-NORMALIZED = 'if self.settings.loss_normalization == "tokens"'
+NORMALIZED = 'if options.loss_normalization == "tokens"'
 WHERE = "sample.n_prompt - 1, start + len(sample.tokens) - 1"
 # What is wrong: where, the code, and what the bug makes of it.
 MUTATIONS = {
@@ -207,9 +228,14 @@ MUTATIONS = {
     "the end token is dropped": (alpaca, "encode", "bos=False, eos=True", "bos=False, eos=False"),
     "the prompt is trained too": (alpaca, "encode", "len(question)))", "1))"),
     "no token begins the text": (alpaca, "encode_prompt", "bos=True", "bos=False"),
-    "micro-batches are averaged": (Trainer, "step", NORMALIZED, "if False"),
-    "gradients are cleared in the loop": (Trainer, "step", "loss = self", "self.optimizer.zero_grad(); loss = self"),
-    "a tail takes the full count": (Trainer, "back_propagate", "(batch) / share", "(batch) / max(share, 60)"),
+    "micro-batches are averaged": (finetuning, "train", NORMALIZED, "if False"),
+    "gradients are cleared in the loop": (finetuning, "train", "scaler.scale(", "optimizer.zero_grad(); scaler.scale("),
+    "a tail takes the full count": (
+        finetuning,
+        "train",
+        "cross_entropy / label",
+        "cross_entropy / max(60, label_tokens) # ",
+    ),
 }
 
 
@@ -219,10 +245,9 @@ def test_the_comparison_notices_every_known_bug(tiny, right, monkeypatch, name):
     owner, function, old, new = MUTATIONS[name]
     source = inspect.getsource(getattr(owner, function))
     assert source.count(old) == 1
-    indent = "class X:\n" if owner is Trainer else ""
-    scope = dict(vars(llama.training.step if owner is Trainer else owner))
-    exec(indent + source.replace(old, new), scope)
-    monkeypatch.setattr(owner, function, vars(scope["X"])[function] if indent else scope[function])
+    scope = dict(vars(owner))
+    exec(source.replace(old, new), scope)
+    monkeypatch.setattr(owner, function, scope[function])
     losses, _ = train_ours(reader(tiny.tokenizer), tiny.tokenizer, len(right))
     assert max(abs(a - b) for a, b in zip(right, losses, strict=True)) > 1e-4
 
@@ -375,7 +400,7 @@ def test_adapters_over_16_bits_learn():
 # Settings
 
 
-@pytest.mark.parametrize("schedule", llama.training.step.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_learning_rate_by_formula(schedule, warmup):
     settings, total = Settings(lr=0.1, schedule=schedule, warmup_steps=warmup), 24
@@ -403,7 +428,7 @@ def test_learning_rate_by_formula(schedule, warmup):
     ],
 )
 def test_bad_settings_name_the_field(field, value):
-    with pytest.raises(InputError, match=f"^{field}: "):
+    with pytest.raises(InputError, match=f"^(--)?{field}="):
         Settings(**{field: value})
 
 
@@ -529,19 +554,46 @@ def test_sampling_between_steps_changes_nothing():
 
 
 def test_a_stopped_window_leaves_no_trace():
-    window = batches([[s] for s in samples(3)])
+    windows = [batches([[s] for s in samples(3, seed=step)]) for step in range(2)]
     results = []
-    for stopped in (False, True):
-        trainer = Trainer(lora_model(dropout=0.5), Settings(lr=1.0), 4)
+    for calls in (None, 8):  # stop() is called before each step and before each of its three batches
+        run = BareRun(lora_model(dropout=0.5), TrainingOptions(lr=1.0), windows)
         torch.manual_seed(0)
-        trainer.step(window)
-        if stopped:
-            answers = iter([False, False, True])
-            assert trainer.step(window, lambda: next(answers)) is None  # noqa: B023
-            assert all(w.grad is None for w in trainer.weights.values()) and trainer.progress.windows == 1
-        trainer.step(window)
-        results.append(digest(trainer))
+        if calls is not None:
+            answers = iter([False] * (calls - 1) + [True])
+            finetuning.train(run, lambda: next(answers))  # noqa: B023
+            assert all(w.grad is None for w in run.trainer.weights.values()) and run.trainer.progress.windows == 1
+        finetuning.train(run, lambda: False)
+        results.append(digest(run.trainer))
     assert results[0] == results[1]
+
+
+LOOPS = {
+    "course": {},
+    "mean of means, fp16": {"loss_normalization": "microbatch", "amp": "fp16"},
+    "AdamW, clipped": {"optimizer": "adamw", "clip_norm": 0.5, "schedule": "cosine", "warmup_steps": 1},
+    "lean adapters": {"lean": True, "amp": "bf16", "optimizer": "adamw"},
+    "lean SGD of all weights": {"lean": True, "lora": False, "accumulation": 1},
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loop_of_finetuning_takes_the_trainers_step(name):
+    """finetuning.train, written out, and Trainer.step: the same reports, weights and random state, bit by bit."""
+    options = TrainingOptions(**{"lr": 0.01, **LOOPS[name]})
+    parts = 3 if options.accumulation > 1 else 1
+    windows = [batches([[s] for s in samples(parts, seed=step)]) for step in range(4)]
+    runs = [
+        BareRun(lora_model(dropout=0.2) if options.lora else random_model().requires_grad_(True), options, windows)
+        for _ in range(2)
+    ]
+    torch.manual_seed(0)
+    finetuning.train(runs[0], lambda: False)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert str(runs[0].reports) == str([runs[1].trainer.step(window) for window in windows])  # NaN is not equal to NaN
+    assert digest(runs[0].trainer) == digest(runs[1].trainer)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

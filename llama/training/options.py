@@ -1,0 +1,207 @@
+"""The settings of a fine-tuning run: what one optimizer step depends on, and all the rest.
+
+Each is said once, as a field: the flag of finetuning.py, its help, settings.json in the run's directory and the check
+of a resumed run come from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from llama import checkpoint, cli, files
+from llama.cli import option
+from llama.errors import InputError
+from llama.lora import LoRAConfig
+
+AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCHEDULES = ("constant", "linear", "cosine")
+NORMALIZATIONS = ("tokens", "microbatch")
+PRESETS: dict[str, dict[str, Any]] = {
+    "course": {},  # the defaults
+    "learn": {
+        "targets": "wq,wk,wv,wo,w1,w2,w3",
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 5,
+        "clip_norm": 1.0,
+        "epochs": 3,
+    },
+}
+SETTINGS = "settings.json"
+NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
+MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
+MAY_CHANGE += ("ckpt_dir", "data")  # known by their content, wherever they lie
+
+
+@dataclass(frozen=True)
+class Settings(cli.Options):
+    """What one optimizer step depends on. Raises InputError naming the field where a value is impossible."""
+
+    optimizer: str = option("sgd", "sgd or adamw", choices=("sgd", "adamw"))
+    lr: float = option(1e-5, "peak learning rate", least=0)
+    momentum: float = option(0.0, "of sgd, below 1", least=0)
+    weight_decay: float = option(0.0, "of the optimizer: part of the gradient for sgd, decoupled for adamw", least=0)
+    schedule: str = option("constant", "constant, linear or cosine, down to 0", choices=SCHEDULES)
+    warmup_steps: int = option(0, "optimizer steps in which the learning rate rises", least=0)
+    clip_norm: float | None = option(None, "largest allowed L2 norm of the whole gradient; default: no limit", above=0)
+    loss_normalization: str = option(
+        "tokens",
+        "tokens weighs all label tokens of a step alike; microbatch averages the mean losses of its batches, as the "
+        "course does: a token of a short answer weighs more",
+        choices=NORMALIZATIONS,
+    )
+    amp: str = option("none", "autocast: none, fp16 (with loss scaling) or bf16", choices=AMP)
+    lean: bool = option(
+        False, "the same step in far less memory; without lora it takes plain sgd and an accumulation of 1"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum >= 1 or (self.momentum and self.optimizer != "sgd"):
+            raise InputError(f"momentum={self.momentum}: expected less than 1, and optimizer=sgd")
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of update `step` (from 0): up to `lr` over the warm-up, then by the schedule down to 0.
+
+        The last update, total_steps - 1, still moves: the schedule reaches 0 one step later.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / (self.warmup_steps + 1)
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.lr * factor
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Settings):
+    """Fine-tune a Llama model on instructions."""
+
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    data: str | None = option(
+        None,
+        "Alpaca-format records, .json or .jsonl; default: data/alpaca_200.json, and for the embedded model records of "
+        "the small world that it knows, data/tiny/alpaca_200.json",
+    )
+    out_dir: str = option("runs/finetuning", "directory of the run; must be new, unless resume is on")
+    resume: bool = option(False, "continue the run in out_dir, with its own settings, from its newest whole snapshot")
+    preset: str = option(
+        "course", "course (the defaults) or learn (AdamW, LoRA on all projections, 3 epochs)", choices=PRESETS
+    )
+    lora: bool = option(True, "True trains low-rank adapters over frozen weights, False all weights")
+    r: int = option(LoRAConfig.r, "rank of the adapters")
+    alpha: float = option(LoRAConfig.alpha, "the adapters' update is scaled by alpha / r")
+    dropout: float = option(LoRAConfig.dropout, "on the adapters' input")
+    targets: str = option(",".join(LoRAConfig.targets), "adapted projections, of wq,wk,wv,wo,w1,w2,w3")
+    batch_size: int = option(1, "sequences that go through the network at once, a micro-batch", least=1)
+    accumulation: int = option(8, "micro-batches of one optimizer step", least=1)
+    epochs: int = option(1, "passes over the data", least=1)
+    max_steps: int | None = option(None, "end after this many optimizer steps", least=1)
+    keep_zeros: bool = option(False, "of a model pruned by magnitude, zeros stay zeros; without lora and lean")
+    checkpointing: str = option(
+        "none", "layers that are recomputed in the backward pass: none, all, every:K, or a list such as 0,4,8"
+    )
+    checkpoint_budget_gb: float | None = option(
+        None, "recompute the fewest layers with which the peak stays within this many GB (1e9 bytes)", above=0
+    )
+    dtype: str = option(
+        "float32", "float32, or bfloat16 or float16 for a frozen base under LoRA; what a quantized base computes in"
+    )
+    held_out: int = option(20, "records set aside, on which the loss is measured", least=0)
+    max_seq_len: int = option(512, "longer samples lose their end, and are counted", least=2)
+    packing: bool = option(False, "several samples in a sequence, which do not see each other")
+    seed: int = option(1, "of the split, the order, the adapters and dropout", least=0)
+    device: str = option("auto", cli.DEVICE)
+    save_every: int = option(10, "steps between snapshots", least=1)
+    keep: int = option(2, "snapshots kept", least=1)
+    eval_every: int | None = option(
+        None, "steps between evaluations, of held-out loss and answers; default: a quarter of the run", least=1
+    )
+    export: str = option(
+        "meta",
+        "merged model at the end, in the layout meta, hf, both or none; default: meta, and none over a quantized base, "
+        "which no adapter can be merged into",
+        choices=("meta", "hf", "both", "none"),
+    )
+    results: str | None = option(None, "append the measured figures to this file, as a row of the tables; default: no")
+    show_data: int | None = option(None, "print this many samples, the trained tokens in brackets, and end", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.lora_config  # wrong values end it here, not after loading
+        if not self.lora and self.dtype != "float32":
+            raise InputError(f"dtype={self.dtype}: without LoRA all weights are trained, in float32; use amp=bf16")
+        if self.keep_zeros and (self.lora or self.lean):
+            refused = "lora=True" if self.lora else "lean=True"
+            raise InputError(f"keep_zeros=True with {refused} would fill the zeros in; use lora=False and lean=False")
+        if self.lean and not self.lora:
+            require_plain_sgd(self, self.accumulation)
+        if self.checkpoint_budget_gb is not None and self.checkpointing != "none":
+            raise InputError(
+                f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out checkpointing"
+            )
+        if self.resume and self.show_data is not None:
+            raise InputError("show_data shows what a new run would train on; leave out resume")
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        return LoRAConfig(self.r, self.alpha, self.dropout, tuple(self.targets.split(",")))
+
+    @property
+    def root(self) -> Path:
+        return Path(self.out_dir)
+
+    def kept(self) -> dict[str, Any]:
+        """What settings.json holds."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_KEPT}
+
+    @classmethod
+    def resolve(cls, typed: dict[str, Any]) -> Self:
+        """What was typed, over the settings of the run to resume, or over a preset."""
+        if typed.get("resume"):
+            return cls._resumed(typed)
+        chosen = dict(PRESETS.get(typed.get("preset", "course"), {}))
+        if "ckpt_dir" in typed and checkpoint.read_quantization(typed["ckpt_dir"]) is not None:
+            chosen["export"] = "none"
+        return cls(**{**chosen, **typed})
+
+    @classmethod
+    def _resumed(cls, typed: dict[str, Any]) -> Self:
+        """Raises InputError naming each option that would change the training."""
+        root = Path(typed.get("out_dir", cls.out_dir))
+        path = root / SETTINGS
+        if not path.is_file():
+            raise InputError(f"out_dir={root} holds no run to resume; leave out resume to start one")
+        saved = files.read_json(path).get("options")
+        if not isinstance(saved, dict):
+            raise InputError(f"{path}:options: is missing; the run cannot be resumed")
+        changed = [name for name in typed if name not in MAY_CHANGE and saved.get(name) != typed[name]]
+        if changed:
+            differences = ", ".join(f"{name}={typed[name]} (was {saved.get(name)})" for name in changed)
+            raise InputError(
+                f"{root} was started with other settings: {differences}; leave them out, or start a new run"
+            )
+        try:
+            return cls(**{**saved, **typed})
+        except TypeError as error:
+            raise InputError(f"{path}:options: is not of this version ({error})") from error
+
+
+def require_plain_sgd(settings: Settings, accumulation: int = 1) -> None:
+    """Raise InputError where SGD inside the backward pass would be another step than these settings ask for."""
+    allowed = {"optimizer": ("sgd",), "momentum": (0,), "weight_decay": (0,), "clip_norm": (None,)}
+    allowed |= {"amp": ("none", "bf16"), "accumulation": (1,)}
+    for name, values in allowed.items():
+        value = accumulation if name == "accumulation" else getattr(settings, name)
+        if value not in values:
+            raise InputError(
+                f"lean=True trains all weights by SGD inside the backward pass, which {name}={value} does not allow: "
+                "use sgd without momentum, weight_decay and clip_norm, accumulation=1, amp=none or bf16; or lora=True"
+            )

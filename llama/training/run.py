@@ -1,0 +1,427 @@
+"""A fine-tuning run: a directory that a training fills, which may stop at any moment and resumes to the same bytes.
+
+    settings.json   the options, and what identifies data and base model
+    loss.jsonl      one line per step
+    snapshots/      see snapshot.py
+    adapter/ merged/ merged-hf/ summary.json    at the end
+
+Left out on purpose: the loop (finetuning.py), the step (step.py), where samples come from (data/alpaca.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama import Llama, Tokenizer, checkpoint, files, lora, order, pruning
+from llama import device as devices
+from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
+from llama.evaluation.intervals import confidence
+from llama.training import batch, memory, snapshot, verdict
+from llama.training.options import SETTINGS, TrainingOptions
+from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
+
+MAX_ASKED = 20  # held-out samples whose answers are compared with the reference
+EXPORTS = {"meta": {"merged": "meta"}, "hf": {"merged-hf": "hf"}, "none": {}}  # directories, with their layouts
+EXPORTS["both"] = EXPORTS["meta"] | EXPORTS["hf"]
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; the next one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = number
+        for caught in self._usual:
+            signal.signal(caught, self._usual[caught])
+
+    @contextmanager
+    def caught(self) -> Iterator[StopSignal]:
+        """Watch for the signals inside the block."""
+        self._usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._usual:
+            signal.signal(number, self._receive)
+        try:
+            yield self
+        finally:
+            for number, handler in self._usual.items():
+                signal.signal(number, handler)
+
+
+class Log:
+    """loss.jsonl: one line per step. Holds no times, so that a resumed run writes the bytes of an uninterrupted one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, n_bytes: int = 0) -> None:
+        """Go on after the first `n_bytes`; what a later, lost part of the run wrote is cut off."""
+        present = self.path.stat().st_size if self.path.exists() else 0
+        if present < n_bytes:
+            raise InputError(f"{self.path} has {present} bytes, the snapshot was taken at {n_bytes}; restore the file")
+        with self.path.open("ab") as file:
+            file.truncate(n_bytes)
+
+    def append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def commit(self) -> int:
+        """Bring everything to the disk; return the size in bytes."""
+        files.sync(self.path)
+        return self.path.stat().st_size
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Figures:
+    """Time, tokens and peak memory of the steps, over all processes that took them.
+
+    peak_bytes: of the steps alone, over what the process held before it loaded the model; None: not measurable here.
+    steps_before: those of which nothing is known, because a version that kept no figures took them.
+    """
+
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    peak_bytes: int | None = None
+    steps_before: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / sum(self.step_seconds)
+
+    @property
+    def peak_mb(self) -> float | None:
+        return None if self.peak_bytes is None else self.peak_bytes / devices.MB
+
+
+@dataclass
+class Data:
+    """What a run trains on, and what it is measured by.
+
+    sequences: of one sample each, or of several where they are packed. questions: ids of the prompt, by instruction; of
+    the first held-out samples, the prompts are asked, too. sha256: of the file. summary: for people.
+    """
+
+    sequences: Sequence[Sequence[batch.Sample]]
+    held_out: Sequence[batch.Sample]
+    questions: dict[str, list[int]]
+    sha256: str
+    summary: str
+
+
+class Run:
+    """A training with its data, and the directory that holds it; nothing is written before `begin` or `restore`.
+
+    directory: of the base model. Raises InputError for what cannot be trained.
+    """
+
+    def __init__(
+        self, options: TrainingOptions, directory: Path, tokenizer_file: Path, tokenizer: Tokenizer, data: Data
+    ) -> None:
+        self.options, self.data, self.tokenizer, self.tokenizer_file = options, data, tokenizer, tokenizer_file
+        self.root, self.log, self.figures = options.root, Log(options.root / "loss.jsonl"), Figures()
+        self.device, dtype = devices.resolve(options.device, options.dtype)
+        if options.amp == "bf16" and not devices.computes_bf16(self.device):
+            raise InputError("amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
+        self.quantized = checkpoint.read_quantization(directory)
+        if self.quantized is not None:
+            require_adapters_alone(options, directory)
+        args = checkpoint.read_args(directory)
+        tokenizer.check_vocabulary(args.vocab_size)
+        self.layers = self._plan_memory(args, dtype)
+        devices.return_freed_memory()
+        self._baseline = devices.memory_bytes(self.device)
+        self.model = checkpoint.load(directory, dtype, self.device, progress=True)
+        self.base = checkpoint.fingerprint(directory)
+        if options.lora:
+            lora.apply(self.model, options.lora_config, options.seed)
+        else:
+            self.model.requires_grad_(True)
+        if options.keep_zeros:
+            pruning.keep_zeros(self.model)
+        checkpoint_layers(self.model, self.layers)
+        self.per_epoch = order.steps_per_epoch(len(data.sequences), options.batch_size * options.accumulation)
+        self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
+        self.eval_every = options.eval_every or max(1, self.total // 4)
+        self.trainer = Trainer(self.model, options, self.total)
+        max_seq_len = options.max_seq_len + verdict.ANSWER_LEN
+        self.llama = Llama(self.model, tokenizer, max_seq_len=max_seq_len, decoding="eager")
+        asked = data.held_out[:MAX_ASKED]
+        self.prompts = [*data.questions.values(), *(list(sample.tokens[: sample.n_prompt]) for sample in asked)]
+        self.references = [tokenizer.decode(sample.tokens[sample.n_prompt : -1]).strip() for sample in asked]
+
+    def _plan_memory(self, args: checkpoint.ModelArgs, dtype: torch.dtype) -> list[int]:
+        """The layers to recompute; also estimates the peak of a step on the longest samples."""
+        options = self.options
+        tokens = max(sum(len(sample.tokens) for sample in sequence) for sequence in self.data.sequences)
+        labels = max(
+            sum(len(sample.tokens) - sample.n_prompt for sample in sequence) for sequence in self.data.sequences
+        )
+        size = options.batch_size
+        shape = memory.Shape(size, tokens, size * labels, min(2, options.accumulation))
+        adapters = options.lora_config if options.lora else None
+        training = args, dtype, adapters, options, shape
+        where = {"quantized": self.quantized, "device_type": self.device.type}
+        layers = checkpointed_layers(options.checkpointing, args.n_layers)
+        if options.checkpoint_budget_gb is not None:
+            layers = memory.plan(memory.profile(*training, **where), options.checkpoint_budget_gb * 1e9)
+        self.expected = memory.estimate(*training, tuple(layers), **where)
+        return layers
+
+    def describe(self) -> str:
+        """The settings in a few lines."""
+        options = self.options
+        n_trained, n_all = lora.trainable_share(self.model)
+        name = options.ckpt_dir or "embedded model"
+        name += f", int{self.quantized.bits}" if self.quantized is not None else ""
+        method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
+        held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
+        return "\n".join(
+            (
+                f"model      {name}, {options.dtype} on {devices.device_name(self.device)}, seed {options.seed}",
+                f"training   {method if options.lora else 'all weights'}, amp {options.amp}, "
+                f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' * options.lean}",
+                f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
+                f"optimizer  {options.optimizer}, lr {options.lr:g} {options.schedule}, "
+                f"warm-up {options.warmup_steps}, loss averaged over {options.loss_normalization}",
+                f"memory     {self.expected.peak / devices.MB:,.0f} MB expected at the peak of a step: {held}",
+                f"data       {self.data.summary}",
+                f"steps      {self.total} of {options.accumulation} x {options.batch_size} sequences; "
+                f"an epoch has {self.per_epoch}; kept in {self.root}",
+            )
+        )
+
+    # The directory
+
+    def begin(self) -> None:
+        """Start anew: what the untrained model does, and a first snapshot, so that a full disk shows at once."""
+        self._check_disk()
+        shutil.rmtree(self.root / "snapshots", ignore_errors=True)
+        self.run_id = secrets.token_hex(8)
+        identity = {"data_sha256": self.data.sha256, "base_sha256": self.base}
+        files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, "options": self.options.kept(), **identity})
+        self.log.start()
+        torch.manual_seed(self.options.seed)
+        self.movement = Movement(self.trainer.weights)
+        self.before = self.evaluate()
+        self.answers_before = verdict.answer(self.llama, self.prompts)
+        self.save()
+
+    def _check_disk(self) -> None:
+        """Raise EnvironmentFailure where snapshots and exports would not fit."""
+        copies = {"sgd": 2 if self.options.momentum else 1, "adamw": 3}[self.options.optimizer]
+        trained = sum(weight.nbytes for weight in self.trainer.weights.values())
+        whole = sum(weight.nbytes for weight in self.model.parameters())
+        needed = trained * (copies * (self.options.keep + 1) + 1) + len(EXPORTS[self.options.export]) * whole
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            gigabytes = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise EnvironmentFailure(f"{self.root}: the run needs {gigabytes}; choose another out_dir or export=none")
+
+    def restore(self) -> None:
+        """Go on from the newest whole snapshot of this run."""
+        about = files.read_json(self.root / SETTINGS)
+        self.run_id = about.get("run_id")
+        for name, now, option in (("data_sha256", self.data.sha256, "data"), ("base_sha256", self.base, "ckpt_dir")):
+            if about.get(name) != now:
+                was = str(about.get(name))[:12]
+                raise InputError(f"{option} is not what the run was started with (sha256 {was}, now {now[:12]})")
+        path, saved, passed_over = snapshot.latest(self.root / "snapshots", self.run_id)
+        for line in passed_over:
+            print(f"passed over: {line}")
+        start = saved.tensors.pop("start", None)
+        missing = {"before", "answers_before", "log_bytes"} - saved.state.keys()
+        if start is None or missing:
+            raise InputError(f"{path}: has no {', '.join(sorted(missing)) or 'start'}; it is not of this version")
+        self.trainer.restore(saved)
+        self.movement = Movement(self.trainer.weights)
+        self.movement.start = {name: tensor.to(self.device) for name, tensor in start.items()}
+        self.before = Evaluation(**saved.state["before"])
+        self.answers_before = saved.state["answers_before"]
+        done = self.trainer.progress.windows
+        self.figures = Figures(**saved.state.get("figures", {"steps_before": done}))  # older snapshots have none
+        self.log.start(saved.state["log_bytes"])
+        print(f"resumed    after step {done}")
+
+    def save(self) -> None:
+        """Keep everything that resuming needs."""
+        content = self.trainer.snapshot()
+        content.tensors["start"] = self.movement.start
+        content.state |= {
+            "log_bytes": self.log.commit(),
+            "before": dataclasses.asdict(self.before),
+            "answers_before": self.answers_before,
+            "figures": dataclasses.asdict(self.figures),
+        }
+        snapshot.save(self.root / "snapshots", self.trainer.progress.windows, content, self.run_id, self.options.keep)
+
+    def save_and_stop(self, stop: StopSignal) -> None:
+        """Raise Stopped, when everything is kept."""
+        self.save()
+        done = f"after step {self.trainer.progress.windows} of {self.total}"
+        name = signal.Signals(stop.received).name
+        raise Stopped(f"stopped by {name} {done}, saved in {self.root}; resume=True continues it", stop.received)
+
+    # Between the steps
+
+    def window(self) -> list[batch.Batch]:
+        """The micro-batches of the next step."""
+        options = self.options
+        sizes = (options.batch_size, options.accumulation, options.seed)
+        return batch.window(self.data.sequences, self.trainer.progress.windows, *sizes, self.tokenizer.pad_id)
+
+    def start_clock(self) -> None:
+        """A step begins."""
+        self._peak_is_known = devices.reset_peak_memory(self.device)
+        self._began = time.perf_counter()
+
+    def log_step(self, report: Report, names: list[str], bar: tqdm) -> None:
+        """A step has ended. names: of its samples. Raises NonFinite where the first has moved no weight."""
+        figures, progress = self.figures, self.trainer.progress
+        figures.step_seconds.append(time.perf_counter() - self._began)
+        figures.tokens += report.tokens
+        peak = devices.peak_memory_bytes(self.device) if self._peak_is_known else None
+        if peak is not None:
+            figures.peak_bytes = max(figures.peak_bytes or 0, peak - self._baseline)
+        line = {
+            "step": progress.windows,
+            "epoch": (progress.windows - 1) // self.per_epoch,
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm if math.isfinite(report.grad_norm or 0) else None,
+            "label_tokens": report.label_tokens,
+            "skipped": report.skipped,
+            "samples": names,
+        }
+        self.log.append(line)
+        first = progress.steps == 1 and not report.skipped
+        if first and report.lr > 0 and report.grad_norm != 0 and self.movement.share() == 0:
+            raise NonFinite(f"lr={report.lr:g}: no weight moved in the first step; updates are below its resolution")
+        bar.update()
+        peak = "" if figures.peak_mb is None else f", peak {figures.peak_mb:,.0f} MB"
+        skipped = f", {progress.skipped} skipped" if progress.skipped else ""
+        rate = f"{figures.tokens_per_s:,.0f} tokens/s{peak}{skipped}"
+        bar.set_postfix_str(f"loss {report.loss:.3f}, lr {report.lr:.2g}, {rate}")
+
+    def look(self, bar: tqdm) -> None:
+        """Held-out loss and answers on the way."""
+        step, n = self.trainer.progress.windows, len(self.data.questions)
+        answers = verdict.answer(self.llama, self.prompts[:n])
+        if self.data.held_out:
+            loss = self.evaluate().loss
+            self.log.append({"step": step, "held_out_loss": loss})
+            bar.write(f"step {step}: held-out loss {loss:.4f}")
+        for question, answer in zip(self.data.questions, answers, strict=True):
+            bar.write(f"step {step}: {question} -> {' '.join(answer['text'].split())}")
+
+    def evaluate(self) -> Evaluation:
+        """The loss of the held-out samples, each by itself."""
+        return evaluate(self.trainer, [batch.collate([[sample]]) for sample in self.data.held_out])
+
+    # The end
+
+    def finish(self) -> dict[str, Any]:
+        """Compare before and after, say whether it learned, and write what the run was for; return its summary."""
+        options, figures, progress = self.options, self.figures, self.trainer.progress
+        after, answers = self.evaluate(), verdict.answer(self.llama, self.prompts)
+        print(verdict.compared(list(self.data.questions), self.references, self.answers_before, answers))
+        lines = verdict.verdict(options, self.model.args.vocab_size, self.before, after, self.movement.share())
+        if progress.skipped:
+            lines.append(f"{progress.skipped} of {self.total} steps overflowed in fp16 and were skipped.")
+        peak = "is not measurable here" if figures.peak_mb is None else f"{figures.peak_mb:,.0f} MB"
+        lines.append(f"Peak memory of a step {peak}; {self.expected.peak / devices.MB:,.0f} MB were expected.")
+        if figures.steps_before:
+            lines.append(f"Time and memory of the first {figures.steps_before} steps are not known: no row is kept.")
+        summary = self._summary(after, answers)
+        print("\n".join([*lines, *self.export()]))
+        return summary
+
+    def _summary(self, after: Evaluation, answers: list[verdict.Answer]) -> dict[str, Any]:
+        """What summary.json holds."""
+        progress, figures = self.trainer.progress, self.figures
+        summary = {
+            "steps": progress.steps,
+            "skipped": progress.skipped,
+            "label_tokens": progress.label_tokens,
+            "moved_share": self.movement.share(),
+            "tokens_per_s": figures.tokens_per_s if figures.step_seconds else None,
+            "peak_memory_mb": figures.peak_mb,
+            "expected_peak_memory_mb": self.expected.peak / devices.MB,
+            "answers": [
+                {"instruction": question, "before": old["text"], "after": new["text"]}
+                for question, old, new in zip(self.data.questions, self.answers_before, answers, strict=False)
+            ],
+        }
+        if self.data.held_out:
+            n = len(self.data.questions)
+            right = [verdict.count_right(found[n:], self.references) for found in (self.answers_before, answers)]
+            summary |= {"held_out_loss_before": self.before.loss, "held_out_loss": after.loss}
+            summary |= {"held_out_fall_95": confidence(self.before, after)}
+            summary |= {"held_out_right_before": right[0], "held_out_right": right[1]}
+            summary["held_out_asked"] = len(self.references)
+        return summary
+
+    def export(self) -> list[str]:
+        """Write adapter and merged models, where they are not there yet; say where."""
+        options, lines = self.options, []
+        if options.lora:
+            lines.append(self._write("adapter", self._save_adapter))
+        if options.lora and options.export != "none":
+            lost = lora.merge(self.model)
+            lora.remove(self.model)
+            if lost > 0.01:
+                lines.append(f"Merging in {options.dtype} lost {lost:.0%} of the update to rounding; keep the adapter.")
+        if options.keep_zeros:
+            zeros, n_all = pruning.count_zeros(self.model)
+            lines.append(f"{zeros:,} of {n_all:,} weights of the projections are zero, as before.")
+            pruning.remove_masks(self.model)
+        for name, layout in EXPORTS[options.export].items():
+            lines.append(self._write(name, partial(self._save_model, layout=layout)))
+        return lines
+
+    def _save_adapter(self, path: Path) -> None:
+        lora.save(self.model, self.options.lora_config, path, self.base)
+
+    def _save_model(self, path: Path, layout: str) -> None:
+        checkpoint.save(self.model, path, layout, self.tokenizer_file)
+
+    def _write(self, name: str, save: Callable[[Path], None]) -> str:
+        path = self.root / name
+        if not path.exists():  # a run that was resumed after its end has it
+            save(path)
+        return f"{name:<10} {path}"
+
+
+def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:
+    """Raise InputError for what the codes of a quantized base do not allow."""
+    if not options.lora:
+        raise InputError(
+            f"lora=False: {directory} is quantized, and codes cannot be trained; use LoRA, or the original"
+        )
+    if options.export != "none":
+        raise InputError(
+            f"export={options.export}: an adapter cannot be merged into the quantized weights of {directory}; use "
+            "export=none, the adapter is kept"
+        )
