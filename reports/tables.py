@@ -135,10 +135,13 @@ def _larger_part(row: Row) -> str:
 @per_setting("data", "data_sha256", "tokens", "context", "stride", "batch_size", dtype=False)
 def perplexity(rows: list[Row]) -> list[Table]:
     """Models on a text, and how each compares with the one that it was measured against."""
+
+    def model(row: Row) -> str:
+        weights = f", {row.cell['weights']}" if row.cell.get("weights") else ""
+        return f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}{weights}, {row.data['dtype']}"
+
     columns = {
-        "model": lambda row: (
-            f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}, {row.data['dtype']}"
-        ),
+        "model": model,
         "loss": metric("loss_nats", ".4f"),
         "perplexity": metric("perplexity_x", ".4f"),
         "scored tokens": metric("scored_tokens", ",.0f"),

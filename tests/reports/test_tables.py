@@ -172,6 +172,15 @@ def test_what_the_larger_part_of_a_generation_is_bound_by():
         assert table.name == "limits" and table.body[0][-1] == words
 
 
+def test_a_models_weights_and_adapter_stand_beside_its_name():
+    text_of = {"data": "t", "data_sha256": None, "tokens": 9, "context": 4, "stride": 4, "batch_size": 1}
+    metrics = {"loss_nats": 1.0, "perplexity_x": 2.7, "scored_tokens": 6, "windows": 2, "tokens_per_s": 9.0}
+    cells_of = [{"adapter": None}, {"adapter": "a"}, {"adapter": None, "weights": "int8"}]
+    rows = [measured_row(metrics, line, model="m", **text_of, **cell) for line, cell in enumerate(cells_of, 1)]
+    (table,) = tables.perplexity(rows)
+    assert [line[0] for line in table.body] == ["m, float32", "m with adapter, float32", "m, int8, float32"]
+
+
 def test_generic_tables_show_every_metric_of_any_experiment():
     nasty = {"model": "<b>", "layers": [0, 3], "note": None}
     rows = [measured_row({"step_s": 0.00123, "size": 10.0}, 1, **nasty, bits=4), measured_row({}, 2, **nasty, bits=8)]
