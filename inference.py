@@ -28,8 +28,8 @@ from llama import device as devices
 from llama.cli import option
 from llama.device import dtype_name
 from llama.errors import InputError
-from llama.evaluation.agreement import n_equal, verdict
-from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary
+from llama.evaluation.agreement import verdict
+from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.tokenizer import TOKENIZER_PATHS, StreamDecoder, Tokenizer, find_tokenizer
 
 SAMPLE_CHATS = (

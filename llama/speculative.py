@@ -145,7 +145,7 @@ class _ModelProposer:
         writes again what the cache holds; before its first token it has none, and that one is repeated instead.
         """
         held = [
-            known + _n_equal(text[known:], ventured)
+            known + n_equal(text[known:], ventured)
             for text, known, ventured in zip(texts, self.known, self.ventured, strict=True)
         ]
         n = max(max(len(text) - n_held, 1) for text, n_held in zip(texts, held, strict=True))
@@ -388,7 +388,7 @@ def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[l
     drafted, q_BkV = proposal
     if sampling.temperature == 0 or not any(drafted):
         choices = next_token(logits_BTV, *sampling).tolist()
-        return [chosen[: _n_equal(chosen, tokens) + 1] for chosen, tokens in zip(choices, drafted, strict=True)]
+        return [chosen[: n_equal(chosen, tokens) + 1] for chosen, tokens in zip(choices, drafted, strict=True)]
     tokens_Bk, device = _padded(drafted).to(logits_BTV.device), logits_BTV.device
     counts = torch.tensor([len(tokens) for tokens in drafted], device=device)
     proposed_Bk = torch.arange(tokens_Bk.shape[1], device=device) < counts[:, None]
@@ -426,7 +426,7 @@ def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | N
     return draw(probs, sampling.generator), probs
 
 
-def _n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
+def n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     pairs = zip(tokens, others, strict=False)
     return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))

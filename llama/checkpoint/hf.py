@@ -35,11 +35,6 @@ BLOCK = {
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
 
 
-def is_here(directory: Path) -> bool:
-    """Whether a directory is in this layout."""
-    return (directory / CONFIG).exists()
-
-
 class HfSource(Source):
     """What it reads has Meta's names and row order."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from llama import files
 from llama.checkpoint import hf, meta, quantized
 from llama.checkpoint.source import Source
 from llama.errors import InputError
@@ -15,18 +16,23 @@ from llama.model import Transformer
 class Layout(NamedTuple):
     """How a directory is recognised, read and written."""
 
-    marker: str  # what only a directory of this layout holds, for messages
     is_here: Callable[[Path], bool]
     open: Callable[[Path], Source]
     write: Callable[[Transformer, Path], None]
-    tokenizer: str  # where the released directories have tokenizer.model
+    marker: str  # what is_here goes by, for messages
+    tokenizer: str = "tokenizer.model"  # where it lies in the directory
+
+
+def _has_params(directory: Path, is_quantized: bool) -> bool:
+    path = directory / meta.PARAMS
+    return path.exists() and ("quantization" in files.read_json(path)) == is_quantized
 
 
 LAYOUTS = {
-    "meta": Layout("params.json (Meta)", meta.is_here, meta.MetaSource, meta.write, "tokenizer.model"),
-    "hf": Layout("config.json (HF)", hf.is_here, hf.HfSource, hf.write, "original/tokenizer.model"),
-    "quantized": Layout(
-        "params.json (quantized)", quantized.is_here, quantized.QuantizedSource, quantized.write, "tokenizer.model"
+    "meta": Layout(lambda d: _has_params(d, False), meta.MetaSource, meta.write, "params.json (Meta)"),
+    "quantized": Layout(lambda d: _has_params(d, True), quantized.QuantizedSource, quantized.write, "params.json"),
+    "hf": Layout(
+        lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf.write, "config.json (HF)", "original/tokenizer.model"
     ),
 }
 
@@ -39,11 +45,10 @@ def open_source(ckpt_dir: str | Path | Source) -> Source:
     if not directory.is_dir():
         raise InputError(f"checkpoint directory {directory} does not exist; check its name")
     matching = [layout for layout in LAYOUTS.values() if layout.is_here(directory)]
-    if not matching:
+    if len(matching) != 1:
+        markers = matching or [LAYOUTS["meta"], LAYOUTS["hf"]]
+        names = (" and " if matching else " nor ").join(layout.marker for layout in markers)
         raise InputError(
-            f"{directory} holds neither params.json (Meta) nor config.json (HF); one says which layout it is"
+            f"{directory} holds {'both' if matching else 'neither'} {names}; exactly one says which layout it is"
         )
-    if len(matching) > 1:
-        markers = " and ".join(layout.marker for layout in matching)
-        raise InputError(f"{directory} holds both {markers}; exactly one says which layout it is")
     return matching[0].open(directory)

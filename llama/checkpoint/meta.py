@@ -20,16 +20,6 @@ PARAMS = "params.json"
 SHARDED_ON_INPUT = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
-def is_quantized(directory: Path) -> bool:
-    """Whether a params.json has our field `quantization`."""
-    return "quantization" in files.read_json(directory / PARAMS)
-
-
-def is_here(directory: Path) -> bool:
-    """Whether a directory is in this layout."""
-    return (directory / PARAMS).exists() and not is_quantized(directory)
-
-
 class MetaSource(Source):
     """Each rank has a part of every matrix and a copy of every norm. Two ranks, as they are put together:
 

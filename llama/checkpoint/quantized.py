@@ -23,11 +23,6 @@ from llama.quantization import Quantization
 STORED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}  # of codes, scales
 
 
-def is_here(directory: Path) -> bool:
-    """Whether a directory is in this layout."""
-    return (directory / meta.PARAMS).exists() and meta.is_quantized(directory)
-
-
 class QuantizedSource(Source):
     """One file, whose tensors have the dtypes that the field `quantization` implies."""
 

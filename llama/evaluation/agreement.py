@@ -7,16 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from llama.generation import Llama
+from llama.speculative import n_equal
 
 # How far apart the logits of two candidates may be for rounding alone to decide between them. A logit of 16 to 32, as
 # trained models have, is a multiple of 1/8 in bfloat16, of 1/64 in float16, and errors of some layers add up.
 ROUNDING_MARGIN = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3}
-
-
-def n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two continuations begin with in common."""
-    pairs = zip(tokens, others, strict=False)
-    return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))
 
 
 @torch.no_grad()
