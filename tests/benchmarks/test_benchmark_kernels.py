@@ -74,10 +74,10 @@ def test_every_kernel_is_measured_beside_what_it_equals(run):
     assert [(c["part"], c["operation"], c["engine"]) for c in cells if c["part"] != "decode"] == both
     kinds = [(c["rows"], c["weights"], c["engine"]) for c in cells if c["part"] == "decode"]
     assert kinds == [(n, w, e) for n in (1, 16) for w in ("bf16", "int8", "int4") for e in ("kernel", "plain")]
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for row in rows:
         m = row.metrics
-        assert f"def {row['cell']['equality']}(" in sources
+        assert f"def {row.cell['equality']}(" in sources
         assert all(spread["n"] == 2 for spread in m.values()) and m["run_s"]["min"] > 0
         assert m["moved_gb_s"]["max"] == pytest.approx(m["moved_mb"]["median"] / m["run_s"]["min"] / 1e3)
         is_kernel, is_quantized = row.cell["engine"] == "kernel", row.cell.get("weights") in ("int8", "int4")
