@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from benchmarks import rows as row_files
 from data import alpaca
-from data.tiny import EMBEDDED, directory_of
-from llama import cli, files, order
+from data.tiny import EMBEDDED, directory_of, name_of
+from llama import checkpoint, cli, files, order
 from llama.errors import InputError
 from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -175,9 +175,6 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     runs = {f"{name}_nats" if "loss" in name else name: [summary[name]] for name in FIGURES if name in summary}
     runs |= {"moved_share_x": [summary["moved_share"]], "step_s": figures.step_seconds}
     runs["peak_memory_mb"] = [] if figures.peak_mb is None else [figures.peak_mb]
-    cell = {"model": "tiny" if options.ckpt_dir is None else Path(options.ckpt_dir).name}
-    cell |= {name: getattr(options, name) for name in CELL}
-    cell["kernels"] = train_ops.in_use(options.lean, run.device)
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if "held_out_loss" in summary:
         held_out = [(0, summary["held_out_loss_before"]), *held_out, (run.total, summary["held_out_loss"])]
@@ -186,9 +183,19 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     is_kept = options.results is not None and not figures.steps_before and not (options.root / "summary.json").exists()
     path = Path(options.results) if is_kept else None
     runs = {name: values for name, values in runs.items() if values}
-    row = row_files.record(path, "finetuning", cell, runs, run.device, options.dtype, options.seed, series)
+    cell, dtype = cell_of(options, run.device), options.dtype
+    row = row_files.record(path, "finetuning", cell, runs, run.device, dtype, options.seed, series)
     files.replace_json(options.root / "summary.json", summary)
     save_chart(row, options.root / "loss.png")
+
+
+def cell_of(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
+    """What changes the figures of a run; rarer settings and the data only where they are not those of the preset."""
+    directory = directory_of(options.ckpt_dir)
+    cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), None)
+    cell |= {name: getattr(options, name) for name in CELL} | options.changed()
+    cell["kernels"] = train_ops.in_use(options.lean, device)
+    return cell if options.data is None else {**cell, "data_sha256": files.sha256(Path(options.data))}
 
 
 def save_chart(row: row_files.Row, path: Path) -> None:

@@ -160,24 +160,16 @@ def call(main: Callable[..., None], argv: list[str], script: str | None = None) 
 
 def _front(main: Callable[..., None]) -> tuple[Callable[..., None], dict[str, type]]:
     """What fire calls: a function with a parameter for each option, and their types by name."""
-    if "options" not in (own := typing.get_type_hints(main)):  # until every script has a class of options
-        main.__annotations__ = {name: _plain_type(own[name]) for name in inspect.signature(main).parameters}
-        return main, main.__annotations__
-    kind = own["options"]
-    hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)
+    kind = typing.get_type_hints(main)["options"]
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
     types_of = {field.name: _plain_type(hints[field.name]) for field in fields}
 
     def front(**typed: Any) -> None:
         main(kind.resolve(typed))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    front.__signature__ = inspect.Signature(
-        [
-            inspect.Parameter(field.name, keyword, default=field.default, annotation=types_of[field.name])
-            for field in fields
-        ]
-    )
+    parameters = [inspect.Parameter(f.name, keyword, default=f.default, annotation=types_of[f.name]) for f in fields]
+    front.__signature__ = inspect.Signature(parameters)
     front.__annotations__ = types_of
     lines = [f"    {field.name}: {field.metadata['help']}" for field in fields]
     front.__doc__ = "\n".join([inspect.getdoc(kind) or "", "", "Args:", *lines])
@@ -247,27 +239,6 @@ def _convert(name: str, kind: type, text: str) -> Any:
         return BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise InputError(f"--{name}={text}: expected {expected[kind]}") from None
-
-
-def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise InputError where a flag is none of the words that it may be."""
-    if value not in (known := list(known)):
-        raise InputError(f"--{name}={value}: expected one of {', '.join(known)}")
-
-
-def choices(name: str, given: str, known: Iterable[str]) -> list[str]:
-    """The words of a flag that holds several, with commas. Raises InputError for an unknown one and for one twice."""
-    words, known = given.split(","), list(known)
-    if len(set(words)) < len(words) or set(words) - set(known):
-        raise InputError(f"--{name}={given}: expected a choice of {','.join(known)}, each once")
-    return words
-
-
-def require_at_least(least: int, **flags: int) -> None:
-    """Raise InputError for the first of these flags that is less."""
-    for name, value in flags.items():
-        if value < least:
-            raise InputError(f"--{name}={value}: expected at least {least}")
 
 
 def side_by_side(left: str, right: str) -> str:

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 import finetuning
 import inference
 from data import alpaca
-from llama import checkpoint, cli, files, lora
+from llama import checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
@@ -110,6 +110,25 @@ def run_to(base: Path, root: Path, step: int | None = None, resume: bool = False
 
 
 # What a run leaves
+
+
+def test_what_changes_the_figures_of_a_run_is_part_of_its_cell(base, tmp_path):
+    """No run hides the figures of another: settings, data and the format of a quantized base tell them apart."""
+    model = checkpoint.load(TINY)
+    quantization.quantize(model, quantization.Quantization(8))
+    checkpoint.save(model, tmp_path / "int8", tokenizer_path=TINY / "tokenizer.model")
+    records = json.loads((base / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(records[:-1]))
+    changes = [{"lr": 0.5}, {"momentum": 0.5}, {"clip_norm": 1.0}, {"schedule": "cosine"}, {"warmup_steps": 3}]
+    changes += [{"r": 2}, {"alpha": 3.0}, {"dropout": 0.5}, {"targets": "wq"}, {"epochs": 4}, {"max_steps": 2}]
+    changes += [{"held_out": 2}, {"packing": True}, {"checkpoint_budget_gb": 5.0}, {"weight_decay": 0.1}]
+    changes += [{"loss_normalization": "microbatch"}, {"data": str(tmp_path / "data.json")}]
+    changes += [{"data": str(base / "data.json")}, {"ckpt_dir": str(tmp_path / "int8")}]
+    cells = [finetuning.cell_of(TrainingOptions.resolve(change), torch.device("cpu")) for change in ({}, *changes)]
+    assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
+    assert cells[0].keys() == {"model", "kernels", *finetuning.CELL}  # as in rows from before
+    same = [TrainingOptions.resolve(change) for change in ({"save_every": 3}, {"out_dir": "a"}, {"keep": 1})]
+    assert all(finetuning.cell_of(options, torch.device("cpu")) == cells[0] for options in same)
 
 
 def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):

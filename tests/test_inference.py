@@ -274,7 +274,7 @@ def test_environment_errors_exit_3(monkeypatch, capsys):
     ],
 )
 def test_exceptions_become_one_line_and_a_code(monkeypatch, capsys, error, code, text):
-    def main(*, x: int = 1) -> None:
+    def main(options: cli.Options) -> None:
         raise error
 
     monkeypatch.setattr(sys, "argv", ["script"])

@@ -162,6 +162,12 @@ class TrainingOptions(Settings):
         """What settings.json holds."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_KEPT}
 
+    def changed(self) -> dict[str, Any]:
+        """What this run was started with that is not its preset's, and that changes its figures."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
+        told = (*MAY_CHANGE, "preset", "tokenizer_path", "dtype", "seed")
+        return {name: value for name, value in self.kept().items() if name not in told and value != usual[name]}
+
     @classmethod
     def resolve(cls, typed: dict[str, Any]) -> Self:
         """What was typed, over the settings of the run to resume, or over a preset."""
