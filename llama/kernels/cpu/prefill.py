@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.kernels.cpu.decode_step import Matrix, library
-from llama.model import FeedForward, RMSNorm, Transformer, TransformerBlock, apply_rope, attend, rope_table
+from llama.model import Attention, FeedForward, RMSNorm, Transformer, apply_rope, attend, rope_table
 
 SLAB = 1 << 22  # weights that are widened at once: 8 MB, in the cache of every CPU that has AMX
 
@@ -39,120 +39,99 @@ def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache
         queries        every row, causal              row b * T + last[b], over positions 0..last[b]
         wo, w1 w2 w3   every row                      that row; x is [B, dim] from here on
     """
-    args, (B, T) = model.args, tokens.shape
+    B, T = tokens.shape
     if cache is None:  # room for one layer, which every layer overwrites
-        cache = KVCache(args, B, T, torch.bfloat16, tokens.device, n_layers=1)
-    freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
+        cache = KVCache(model.args, B, T, torch.bfloat16, tokens.device, n_layers=1)
+    run = _Run(model, B, T)
     x = model.tok_embeddings(tokens).flatten(0, 1)
-    gate, up = x.new_empty(2, args.ffn_dim, B * T)  # once for all layers: new memory of this size costs page faults
-    slab = x.new_empty(SLAB)
     last_rows = torch.arange(B) * T + last
     for i, block in enumerate(model.layers):
         h = _norm(block.attention_norm, x)
-        keys, values = _store(block, h, freqs_cis, cache, i % len(cache.k), (B, T), slab)
-        if i + 1 < args.n_layers:
-            out = _attend(block, h, freqs_cis, keys, values, (B, T), slab)
+        keys, values = run.store(block.attention, h, cache, i % len(cache.k))
+        if i + 1 < len(model.layers):
+            out = run.attend(block.attention, h, keys, values)
         else:
             x, h = x[last_rows], h[last_rows]
-            mask = (torch.arange(T) <= last[:, None])[:, None, None]
-            out = _attend_last(block, h, freqs_cis[last], keys, values, mask, slab)
-        x += _linear(block.attention.wo, out, slab)
-        x += _feed_forward(block.feed_forward, _norm(block.ffn_norm, x), gate, up, slab)
+            out = run.attend_last(block.attention, h, keys, values, last)
+        x += run.linear(block.attention.wo, out)
+        x += run.feed_forward(block.feed_forward, _norm(block.ffn_norm, x))
     return _norm(model.norm, x)
+
+
+class _Run:
+    """The parts of a block, and the buffers that all blocks share: new memory of this size costs page faults."""
+
+    def __init__(self, model: Transformer, B: int, T: int) -> None:
+        self.B, self.T, self.head_dim = B, T, model.args.head_dim
+        self.freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
+        self.gate, self.up = torch.empty(2, model.args.ffn_dim, B * T, dtype=torch.bfloat16)
+        self.slab = torch.empty(SLAB, dtype=torch.bfloat16)
+
+    def store(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions, written to the cache and returned, [B, K, T, D] each."""
+        keys = self._heads(self.linear(attention.wk, h), cache.k[layer])
+        values = self._heads(self.linear(attention.wv, h), cache.v[layer], rotated=False)
+        return keys[:, :, : self.T], values[:, :, : self.T]
+
+    def attend(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Causal attention of every position, [B * T, dim]."""
+        q = self.linear(attention.wq, h)
+        q = self._heads(q, q.new_empty(self.B, q.shape[-1] // self.head_dim, self.T, self.head_dim))
+        return attend(q, keys, values, None).transpose(1, 2).reshape(len(h), -1)
+
+    def attend_last(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> Tensor:
+        """Attention of position `last` of each sequence, [B, dim], for h [B, dim] at those positions."""
+        q_BTHD = self.linear(attention.wq, h)[:, None].unflatten(-1, (-1, self.head_dim))
+        q = apply_rope(q_BTHD, self.freqs_cis[last][:, None, None]).transpose(1, 2)
+        return attend(q, keys, values, (torch.arange(self.T) <= last[:, None])[:, None, None]).flatten(1)
+
+    def _heads(self, x: Tensor, out: Tensor, rotated: bool = True) -> Tensor:
+        """[B * T, heads * D] into the first T slots of `out` [B, heads, slots, D]."""
+        angles = self.freqs_cis.data_ptr() if rotated else None
+        _, heads, slots, D = out.shape
+        library().rotate_heads(x.data_ptr(), angles, out.data_ptr(), self.B, self.T, heads, D, slots)
+        return out
+
+    def feed_forward(self, feed_forward: FeedForward, h: Tensor) -> Tensor:
+        """SwiGLU of h [M, dim], features first inside; h is overwritten."""
+        gate, up = (part.view(-1)[: len(part) * len(h)].view(-1, len(h)) for part in (self.gate, self.up))
+        self._transposed_linear(feed_forward.w1, h.t(), gate)
+        self._transposed_linear(feed_forward.w3, h.t(), up)
+        library().silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+        # Adding the transposed view would take four times as long as this copy, for which h has room.
+        out = self._transposed_linear(feed_forward.w2, gate, h.new_empty(h.shape[1], len(h)))
+        return h.copy_(out.t())
+
+    def linear(self, layer: nn.Module, h: Tensor) -> Tensor:
+        """h w^T, [M, N]."""
+        if type(layer) is nn.Linear:
+            return F.linear(h, layer.weight)
+        y = h.new_empty(len(h), layer.out_features)
+        for rows, w in self._widened(layer):
+            torch.mm(h, w.t(), out=y[:, rows])
+        return y
+
+    def _transposed_linear(self, layer: nn.Module, h: Tensor, out: Tensor) -> Tensor:
+        """w h for h [K, M], into `out` [N, M]."""
+        for rows, w in self._widened(layer):
+            torch.mm(w, h, out=out[rows])
+        return out
+
+    def _widened(self, layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in bfloat16: the whole of a plain layer, else some rows at a time, overwritten by the next."""
+        n, k = layer.out_features, layer.in_features
+        if type(layer) is nn.Linear:
+            yield slice(0, n), layer.weight
+            return
+        matrix, size = Matrix.of(layer), max(1, len(self.slab) // k)
+        slab = self.slab if len(self.slab) >= k else self.slab.new_empty(k)
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            library().widen_rows(matrix, start, stop - start, k, slab.data_ptr())
+            yield slice(start, stop), slab[: (stop - start) * k].view(-1, k)
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     library().rms_norm(x.data_ptr(), norm.weight.data_ptr(), y.data_ptr(), norm.eps, *x.shape)
     return y
-
-
-def _heads(x: Tensor, freqs_cis: Tensor | None, out: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B * T, heads * D] rotated into the first T slots of `out` [B, heads, slots, D]."""
-    angles = None if freqs_cis is None else freqs_cis.data_ptr()
-    _, heads, slots, D = out.shape
-    library().rotate_heads(x.data_ptr(), angles, out.data_ptr(), *size, heads, D, slots)
-    return out
-
-
-def _store(
-    block: TransformerBlock,
-    h: Tensor,
-    freqs_cis: Tensor,
-    cache: KVCache,
-    layer: int,
-    size: tuple[int, int],
-    slab: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of all positions, written to the cache and returned, [B, K, T, D] each."""
-    attention, T = block.attention, size[1]
-    keys = _heads(_linear(attention.wk, h, slab), freqs_cis, cache.k[layer], size)
-    values = _heads(_linear(attention.wv, h, slab), None, cache.v[layer], size)
-    return keys[:, :, :T], values[:, :, :T]
-
-
-def _attend(
-    block: TransformerBlock,
-    h: Tensor,
-    freqs_cis: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    size: tuple[int, int],
-    slab: Tensor,
-) -> Tensor:
-    """Causal attention of every position, [B * T, dim]."""
-    q = _linear(block.attention.wq, h, slab)
-    D = keys.shape[-1]
-    q = _heads(q, freqs_cis, q.new_empty(size[0], q.shape[-1] // D, size[1], D), size)
-    return attend(q, keys, values, None).transpose(1, 2).reshape(h.shape[0], -1)
-
-
-def _attend_last(
-    block: TransformerBlock, h: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, mask: Tensor, slab: Tensor
-) -> Tensor:
-    """Attention of one position per sequence, [B, dim]; `freqs_cis` [B, P, 2] holds the angles of that position."""
-    q_BTHD = _linear(block.attention.wq, h, slab)[:, None].unflatten(-1, (-1, keys.shape[-1]))
-    q = apply_rope(q_BTHD, freqs_cis[:, None, None]).transpose(1, 2)
-    return attend(q, keys, values, mask).flatten(1)
-
-
-def _feed_forward(feed_forward: FeedForward, h: Tensor, gate: Tensor, up: Tensor, slab: Tensor) -> Tensor:
-    """SwiGLU of h [rows, dim], features first inside; gate and up [F, at least rows] are overwritten."""
-    gate, up = (buffer.view(-1)[: len(buffer) * len(h)].view(-1, len(h)) for buffer in (gate, up))
-    _transposed_linear(feed_forward.w1, h.t(), gate, slab)
-    _transposed_linear(feed_forward.w3, h.t(), up, slab)
-    library().silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
-    # Adding the transposed view would take four times as long as this copy, for which h has room.
-    out = _transposed_linear(feed_forward.w2, gate, h.new_empty(h.shape[1], len(h)), slab)
-    return h.copy_(out.t())
-
-
-def _linear(layer: nn.Module, h: Tensor, slab: Tensor) -> Tensor:
-    """h w^T, [rows, N]."""
-    if type(layer) is nn.Linear:
-        return F.linear(h, layer.weight)
-    y = h.new_empty(len(h), layer.out_features)
-    for rows, w in _widened(layer, slab):
-        torch.mm(h, w.t(), out=y[:, rows])
-    return y
-
-
-def _transposed_linear(layer: nn.Module, h: Tensor, out: Tensor, slab: Tensor) -> Tensor:
-    """w h for h [K, rows], into `out` [N, rows]."""
-    for rows, w in _widened(layer, slab):
-        torch.mm(w, h, out=out[rows])
-    return out
-
-
-def _widened(layer: nn.Module, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in bfloat16: the whole of a plain layer, otherwise a slab at a time, which the next one overwrites."""
-    n, k = layer.out_features, layer.in_features
-    if type(layer) is nn.Linear:
-        yield slice(0, n), layer.weight
-        return
-    matrix, size = Matrix.of(layer), max(1, len(slab) // k)
-    slab = slab if len(slab) >= k else slab.new_empty(k)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        library().widen_rows(matrix, start, stop - start, k, slab.data_ptr())
-        yield slice(start, stop), slab[: (stop - start) * k].view(-1, k)
