@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rows import Row, group
+from benchmarks.rows import Row
 
-NOT_MEASURED, OUT_OF_MEMORY = "-", "x"
-RELATIVE = "vs. limit: relative to the hardware limit (1.00 = limit)"  # under tables with such columns
+GAPS = NOT_MEASURED, OUT_OF_MEMORY = "-", "x"
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,9 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """For each column, whether it holds nothing but figures; those are set to the right."""
-        return [all(_is_number(line[i]) for line in self.body) for i in range(len(self.head))]
-
-
-def _is_number(cell: Cell) -> bool:
-    return isinstance(cell[0] if isinstance(cell, tuple) else cell, Figure) or cell in (NOT_MEASURED, OUT_OF_MEMORY)
+        columns = zip(*self.body, strict=True)
+        firsts = [[cell[0] if isinstance(cell, tuple) else cell for cell in column] for column in columns]
+        return [all(isinstance(cell, Figure) or cell in GAPS for cell in column) for column in firsts]
 
 
 def figure(row: Row | None, name: str, form: str, scale: float = 1, stat: str = "median") -> Cell:
@@ -75,11 +72,9 @@ def figure(row: Row | None, name: str, form: str, scale: float = 1, stat: str = 
 
 def spread(row: Row | None, name: str, form: str, scale: float = 1) -> Cell:
     """Median (least to most), where there was more than one run."""
-    median = figure(row, name, form, scale)
-    if not isinstance(median, Figure) or row.metrics[name]["n"] == 1:
-        return median
-    least, most = (figure(row, name, form, scale, stat) for stat in ("min", "max"))
-    return (median, " (", least, " to ", most, ")")
+    median, least, most = (figure(row, name, form, scale, stat) for stat in ("median", "min", "max"))
+    is_one = not isinstance(median, Figure) or row.metrics[name]["n"] == 1
+    return median if is_one else (median, " (", least, " to ", most, ")")
 
 
 def computed(formula: str, function: Callable[..., float], form: str, *terms: tuple[Row | None, str]) -> Cell:
@@ -90,12 +85,12 @@ def computed(formula: str, function: Callable[..., float], form: str, *terms: tu
     gaps = [gap for term in terms if (gap := _gap(term)) is not None]
     if gaps:
         return min(gaps)  # - before x
-    paths = [name if name.startswith("cell.") else f"metrics.{name}.median" for _, name in terms]
+    places = [(row, name if name.startswith("cell.") else f"metrics.{name}.median") for row, name in terms]
     try:
-        value = function(*(_look_up(row, path) for (row, _), path in zip(terms, paths, strict=True)))
+        value = function(*(functools.reduce(operator.getitem, path.split("."), row.data) for row, path in places))
     except ZeroDivisionError:
         return NOT_MEASURED
-    source = formula.format(*(row.source(path) for (row, _), path in zip(terms, paths, strict=True)))
+    source = formula.format(*(row.source(path) for row, path in places))
     return Figure(format(value, form), value, source, source)
 
 
@@ -112,10 +107,6 @@ def _gap(term: tuple[Row | None, str]) -> str | None:
     return None if row.metrics else OUT_OF_MEMORY
 
 
-def _look_up(row: Row, path: str) -> float:
-    return functools.reduce(operator.getitem, path.split("."), row.data)
-
-
 def chosen(rows: Sequence[Row], /, **wanted: Any) -> list[Row]:
     """The rows whose cell has these values."""
     return [row for row in rows if all(row.cell.get(name) == value for name, value in wanted.items())]
@@ -124,58 +115,3 @@ def chosen(rows: Sequence[Row], /, **wanted: Any) -> list[Row]:
 def newest(rows: Sequence[Row], /, **wanted: Any) -> Row | None:
     """The last of the rows whose cell has these values."""
     return next(reversed(chosen(rows, **wanted)), None)
-
-
-# From rows to a table, column by column
-
-Column = Callable[[Row], Cell]
-
-
-def table(name: str, title: str, rows: Sequence[Row], columns: dict[str, Column], *note: Cell) -> Table:
-    """A table with a line for each row. columns: what stands in a line, by its title."""
-    body = [[column(row) for column in columns.values()] for row in rows]
-    return Table(name, title, list(columns), body, note, rows)
-
-
-def word(name: str) -> Column:
-    """A column of what the rows' cells call `name`."""
-    return lambda row: str(row.cell[name])
-
-
-def metric(name: str, form: str, scale: float = 1, stat: str = "median") -> Column:
-    """A column of one metric's medians."""
-    return lambda row: figure(row, name, form, scale, stat)
-
-
-def runs(name: str, form: str, scale: float = 1) -> Column:
-    """A column of one metric's medians with their least and most."""
-    return lambda row: spread(row, name, form, scale)
-
-
-def relative(base: Callable[[Row], Row | None], name: str, form: str = ".2f") -> Column:
-    """A column of one metric over that of another row, which `base` finds."""
-    return lambda row: ratio(row, base(row), name, form)
-
-
-def faster(base: Callable[[Row], Row | None], name: str) -> Column:
-    """A column of how many times as fast a row is as another one."""
-    return lambda row: ratio(base(row), row, name)
-
-
-Tables = Callable[[Sequence[Row]], list[Table]]
-
-
-def per_setting(*names: str, dtype: bool = True) -> Callable[[Callable[[list[Row]], list[Table]]], Tables]:
-    """Let a function that makes tables of rows of one setting take rows of any: it is called for each setting.
-
-    A setting is device, threads, torch, dtype (unless that may differ) and these names in the rows' cells.
-    """
-
-    def decorate(make: Callable[[list[Row]], list[Table]]) -> Tables:
-        @functools.wraps(make)
-        def tables(rows: Sequence[Row]) -> list[Table]:
-            return [table for found in group(rows, *names, dtype=dtype) for table in make(found)]
-
-        return tables
-
-    return decorate

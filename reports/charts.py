@@ -1,6 +1,6 @@
 """From measured rows to charts: one function for each chart, whatever shows it.
 
-A function here takes rows of one experiment and returns matplotlib figures by name, the stem of their file in
+A function of CHARTS takes rows of one experiment and returns matplotlib figures by name, the stem of their file in
 reports/figures. README shows those files; the page and the PDFs show the same SVG. A figure has one plot and the width
 of a phone's screen, so that several can stand beside each other or one below the other. Dashes, markers and hatches
 tell series apart, not colours alone. The label of a figure says what it shows, for readers who cannot see it.
@@ -8,10 +8,11 @@ tell series apart, not colours alone. The label of a figure says what it shows, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -32,115 +33,129 @@ STYLE |= {"lines.markersize": 4, "legend.frameon": False, "legend.handlelength":
 MANY = 20  # points; beyond, they stand too close for markers
 CATEGORIES = {"weights": "", "optimizer": "..", "gradients": "////", "copies": "----"}  # of training/memory.py
 CATEGORIES |= {"activations": "xxxx", "temporary": "||||"}
-Named = dict[str, Figure]
+Charts = Callable[[Sequence[Row]], dict[str, Figure]]
+Drawn = Iterator[tuple[str, Figure]]  # a figure without legend, by what its name starts with
 
 
-def generation(rows: Sequence[Row]) -> Named:
+def per_setting(*names: str, dtype: bool = True) -> Callable[[Callable[[list[Row]], Drawn]], Charts]:
+    """Let a function that draws rows of one setting take rows of any, and give its figures legends and unique names.
+
+    A setting: see `benchmarks.rows.group`. Rows that ran out of memory are left out.
+    """
+
+    def decorate(draw: Callable[[list[Row]], Drawn]) -> Charts:
+        @functools.wraps(draw)
+        @matplotlib.rc_context(STYLE)
+        def charts(rows: Sequence[Row]) -> dict[str, Figure]:
+            found: dict[str, Figure] = {}
+            for same in group([row for row in rows if row.metrics], *names, dtype=dtype):
+                for stem, figure in draw(same):
+                    _add_legend(figure)
+                    name = re.sub(r"[^\w.]+", "-", f"{stem}-{same[0].cell['model']}-{same[0].data['device']['kind']}")
+                    several = sum(other.startswith(name) for other in found)
+                    found[f"{name}-{several + 1}" if several else name] = figure
+            return found
+
+        return charts
+
+    return decorate
+
+
+@per_setting("model", "input_len", "output_len", "memory_limit_gb")
+def generation(rows: list[Row]) -> Drawn:
     """Runtime and peak memory by batch size with and without the cache, each with its hardware limit."""
-    found: Named = {}
     series = {"with KV cache": (True, "o", "-", BLUE), "without": (False, "s", "--", RED)}
     plots = {"runtime": ("runtime_s", "Runtime (s), logarithmic"), "memory": ("peak_memory_mb", "Peak memory (MB)")}
-    for same in group(rows, "model", "input_len", "output_len", "memory_limit_gb"):
-        by_size = sorted(same, key=lambda row: row.cell["batch_size"])
-        own = chosen(by_size, engine="llama")
-        formats = dict.fromkeys(map(weights_of, own))
-        for weights, (what, (metric, title)) in itertools.product(formats, plots.items()):
-            title += f", {weights} weights" if len(formats) > 1 else ""
-            figure, axes = _plot(title, same, f"{what.capitalize()} by batch size, with and without the KV cache.")
-            for label, (use_cache, marker, dash, colour) in series.items():
-                ours = [row for row in chosen(own, use_cache=use_cache) if weights_of(row) == weights]
-                _line(axes, ours, "batch_size", metric, label, marker + dash, colour)
-                _line(axes, ours, "batch_size", f"floor_{metric}", f"{label}: hardware limit", f"{marker}:", colour)
-            others = chosen(by_size, engine="transformers")
-            _line(axes, others, "batch_size", metric, "transformers, its cache", "^-.", GREY)
-            axes.set(xlabel="batch size", xticks=sorted({row.cell["batch_size"] for row in same}))
-            if metric == "runtime_s":
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-            _add(found, f"generation-{what}", figure, same[0])
-    return found
+    by_size = sorted(rows, key=lambda row: row.cell["batch_size"])
+    formats = dict.fromkeys(map(weights_of, chosen(by_size, engine="llama")))
+    for weights, (what, (metric, title)) in itertools.product(formats, plots.items()):
+        title += f", {weights} weights" if len(formats) > 1 else ""
+        figure, axes = _plot(title, rows, f"{what.capitalize()} by batch size, with and without the KV cache.")
+        for label, (use_cache, marker, dash, colour) in series.items():
+            ours = chosen(by_size, engine="llama", use_cache=use_cache)
+            ours = [row for row in ours if weights_of(row) == weights]
+            _line(axes, ours, "batch_size", metric, label, marker + dash, colour)
+            _line(axes, ours, "batch_size", f"floor_{metric}", f"{label}: hardware limit", f"{marker}:", colour)
+        others = chosen(by_size, engine="transformers")
+        _line(axes, others, "batch_size", metric, "transformers, its cache", "^-.", GREY)
+        axes.set(xlabel="batch size", xticks=sorted({row.cell["batch_size"] for row in rows}))
+        if metric == "runtime_s":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        yield f"generation-{what}", figure
 
 
-def steps(rows: Sequence[Row]) -> Named:
+@per_setting("model", "seq_len", "memory_limit_gb", dtype=False)
+def steps(rows: list[Row]) -> Drawn:
     """Memory at the peak by category with the measured peak, and time per step with its limit; one batch per step."""
-    found: Named = {}
-    for same in group(rows, "model", "seq_len", "memory_limit_gb", dtype=False):
-        single = sorted(chosen(same, batch_size=1, accumulation=1), key=step_order)
-        labelled = [(step_label(row).removeprefix("llama, "), row) for row in single]
-        about = "Memory at the peak of a step by what it holds, and the measured peak, for each choice of techniques."
-        parts = {f"{category}_at_peak_mb": (category, hatch) for category, hatch in CATEGORIES.items()}
-        _bars(
-            found, "steps-memory", "Memory at the peak (MB)", about, labelled, parts, "peak_memory_mb", "measured peak"
-        )
-        about = "Time per step, and the least that its matrix products take, for each choice of techniques."
-        parts = {"step_s": ("measured", "")}
-        _bars(found, "steps-time", "Time per step (s)", about, labelled, parts, "floor_step_s", "hardware limit")
-    return found
+    single = sorted(chosen(rows, batch_size=1, accumulation=1), key=step_order)
+    labelled = [(step_label(row).removeprefix("llama, "), row) for row in single]
+    about = "Memory at the peak of a step by what it holds, and the measured peak, for each choice of techniques."
+    parts = {f"{category}_at_peak_mb": (category, hatch) for category, hatch in CATEGORIES.items()}
+    mark = ("peak_memory_mb", "measured peak")
+    yield "steps-memory", _bars("Memory at the peak (MB)", about, labelled, parts, mark)
+    about = "Time per step, and the least that its matrix products take, for each choice of techniques."
+    mark = ("floor_step_s", "hardware limit")
+    yield "steps-time", _bars("Time per step (s)", about, labelled, {"step_s": ("measured", "")}, mark)
 
 
-def loss(rows: Sequence[Row]) -> Named:
+@per_setting("model", "preset")
+def loss(rows: list[Row]) -> Drawn:
     """Training and held-out loss over the steps of each run that kept them."""
-    found: Named = {}
     for row in rows:
         series = row.data.get("series", {})
-        if not series.get("loss_nats"):
-            continue
-        preset = row.cell.get("preset", "run")
-        title = f"Loss (nats per label token), {preset}"
-        figure, axes = _plot(title, [row], "Training loss at every step, and held-out loss where it was measured.")
-        _draw(axes, series["loss_nats"], "training", "x-.", GREY)
-        _draw(axes, series.get("held_out_loss_nats", []), "held out", "o-", BLUE)
-        axes.set_xlabel("optimizer step")
-        _add(found, f"loss-{preset}", figure, row)
-    return found
+        if series.get("loss_nats"):
+            preset = row.cell.get("preset", "run")
+            about = "Training loss at every step, and held-out loss where it was measured."
+            figure, axes = _plot(f"Loss (nats per label token), {preset}", [row], about)
+            _draw(axes, series["loss_nats"], "training", "x-.", GREY)
+            _draw(axes, series.get("held_out_loss_nats", []), "held out", "o-", BLUE)
+            axes.set_xlabel("optimizer step")
+            yield f"loss-{preset}", figure
 
 
-def ladder(rows: Sequence[Row]) -> Named:
+@per_setting("model")
+def ladder(rows: list[Row]) -> Drawn:
     """Tokens per second and memory of each row of the ladder."""
-    found: Named = {}
-    for same in group(rows, "model"):
-        several = len({row.cell["text"] for row in same}) > 1
-        labelled = [
-            (f"{row.cell['row']}. {row.cell['name']}" + f", text: {row.cell['text']}" * several, row)
-            for row in sorted(same, key=lambda row: row.cell["row"])
-        ]
-        about = "Tokens per second of each row of the ladder, with whiskers from the slowest to the fastest run."
-        _bars(found, "ladder-speed", "Tokens per second", about, labelled, {"tokens_per_s": ("median", "")})
-        about = "Memory of the weights and peak memory of each row of the ladder."
-        parts = {"weights_mb": ("weights", "")}
-        _bars(found, "ladder-memory", "Memory (MB)", about, labelled, parts, "peak_memory_mb", "peak memory")
-    return found
+    several = len({row.cell["text"] for row in rows}) > 1
+    labelled = [
+        (f"{row.cell['row']}. {row.cell['name']}" + f", text: {row.cell['text']}" * several, row)
+        for row in sorted(rows, key=lambda row: row.cell["row"])
+    ]
+    about = "Tokens per second of each row of the ladder, with whiskers from the slowest to the fastest run."
+    yield "ladder-speed", _bars("Tokens per second", about, labelled, {"tokens_per_s": ("median", "")})
+    about = "Memory of the weights and peak memory of each row of the ladder."
+    mark = ("peak_memory_mb", "peak memory")
+    yield "ladder-memory", _bars("Memory (MB)", about, labelled, {"weights_mb": ("weights", "")}, mark)
 
 
-def pruning(rows: Sequence[Row]) -> Named:
+@per_setting("model")
+def pruning(rows: list[Row]) -> Drawn:
     """Held-out loss by share removed for each method, and time per decoding step by the size of what is left."""
-    found: Named = {}
-    for same in group([row for row in rows if row.has("loss_nats")], "model"):
-        for method in dict.fromkeys(row.cell["method"] for row in same if row.cell["method"] != "none"):
-            about = f"Held-out loss by the share that {method} pruning removes, for each way of fine-tuning."
-            figure, axes = _plot(f"Held-out loss (nats per token), {method}", same, about)
-            for label, part, metric, style, colour in (
-                ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats", "x:", GREY),
-                ("one-shot, steps of one round", "one-round", "loss_nats", "^-.", RED),
-                ("one-shot, steps of all rounds", "one-shot", "loss_nats", "s--", RED),
-                ("iterative", "iterative", "loss_nats", "o-", BLUE),
-            ):
-                ours = sorted(chosen(same, part=part, method=method), key=lambda row: row.cell["share"])
-                _line(axes, ours, "share", metric, label, style, colour)
-            for row, style in zip(chosen(same, method="none"), ("-", "-."), strict=False):
-                label = f"dense, {row.cell['steps'] or 'no'} steps"
-                axes.axhline(row.median("loss_nats"), color="black", linewidth=0.8, linestyle=style, label=label)
-            axes.set_xlabel("share removed")
-            _add(found, f"pruning-{method}", figure, same[0])
-    for same in group(chosen(rows, part="speed"), "model"):
+    by_share = sorted(rows, key=lambda row: row.cell["share"])
+    trained = [row for row in rows if row.has("loss_nats")]
+    for method in dict.fromkeys(row.cell["method"] for row in trained if row.cell["method"] != "none"):
+        about = f"Held-out loss by the share that {method} pruning removes, for each way of fine-tuning."
+        figure, axes = _plot(f"Held-out loss (nats per token), {method}", rows, about)
+        for label, part, metric, style, colour in (
+            ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats", "x:", GREY),
+            ("one-shot, steps of one round", "one-round", "loss_nats", "^-.", RED),
+            ("one-shot, steps of all rounds", "one-shot", "loss_nats", "s--", RED),
+            ("iterative", "iterative", "loss_nats", "o-", BLUE),
+        ):
+            _line(axes, chosen(by_share, part=part, method=method), "share", metric, label, style, colour)
+        for row, style in zip(chosen(trained, method="none"), ("-", "-."), strict=False):
+            label = f"dense, {row.cell['steps'] or 'no'} steps"
+            axes.axhline(row.median("loss_nats"), color="black", linewidth=0.8, linestyle=style, label=label)
+        axes.set_xlabel("share removed")
+        yield f"pruning-{method}", figure
+    if speed := chosen(by_share, part="speed"):
         about = "Time per decoding step by the size of the weights that pruning leaves, and its hardware limit."
-        figure, axes = _plot("Time per decoding step (ms)", same, about)
-        ours = sorted(same, key=lambda row: row.cell["share"])
-        _line(axes, ours, "stored_mb", "tpot_s", "measured", "o-", BLUE, 1e3)
-        _line(axes, ours, "stored_mb", "floor_tpot_s", "hardware limit", "o:", BLUE, 1e3)
+        figure, axes = _plot("Time per decoding step (ms)", speed, about)
+        _line(axes, speed, "stored_mb", "tpot_s", "measured", "o-", BLUE, 1e3)
+        _line(axes, speed, "stored_mb", "floor_tpot_s", "hardware limit", "o:", BLUE, 1e3)
         axes.set(xlabel="weights (MB)", ylim=(0, None))
-        _add(found, "pruning-speed", figure, same[0])
-    return found
+        yield "pruning-speed", figure
 
 
 CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
@@ -149,14 +164,11 @@ CHARTS |= {"ladder": ladder, "pruning": pruning}  # by the experiment whose rows
 
 def _plot(title: str, rows: Sequence[Row], about: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     """An empty plot with its title and what its rows, all of one model and device, were measured on."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        dtypes = " and ".join(dict.fromkeys(row.data["dtype"] for row in rows))
-        axes.set_title(f"{rows[0].cell['model']}, {dtypes}, {rows[0].data['device']['name']}")
-    figure.set_label(about)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none", label=about)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    dtypes = " and ".join(dict.fromkeys(row.data["dtype"] for row in rows))
+    axes = figure.subplots()
+    axes.set(facecolor="none", title=f"{rows[0].cell['model']}, {dtypes}, {rows[0].device_name}")
     return figure, axes
 
 
@@ -175,62 +187,48 @@ def _draw(axes: Axes, points: Sequence[Sequence[float]], label: str, style: str,
     marker, dash = (style[0], style[1:]) if len(points) <= MANY else ("", "-")
     fill = "white" if dash == ":" else colour
     width = 1.1 if dash == ":" or not marker else None
-    with matplotlib.rc_context(STYLE):
-        axes.plot(*zip(*points, strict=True), f"{marker}{dash}", color=colour, label=label, lw=width, mfc=fill)
+    axes.plot(*zip(*points, strict=True), f"{marker}{dash}", color=colour, label=label, lw=width, mfc=fill)
 
 
 def _bars(
-    found: Named,
-    stem: str,
     title: str,
     about: str,
     labelled: Sequence[tuple[str, Row]],
     parts: dict[str, tuple[str, str]],
-    mark: str = "",
-    mark_name: str = "",
-) -> None:
+    mark: tuple[str, str] = ("", ""),
+) -> Figure:
     """Metrics of each row as one bar below its label, and another metric, `mark`, as a line across the bar.
 
-    parts: name and hatch of each metric; where there is one alone, its spread is drawn, too.
+    parts: name and hatch of each metric; where there is one alone, its spread is drawn, too. mark: a metric, its name.
     """
-    labelled = [(label, row) for label, row in labelled if any(map(row.has, (*parts, mark)))]
-    if not labelled:
-        return
     figure, axes = _plot(title, [row for _, row in labelled], about, 0.9 + BAR * len(labelled))
-    with matplotlib.rc_context(STYLE):
-        for i, (label, row) in enumerate(labelled):
-            axes.annotate(label, (0, i - 0.22), (0, 1.5), textcoords="offset points", fontsize=7)
-            end = 0.0
-            for metric, (name, hatch) in parts.items():
-                value = row.median(metric) if row.has(metric) else 0.0
-                style = {"color": BLUE} if not hatch else {"facecolor": "white", "edgecolor": BLUE, "hatch": hatch}
-                if value:
-                    axes.barh(i, value, 0.38, left=end, label=name, **style)
-                end += value
-            if len(parts) == 1:
-                spread = row.metrics[metric]
-                axes.plot([spread["min"], spread["max"]], [i, i], color=GREY, lw=1)
-            if row.has(mark):
-                place = [row.median(mark)] * 2, [i - 0.19, i + 0.25]
-                axes.plot(*place, color="white", lw=4, solid_capstyle="butt")
-                axes.plot(*place, color="black", lw=1.6, solid_capstyle="butt", label=mark_name)
-        axes.set(yticks=[], ylim=(len(labelled) - 0.6, -0.75))
-        axes.grid(visible=False, axis="y")
-    _add(found, stem, figure, labelled[0][1])
+    for i, (label, row) in enumerate(labelled):
+        axes.annotate(label, (0, i - 0.22), (0, 1.5), textcoords="offset points", fontsize=7)
+        end = 0.0
+        for metric, (name, hatch) in parts.items():
+            value = row.median(metric) if row.has(metric) else 0.0
+            style = {"facecolor": "white", "edgecolor": BLUE, "hatch": hatch} if hatch else {"color": BLUE}
+            if value:
+                axes.barh(i, value, 0.38, left=end, label=name, **style)
+            end += value
+        if len(parts) == 1:
+            spread = row.metrics[metric]
+            axes.plot([spread["min"], spread["max"]], [i, i], color=GREY, lw=1)
+        if row.has(mark[0]):
+            place = [row.median(mark[0])] * 2, [i - 0.19, i + 0.25]
+            axes.plot(*place, color="white", lw=4, solid_capstyle="butt")
+            axes.plot(*place, color="black", lw=1.6, solid_capstyle="butt", label=mark[1])
+    axes.set(yticks=[], ylim=(len(labelled) - 0.6, -0.75))
+    axes.grid(visible=False, axis="y")
+    return figure
 
 
-def _add(found: Named, stem: str, figure: Figure, row: Row) -> None:
-    """Add the legend, and the figure under a name that no other has."""
+def _add_legend(figure: Figure) -> None:
+    """What tells several series apart, below the plot; lines come last."""
     (axes,) = figure.axes
-    if not axes.lines and not axes.patches:  # memory ran out in every cell
-        return
     pairs = zip(*axes.get_legend_handles_labels(), strict=True)
     entries = {label: handle for handle, label in sorted(pairs, key=lambda pair: isinstance(pair[0], Line2D))}
     if len(entries) > 1:
-        with matplotlib.rc_context(STYLE):
-            columns = 2 if max(map(len, entries)) < 30 else 1
-            figure.legend(entries.values(), entries, loc="outside lower left", ncols=columns, fontsize=7)
-            figure.set_figheight(figure.get_figheight() + ENTRY * math.ceil(len(entries) / columns))
-    name = re.sub(r"[^\w.]+", "-", f"{stem}-{row.cell['model']}-{row.data['device']['kind']}")
-    several = sum(other.startswith(name) for other in found)
-    found[name if not several else f"{name}-{several + 1}"] = figure
+        columns = 2 if max(map(len, entries)) < 30 else 1
+        figure.legend(entries.values(), entries, loc="outside lower left", ncols=columns, fontsize=7)
+        figure.set_figheight(figure.get_figheight() + ENTRY * math.ceil(len(entries) / columns))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, group
 from reports import charts, tables
-from reports.cells import Tables, computed, figure
+from reports.cells import computed, figure
+from reports.columns import Tables
 from reports.render import TEMPLATES, Provenance, html, svg, template
 
 if TYPE_CHECKING:

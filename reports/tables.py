@@ -2,7 +2,7 @@
 
 A function here takes rows of one experiment and returns `Table`s, one or more for each setting that was measured;
 render.py turns those into Markdown, which the terminal shows too, HTML and Typst. Left out: what a table is made of
-(cells.py), the tables of fine-tuning (training_tables.py), and charts (charts.py).
+(cells.py, columns.py), the tables of fine-tuning (training_tables.py), and charts (charts.py).
 """
 
 from __future__ import annotations
@@ -16,27 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
-from reports.cells import (
-    RELATIVE,
-    Cell,
-    Column,
-    Figure,
-    Table,
-    Tables,
-    chosen,
-    computed,
-    faster,
-    figure,
-    metric,
-    newest,
-    per_setting,
-    ratio,
-    relative,
-    runs,
-    spread,
-    table,
-    word,
-)
+from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio, spread
+from reports.columns import RELATIVE, Column, Tables, faster, metric, per_setting, relative, runs, table, word
 from reports.training_tables import answers, estimates, learning, step_details, table_2, table_3
 
 PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format

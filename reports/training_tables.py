@@ -11,24 +11,8 @@ from typing import Any
 
 from benchmarks.rows import Row
 from llama.training import memory
-from reports.cells import (
-    RELATIVE,
-    Cell,
-    Column,
-    Figure,
-    Table,
-    chosen,
-    computed,
-    figure,
-    metric,
-    newest,
-    per_setting,
-    ratio,
-    relative,
-    runs,
-    table,
-    word,
-)
+from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
+from reports.columns import RELATIVE, Column, metric, per_setting, relative, runs, table, word
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
