@@ -43,7 +43,7 @@ class Text:
 def read(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Begin-of-text and the ids of a file. Raises InputError for a file that is not there, not UTF-8 or empty."""
     if not path.is_file():
-        raise InputError(f"--data={path} is not a file")
+        raise InputError(f"data={path} is not a file")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # the line ends of the file are part of the text
     except OSError as error:
@@ -77,7 +77,7 @@ def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, s
     training = ids[: len(ids) - n_validation]
     if len(training) < context or n_validation < 2:
         least = int(context / (1 - VALIDATION_SHARE)) + 1
-        raise InputError(f"--data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
+        raise InputError(f"data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
     starts = range(0, len(training) - context + 1, context)
     samples = [_sample(f"token {start}", training[start : start + context]) for start in starts]
     return Text(
