@@ -166,9 +166,11 @@ def described(args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype) 
     return args, dtype, adapters, settings_of(cell, half), shape, layers
 
 
-def predicted(args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype = torch.bfloat16) -> memory.Footprint:
+def predicted(
+    args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype = torch.bfloat16, device_type: str = "cpu"
+) -> memory.Footprint:
     """What a cell will need."""
-    return memory.estimate(*described(args, cell, seq_len, half))
+    return memory.estimate(*described(args, cell, seq_len, half), device_type=device_type)
 
 
 def count_flops(args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype) -> int:
@@ -283,7 +285,7 @@ class StepRunner:
         window = random_window(cell, model.args.vocab_size, options.seq_len, options.seed)
         found = memory.track_step(self.trainer, window).footprint()
         self.flops = count_flops(model.args, cell, options.seq_len, self.half)
-        expected = predicted(model.args, cell, options.seq_len, self.half).peak
+        expected = predicted(model.args, cell, options.seq_len, self.half, self.device.type).peak
         self.prepared |= {"step_tflop": self.flops / 1e12, "expected_peak_memory_mb": expected / devices.MB}
         for name in memory.CATEGORIES:
             self.prepared[f"{name}_at_peak_mb"] = found.at_peak[name] / devices.MB

@@ -95,8 +95,11 @@ class LoadRunner:
             weight.view(-1)[:: 4096 // weight.element_size()].sum().item()  # one value of each page
         ready_s = time.perf_counter() - began
         peak = devices.peak_memory_bytes(torch.device("cpu"))
-        values = {"load_s": load_s, "ready_s": ready_s, "peak_memory_mb": peak / devices.MB}
-        return values | {"peak_over_weights_x": peak / sum(weight.nbytes for weight in network.parameters())}
+        values = {"load_s": load_s, "ready_s": ready_s}
+        if peak is None:
+            return values
+        n_bytes = sum(weight.nbytes for weight in network.parameters())
+        return values | {"peak_memory_mb": peak / devices.MB, "peak_over_weights_x": peak / n_bytes}
 
 
 if __name__ == "__main__":

@@ -37,28 +37,34 @@ class _LeanCrossEntropy(Function):
     dh is made in the forward pass, while the logits are there. For dw the p of all positions are kept where they are
     within `KEPT_BYTES`; elsewhere each slice of the vocabulary is computed again: p_s = exp(h w_s^T - lse), whatever
     has become of the other rows of w in the meantime.
-    """
 
-    # The logits of a slice of the vocabulary lie together, [N, SLICE]: a product that writes parts of longer rows takes
-    # twice as long.
+    The positions go through one buffer, `n` at a time, in two passes over the vocabulary: the first makes z and its
+    logsumexp, the second turns z into p where it lies. In the buffer the logits of a slice of the vocabulary lie
+    together, because a product that writes parts of longer rows takes twice as long. With n = 3, V = 20, SLICE = 8:
+
+        | slice 0: 3 rows of 8 | slice 1: 3 rows of 8 | slice 2: 3 rows of 4 |
+                                             ^ label 13 of position 1: 3 * 8 + 1 * 8 + (13 - 8) = index 37
+
+    `_block` is one such slice as [n, width], `_label_indices` the place of each position's label.
+    """
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, labels: Tensor, move: Move | None) -> Tensor:
         wide, row_bytes = torch.promote_types(h.dtype, torch.float32), len(weight) * h.element_size()
         is_kept = ctx.needs_input_grad[1] and len(h) * row_bytes <= KEPT_BYTES
         fitting = LOGIT_BYTES // row_bytes
-        n_rows = len(h) if is_kept else max(1, fitting // TILE * TILE or fitting)
+        n = len(h) if is_kept else max(1, fitting // TILE * TILE or fitting)
         total, lse, dh = h.new_zeros((), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
-        held = h.new_empty(min(n_rows, len(h)) * len(weight))  # by all parts in turn
-        for start in range(0, len(h), n_rows):
-            rows = slice(start, start + n_rows)
-            z, sums = held[: len(h[rows]) * len(weight)], []
+        buffer = h.new_empty(min(n, len(h)) * len(weight))
+        for start in range(0, len(h), n):
+            rows = slice(start, start + n)
+            z, sums = buffer[: len(h[rows]) * len(weight)], []
             for part, w in _slices(weight, h.dtype):
                 torch.mm(h[rows], w.t(), out=_block(z, part, weight))
                 sums.append(train_ops.logsumexp(_block(z, part, weight)))
             del w  # its buffer; the next pass has its own
             lse[rows] = torch.stack(sums).logsumexp(0)
-            total += (lse[rows] - z[_places(labels[rows], weight)]).sum()
+            total += (lse[rows] - z[_label_indices(labels[rows], weight)]).sum()
             if ctx.needs_input_grad[0]:
                 dh_wide = h.new_zeros(h[rows].shape, dtype=wide)
                 for part, w in _slices(weight, h.dtype):
@@ -67,7 +73,7 @@ class _LeanCrossEntropy(Function):
                     dh_wide += p @ w
                 del w
                 dh[rows] = dh_wide / P_SCALE
-        ctx.save_for_backward(h, labels, lse, dh, held if is_kept else None)
+        ctx.save_for_backward(h, labels, lse, dh, buffer if is_kept else None)
         ctx.weight, ctx.move = weight, move
         return total
 
@@ -95,13 +101,13 @@ def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def _block(z: Tensor, part: slice, weight: Tensor) -> Tensor:
-    """The logits [N, width] of one slice in those of all."""
-    n_rows = z.numel() // len(weight)
-    return z[n_rows * part.start : n_rows * part.stop].view(n_rows, -1)
+    """The logits [n, width] of one slice of the vocabulary."""
+    n = z.numel() // len(weight)
+    return z[n * part.start : n * part.stop].view(n, -1)
 
 
-def _places(labels: Tensor, weight: Tensor) -> Tensor:
-    """Where in the logits of all slices that of each label is."""
+def _label_indices(labels: Tensor, weight: Tensor) -> Tensor:
+    """Where in the buffer the logit of each position's label is."""
     starts = labels // SLICE * SLICE
     widths = (len(weight) - starts).clamp(max=SLICE)
     return len(labels) * starts + torch.arange(len(labels), device=labels.device) * widths + labels - starts

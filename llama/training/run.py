@@ -17,10 +17,9 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +48,25 @@ class StopSignal:
     def __call__(self) -> bool:
         return self.received is not None
 
-    def _receive(self, number: int, _: Any) -> None:
-        self.received = number
-        for caught in self._usual:
-            signal.signal(caught, self._usual[caught])
-
     @contextmanager
     def caught(self) -> Iterator[StopSignal]:
         """Watch for the signals inside the block."""
-        self._usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self._usual:
-            signal.signal(number, self._receive)
+        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+        def receive(number: int, _: Any) -> None:
+            self.received = number
+            restore()
+
+        for number in usual:
+            signal.signal(number, receive)
         try:
             yield self
         finally:
-            for number, handler in self._usual.items():
-                signal.signal(number, handler)
+            restore()
 
 
 class Log:
@@ -175,10 +177,10 @@ class Run:
     def _plan_memory(self, args: checkpoint.ModelArgs, dtype: torch.dtype) -> list[int]:
         """The layers to recompute; also estimates the peak of a step on the longest samples."""
         options = self.options
-        tokens = max(sum(len(sample.tokens) for sample in sequence) for sequence in self.data.sequences)
-        labels = max(
-            sum(len(sample.tokens) - sample.n_prompt for sample in sequence) for sequence in self.data.sequences
-        )
+        tokens, labels = 0, 0
+        for sequence in self.data.sequences:
+            n = sum(len(sample.tokens) for sample in sequence)
+            tokens, labels = max(tokens, n), max(labels, n - sum(sample.n_prompt for sample in sequence))
         size = options.batch_size
         shape = memory.Shape(size, tokens, size * labels, min(2, options.accumulation))
         adapters = options.lora_config if options.lora else None
@@ -384,10 +386,10 @@ class Run:
         return summary
 
     def export(self) -> list[str]:
-        """Write adapter and merged models, where they are not there yet; say where."""
-        options, lines = self.options, []
-        if options.lora:
-            lines.append(self._write("adapter", self._save_adapter))
+        """Write adapter and merged models, where a run that was resumed after its end has none yet; say where."""
+        options, lines, adapter = self.options, [], self.root / "adapter"
+        if options.lora and not adapter.exists():
+            lora.save(self.model, options.lora_config, adapter, self.base)
         if options.lora and options.export != "none":
             lost = lora.merge(self.model)
             lora.remove(self.model)
@@ -398,28 +400,16 @@ class Run:
             lines.append(f"{zeros:,} of {n_all:,} weights of the projections are zero, as before.")
             pruning.remove_masks(self.model)
         for name, layout in EXPORTS[options.export].items():
-            lines.append(self._write(name, partial(self._save_model, layout=layout)))
-        return lines
-
-    def _save_adapter(self, path: Path) -> None:
-        lora.save(self.model, self.options.lora_config, path, self.base)
-
-    def _save_model(self, path: Path, layout: str) -> None:
-        checkpoint.save(self.model, path, layout, self.tokenizer_file)
-
-    def _write(self, name: str, save: Callable[[Path], None]) -> str:
-        path = self.root / name
-        if not path.exists():  # a run that was resumed after its end has it
-            save(path)
-        return f"{name:<10} {path}"
+            if not (self.root / name).exists():
+                checkpoint.save(self.model, self.root / name, layout, self.tokenizer_file)
+        names = [*["adapter"] * options.lora, *EXPORTS[options.export]]
+        return lines + [f"{name:<10} {self.root / name}" for name in names]
 
 
 def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:
     """Raise InputError for what the codes of a quantized base do not allow."""
     if not options.lora:
-        raise InputError(
-            f"lora=False: {directory} is quantized, and codes cannot be trained; use LoRA, or the original"
-        )
+        raise InputError(f"lora=False: codes like those of {directory} cannot be trained; use LoRA, or the original")
     if options.export != "none":
         raise InputError(
             f"export={options.export}: an adapter cannot be merged into the quantized weights of {directory}; use "

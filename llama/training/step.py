@@ -90,19 +90,14 @@ def checkpointed_layers(spec: str, n_layers: int) -> list[int]:
         return list(range(n_layers)) if spec == "all" else []
     try:
         if spec.startswith("every:"):
-            return list(range(n_layers))[int(spec[6:]) - 1 :: _positive(int(spec[6:]))]
+            step = int(spec[6:])
+            return list(range(step - 1, n_layers, max(0, step)))  # a step of 0 is a ValueError
         chosen = sorted({int(part) for part in spec.split(",")})
     except ValueError:
         raise InputError(f"checkpointing: {spec!r} is none of none, all, every:K, or layers such as 0,4,8") from None
     if chosen[0] < 0 or chosen[-1] >= n_layers:
         raise InputError(f"checkpointing: {spec!r} names a layer outside 0 to {n_layers - 1}")
     return chosen
-
-
-def _positive(value: int) -> int:
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def checkpoint_layers(model: Transformer, layers: Sequence[int]) -> None:
@@ -132,9 +127,10 @@ class Trainer:
         self.masks = {name: mask for name, mask in model.named_buffers() if name.endswith(".mask")}  # of pruned weights
         self.device = model.tok_embeddings.weight.device
         self.optimizer = self._make_optimizer()
-        self.compute_dtype = AMP[settings.amp] or model.dtype
         # fp16 gradients below 6e-8 vanish; the scaler multiplies the loss so that they do not. bf16 has fp32's range.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute_dtype is torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=(AMP[settings.amp] or model.dtype) is torch.float16
+        )
         self.progress = Progress()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
