@@ -146,10 +146,8 @@ def main(options: Options) -> None:
         directory = options.provide_weights(Path(folder), torch.bfloat16)
         measured = same_losses(step_runs(options, args, cells, directory))
         found = [keep(path, options, cell, runs) for cell, runs in measured]
-    from reports import charts  # matplotlib is for this process alone, not for those of the cells
-
     shown = tables.table_3(found) + tables.table_2(found) + tables.step_details(found)
-    finish(path, shown, charts.steps(found), options.figures)
+    finish(path, "benchmark_finetuning", found, shown, options.figures)
 
 
 def settings_of(cell: StepCell, half: torch.dtype) -> Settings:

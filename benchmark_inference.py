@@ -124,10 +124,7 @@ def main(options: Options) -> None:
         require_same_tokens(options, directory)
         measured = generation_runs(options, cells, directory)
         found = [keep(path, experiment, options, cell, runs) for cell, runs in measured]
-    from reports import charts  # matplotlib is for this process alone, not for those of the cells
-
-    figures = charts.generation(found) if experiment == "inference" else {}
-    finish(path, tables.table_1(found) + tables.generation_details(found), figures, options.figures)
+    finish(path, experiment, found, tables.table_1(found) + tables.generation_details(found), options.figures)
 
 
 def cells_of(options: Options, plain: str) -> list[GenerationCell]:

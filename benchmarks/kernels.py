@@ -143,7 +143,7 @@ def main(options: Options) -> None:
             for engine, runs in forms.items():
                 cell, name = operation.cell(options.model, engine), devices.dtype_name(dtype)
                 found.append(rows.record(path, "kernels", cell, rows.by_metric(runs), device, name, options.seed))
-    shared.finish(path, tables.kernels(found), {})
+    shared.finish(path, "kernels", found, tables.kernels(found))
 
 
 def library_of(part: str, device: torch.device) -> Any:

@@ -140,9 +140,7 @@ def main(options: Options) -> None:
     for rung in rungs:
         cell, metrics, series = describe(options.model, setup, rung, runs, quality.get(rung.weights, {}))
         found.append(rows.record(path, "ladder", cell, metrics, device, setup.dtype, options.seed, series))
-    from reports import charts  # matplotlib is for this process alone, not for those of the rungs
-
-    shared.finish(path, tables.ladder(found) + tables.drafts(found), charts.ladder(found), options.figures)
+    shared.finish(path, "ladder", found, tables.ladder(found) + tables.drafts(found), options.figures)
 
 
 def ladder(has_text: bool) -> list[Rung]:

@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         place = {"model": options.model, "layout": cell.layout, "stored": "bfloat16"}
         cpu = torch.device("cpu")
         found.append(rows.record(path, "loading", place, rows.by_metric(own), cpu, cell.dtype, options.seed))
-    shared.finish(path, tables.loading(found), {})
+    shared.finish(path, "loading", found, tables.loading(found))
 
 
 def load_in_fresh_process(cell: LoadingCell, directory: Path) -> dict[str, float]:

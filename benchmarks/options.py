@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import inputs, rows
+from benchmarks.rows import Row
 from llama import cli
 from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
 from reports import render
 from reports.cells import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REPORTS = Path(__file__).parents[1] / "reports"
 MODEL = f"a preset, with random weights: {', '.join(PRESETS)}"
@@ -75,11 +72,16 @@ class TableOptions(DeviceOptions):
             raise InputError(f"memory_limit_gb={self.memory_limit_gb}: expected a CUDA device to limit")
 
 
-def finish(path: Path, tables: Sequence[Table], figures: Mapping[str, Figure], folder: str | None = None) -> None:
-    """Print the tables, and save the figures by their names."""
+def finish(
+    path: Path, experiment: str, measured: Sequence[Row], tables: Sequence[Table], figures: str | None = None
+) -> None:
+    """Print the tables, and save the experiment's charts in the folder `figures`."""
+    from reports.charts import CHARTS  # not above: every cell's process imports this file, and matplotlib is large
+
     print(render.markdown(tables))
-    for name, figure in figures.items():
-        image = (REPORTS / "figures" if folder is None else Path(folder)) / f"{name}.svg"
+    drawn = CHARTS[experiment](measured) if experiment in CHARTS else {}
+    for name, figure in drawn.items():
+        image = (REPORTS / "figures" if figures is None else Path(figures)) / f"{name}.svg"
         render.save_svg(figure, image)
         print(f"plot in {image}")
     print(f"rows appended to {path}")

@@ -78,10 +78,8 @@ def main(options: Options) -> None:
         for cell, metrics in speed(options, device, half) if part == "speed" else quality.measure(part):
             rows.record(path, "pruning", cell, metrics, device, devices.dtype_name(dtype), options.seed)
     found = newest(path)
-    from reports import charts
-
     shown = tables.pruning_quality(found) + tables.pruning_speed(found)
-    shared.finish(path, shown, charts.pruning(found), options.figures)
+    shared.finish(path, "pruning", found, shown, options.figures)
 
 
 def newest(path: Path) -> list[rows.Row]:

@@ -131,7 +131,7 @@ def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monk
 
 @pytest.mark.slow
 def test_the_benchmark_takes_it(plain, tmp_path):
-    """The tokens with the cache on and off, and floors from the bytes that are really read."""
+    """The tokens with the cache on and off, and limits from the bytes that are really read."""
     target = quantized(plain, tmp_path / "q", CONFIGS["int4"])
     options = benchmark_inference.Options(input_len=8, output_len=3, device="cpu", dtype="float32", warm_up=0, seed=0)
     cell = benchmark_inference.GenerationCell("llama", 1, True)

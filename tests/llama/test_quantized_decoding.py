@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, random_model
 from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from benchmarks import hardware as floors
+from benchmarks import hardware
 from llama import Llama, Transformer
 from llama.config import PRESETS
 from llama.decoding import Decoder, EagerStep
@@ -205,22 +205,22 @@ def test_generation_uses_the_native_step_by_default(kind, monkeypatch):
     assert len(calls) == 5 and len(widened) == 7  # the first token comes from the prompts; seven matrices of one block
 
 
-def test_floors_of_quantized_weights_count_the_bytes_that_lie_in_memory():
+def test_limits_of_quantized_weights_count_the_bytes_that_lie_in_memory():
     for kind in ("int8", "int4"):
         model = quantized(OTHER, kind)
         scales = sum(m.scales.nbytes for m in model.modules() if hasattr(m, "scales"))
         n_bytes = sum(p.nbytes for p in model.parameters()) + scales
-        assert floors.weight_bytes(model) == n_bytes
+        assert hardware.weight_bytes(model) == n_bytes
         table = model.tok_embeddings.weight.nbytes + model.tok_embeddings.scales.nbytes
-        assert floors.decode_bytes(model, 3, 10) == n_bytes - table + OTHER.kv_cache_bytes(3, 10, 2)
+        assert hardware.decode_bytes(model, 3, 10) == n_bytes - table + OTHER.kv_cache_bytes(3, 10, 2)
 
 
-def test_floors_of_plain_weights_count_a_tied_table_as_the_head_and_leave_out_an_untied_one():
+def test_limits_of_plain_weights_count_a_tied_table_as_the_head_and_leave_out_an_untied_one():
     with torch.device("meta"):
         tied, untied = (Transformer(PRESETS[name]).bfloat16() for name in ("llama3.2-1b", "llama3.1-8b"))
-    assert floors.decode_bytes(tied, 1, 0) == tied.args.weight_bytes(2) == 2_471_628_800
-    assert floors.decode_bytes(tied, 8, 100) - floors.decode_bytes(tied, 8, 0) == 8 * 100 * 32_768
-    assert untied.args.weight_bytes(2) - floors.decode_bytes(untied, 1, 0) == 128_256 * 4096 * 2
+    assert hardware.decode_bytes(tied, 1, 0) == tied.args.weight_bytes(2) == 2_471_628_800
+    assert hardware.decode_bytes(tied, 8, 100) - hardware.decode_bytes(tied, 8, 0) == 8 * 100 * 32_768
+    assert untied.args.weight_bytes(2) - hardware.decode_bytes(untied, 1, 0) == 128_256 * 4096 * 2
 
 
 @pytest.mark.slow
