@@ -83,8 +83,20 @@ def record(
     runs: the values of each metric, one for each run; none where memory ran out. Names end in their unit; MB is 1e6
     bytes. series: what a curve or a replay is drawn from, point by point.
     """
-    metrics = {name: spread(values) for name, values in runs.items()}
-    data = make_row(experiment, cell, metrics, device, dtype, seed, series)
+    data = {
+        "experiment": experiment,
+        "cell": cell,
+        "metrics": {name: spread(values) for name, values in runs.items()},
+        **({"series": series} if series is not None else {}),
+        "device": {"kind": device.type, "name": device_name(device)},
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "seed": seed,
+        "command": _command(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
     if path is None:
         return Row("", 0, data)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,16 +132,6 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def medians(row: dict[str, Any]) -> dict[str, float]:
-    """The median of each metric of a row, by name."""
-    return {name: values["median"] for name, values in row["metrics"].items()}
-
-
-def setting(row: dict[str, Any]) -> str:
-    """On what a row was measured, for the line under a table."""
-    return f"{row['device']['name']}, {row['threads']} threads, torch {row['torch']}"
-
-
 def require_writable(path: Path) -> None:
     """Raise InputError now rather than after an hour of measuring, where rows could not be appended to `path`."""
     try:
@@ -138,53 +140,6 @@ def require_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"results file {path} cannot be written: {error.strerror}; choose another --results") from None
-
-
-def make_row(
-    experiment: str,
-    cell: dict[str, Any],
-    metrics: dict[str, Any],
-    device: torch.device,
-    dtype: str,
-    seed: int,
-    series: dict[str, list] | None = None,
-) -> dict[str, Any]:
-    """One measured cell and all that is to be known about it. Metric names end in their unit; MB is 1e6 bytes.
-
-    series: what a curve or a replay is drawn from, point by point; most rows have none.
-    """
-    return {
-        "experiment": experiment,
-        "cell": cell,
-        "metrics": metrics,
-        **({"series": series} if series is not None else {}),
-        "device": {"kind": device.type, "name": device_name(device)},
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "seed": seed,
-        "command": _command(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def append_row(
-    path: Path,
-    experiment: str,
-    cell: dict[str, Any],
-    metrics: dict[str, Any],
-    device: torch.device,
-    dtype: str,
-    seed: int,
-    series: dict[str, list] | None = None,
-) -> dict[str, Any]:
-    """Append one measured cell, as one line of JSON, and return it."""
-    row = make_row(experiment, cell, metrics, device, dtype, seed, series)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
 
 
 def _command() -> str:
@@ -255,7 +210,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def _checked(line: str) -> dict[str, Any]:
-    """The row in a line. Raises ValueError, with the field, for anything that bench.append_row does not write."""
+    """The row in a line. Raises ValueError, with the field, for anything that `record` does not write."""
     data = json.loads(line, parse_constant=_refuse)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
