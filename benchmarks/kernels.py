@@ -97,30 +97,22 @@ class Options(shared.DeviceOptions):
 class Operation:
     """An operation in two forms, with the same operands.
 
-    operands: given to both, as fresh copies. moved: bytes that it cannot avoid to read and write. count: how often one
-    call of the kernel does it, plain_count: one of plain. is_cold: its operands are in no cache when it runs. kernel:
-    None where this machine has none. equality: the test that proves them equal. rows: sequences of a decode step.
+    about: what rows call it, and the test that proves the forms equal. kernel: None where this machine has none. moved:
+    bytes that it cannot avoid to read and write. operands: given to both, as fresh copies. counts: how often a call of
+    the kernel does it, and one of plain. is_cold: its operands are in no cache when it runs.
     """
 
-    part: str
-    name: str
-    shape: str
-    equality: str
-    plain: Form
+    about: dict[str, Any]
     kernel: Form | None
+    plain: Form
     moved: int
     operands: tuple[Tensor, ...] = ()
-    count: int = 1
-    plain_count: int = 1
+    counts: tuple[int, int] = (1, 1)
     is_cold: bool = False
-    weights: str | None = None
-    rows: int | None = None
 
-    def cell(self, model: str, engine: str) -> dict[str, Any]:
-        """How a row names it."""
-        names = {"model": model, "part": self.part, "operation": self.name, "shape": self.shape, "engine": engine}
-        kind = {"weights": self.weights, "rows": self.rows} if self.weights else {}
-        return {**names, **kind, "equality": self.equality}
+
+def named(part: str, operation: str, shape: str, equality: str, **products: Any) -> dict[str, Any]:
+    return {"part": part, "operation": operation, "shape": shape, **products, "equality": equality}
 
 
 def main(options: Options) -> None:
@@ -141,7 +133,8 @@ def main(options: Options) -> None:
         )
         for operation, forms in measured:
             for engine, runs in forms.items():
-                cell, name = operation.cell(options.model, engine), devices.dtype_name(dtype)
+                cell = {"model": options.model, "engine": engine, **operation.about}
+                name = devices.dtype_name(dtype)
                 found.append(rows.record(path, "kernels", cell, rows.by_metric(runs), device, name, options.seed))
     shared.finish(path, "kernels", found, tables.kernels(found))
 
@@ -197,7 +190,7 @@ def take_turns(group: Sequence[Operation], reader: Transformer, repeats: int, or
             values |= {"read_gb_s": read / 1e9, "of_reading_x": one.moved / run_s / read}
             if name == "kernel":
                 values["plain_over_kernel_x"] = seconds[i, "plain"] / run_s
-                if one.weights in QUANTIZED:  # the first of a group has weights of bfloat16
+                if one.about.get("weights") in QUANTIZED:  # the first of a group has weights of bfloat16
                     values["linear_over_kernel_x"] = seconds[0, "plain"] / run_s
             runs[i][name].append(values)
     return runs
@@ -210,7 +203,7 @@ def time_of(operation: Operation, side: str, reader: Transformer) -> float:
         hardware.read_bandwidth(reader)
     form = getattr(operation, side)
     seconds = stopwatch.measure(lambda: form(*fresh), reader.norm.weight.device)[1].seconds
-    return seconds / (operation.count if side == "kernel" else operation.plain_count)
+    return seconds / operation.counts[side == "plain"]
 
 
 def require_same(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -223,14 +216,7 @@ def require_same(name: str, found: Sequence[Tensor], expected: Sequence[Tensor])
 
 
 def compared(
-    part: str,
-    name: str,
-    shape: str,
-    equality: str,
-    kernel: Form | None,
-    plain: Form,
-    *operands: Tensor,
-    is_cold: bool = False,
+    about: dict[str, Any], kernel: Form | None, plain: Form, operands: tuple[Tensor, ...], is_cold: bool = False
 ) -> Operation:
     """An operation whose forms have run once and done the same. What it moves: its operands and results, each once."""
 
@@ -240,9 +226,9 @@ def compared(
 
     expected = results(plain)
     if kernel is not None:
-        require_same(name, results(kernel), expected)
+        require_same(about["operation"], results(kernel), expected)
     moved = sum(tensor.nbytes for tensor in (*operands, *expected))
-    return Operation(part, name, shape, equality, plain, kernel, moved, operands, is_cold=is_cold)
+    return Operation(about, kernel, plain, moved, operands, is_cold=is_cold)
 
 
 def without(module: Any, name: str, form: Form) -> Form:
@@ -286,6 +272,12 @@ def stored_bytes(matrices: Sequence[nn.Module]) -> int:
     return sum(tensor.nbytes for matrix in matrices for tensor in matrix.state_dict().values())
 
 
+def product_names(part: str, weights: str, batch_size: int, args: ModelArgs, equality: str) -> dict[str, Any]:
+    return named(
+        part, "products of a block", f"x [{batch_size}, {args.dim}]", equality, weights=weights, rows=batch_size
+    )
+
+
 def decode_operations(args: ModelArgs, reader: Transformer, draw: Draw, seed: int) -> Iterator[list[Operation]]:
     """For 1 and for 16 sequences, the products of a block with weights of each format."""
     models = models_of(args, reader, seed)
@@ -314,9 +306,8 @@ def products(weights: str, model: Transformer, batch_size: int, draw: Draw) -> O
         def kernel() -> None:
             step(tokens, pos)
 
-    shape, equality = f"x [{batch_size}, {args.dim}]", "test_native_step_is_as_exact_as_the_eager_one"
-    about = {"count": args.n_layers, "weights": weights, "rows": batch_size}
-    return Operation("decode", "products of a block", shape, equality, plain, kernel, stored_bytes(layers[0]), **about)
+    about = product_names("decode", weights, batch_size, args, "test_native_step_is_as_exact_as_the_eager_one")
+    return Operation(about, kernel, plain, stored_bytes(layers[0]), counts=(args.n_layers, 1))
 
 
 # prefill: between the products of a prompt
@@ -348,14 +339,13 @@ def prefill_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operatio
 
     weight, freqs_cis = norm.weight.detach(), rope_table(torch.arange(T)[None], rope_frequencies(args))
     gate, up = draw(args.ffn_dim, T), draw(args.ffn_dim, T)
-    rotated = ("RoPE into the cache", f"keys [{T}, {K}, {D}]")
-    for name, shape, kernel, plain, *operands in (
-        ("RMSNorm", f"x [{T}, {dim}]", norm_kernel, lambda x, _: norm(x), draw(T, dim), weight),
-        (*rotated, rotate_kernel, rotate_plain, draw(T, K * D), freqs_cis),
-        ("SwiGLU", f"gate, up [{args.ffn_dim}, {T}]", swiglu_kernel, swiglu, gate, up),
+    for name, shape, kernel, plain, operands in (
+        ("RMSNorm", f"x [{T}, {dim}]", norm_kernel, lambda x, _: norm(x), (draw(T, dim), weight)),
+        ("RoPE into the cache", f"keys [{T}, {K}, {D}]", rotate_kernel, rotate_plain, (draw(T, K * D), freqs_cis)),
+        ("SwiGLU", f"gate, up [{args.ffn_dim}, {T}]", swiglu_kernel, swiglu, (gate, up)),
     ):
-        equality = "test_native_prefill_is_as_exact_as_the_eager_one"
-        yield compared("prefill", name, shape, equality, kernel if library else None, plain, *operands)
+        about = named("prefill", name, shape, "test_native_prefill_is_as_exact_as_the_eager_one")
+        yield compared(about, kernel if library else None, plain, operands)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -383,43 +373,28 @@ def train_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operation]
         ops.sgd_(weight, gradient, 1e-5)
         return weight
 
+    def softmax_gradient(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
+        return ops.softmax_gradient_(z, lse, labels, lean_loss.P_SCALE)
+
     norm, wide, lora = f"x [{T}, {dim}]", f"gate, up [{T}, {ffn}]", f"x [{T}, {dim}], rank {rank}"
     logits, table = f"logits [{T}, {width}]", f"fp32 weight [{ffn}, {dim}]"
-    declared: list[tuple[str, str, str, Form, tuple[Tensor, ...]]] = [
+    given = (x, weight, inverse, dy)
+    queries, weights = draw(1, T, H, D), (draw(ffn, dim).float(), draw(ffn, dim))
+    for name, shape, test, form, operands in (
         ("rms_norm", norm, "rms_norm", lambda x, w: ops.rms_norm(x, w, args.norm_eps, BF16), (x, weight)),
-        (
-            "rms_norm_backward",
-            norm,
-            "rms_norm",
-            lambda *given: ops.rms_norm_backward(*given, True),
-            (x, weight, inverse, dy),
-        ),
+        ("rms_norm_backward", norm, "rms_norm", lambda *given: ops.rms_norm_backward(*given, True), given),
         ("swiglu", wide, "swiglu", ops.swiglu, (gate, up)),
         ("swiglu_backward", wide, "swiglu", ops.swiglu_backward, (d, gate, up)),
-        (
-            "rotate",
-            f"queries [{T}, {H}, {D}]",
-            "rotate",
-            lambda x, f: ops.rotate(x, f, 1),
-            (draw(1, T, H, D), freqs_cis),
-        ),
+        ("rotate", f"queries [{T}, {H}, {D}]", "rotate", lambda x, f: ops.rotate(x, f, 1), (queries, freqs_cis)),
         ("lora_down", lora, "lora", lambda x, drop, a: ops.lora_down(x, drop, a, factor), (x, drop, a)),
         ("lora_up_", lora, "lora", lambda y, low, a: ops.lora_up_(y, low, a, None, scale), (dy, low, a)),
         ("lora_outer", lora, "lora", lambda low, x, drop: ops.lora_outer(low, x, drop, 1.0), (low, x, drop)),
         ("logsumexp", logits, "softmax", ops.logsumexp, (z,)),
-        (
-            "softmax_gradient_",
-            logits,
-            "softmax",
-            lambda *given: ops.softmax_gradient_(*given, lean_loss.P_SCALE),
-            (z, lse, labels),
-        ),
-        ("sgd_", table, "sgd", sgd, (draw(ffn, dim).float(), draw(ffn, dim))),
-    ]
-    for name, shape, test, form, operands in declared:
-        kernel, is_cold = form if ops.library() is not None else None, name == "sgd_"
-        plain = without(ops, "library", form)
-        yield compared("train", name, shape, f"test_{test}", kernel, plain, *operands, is_cold=is_cold)
+        ("softmax_gradient_", logits, "softmax", softmax_gradient, (z, lse, labels)),
+        ("sgd_", table, "sgd", sgd, weights),
+    ):
+        kernel, about = form if ops.library() else None, named("train", name, shape, f"test_{test}")
+        yield compared(about, kernel, without(ops, "library", form), operands, is_cold=name == "sgd_")
 
 
 # gpu: what a decode step has between its products, and products with codes
@@ -462,8 +437,8 @@ def fused_operations(args: ModelArgs, device: torch.device, batch_size: int, dra
         keys, values = cache.update(0, k, v.unflatten(-1, (-1, D)).transpose(1, 2), pos)
         return q, keys[:, :, 1], values[:, :, 1]
 
-    def drawn(*sizes: int) -> list[Tensor]:
-        return [draw(batch_size, 1, size) for size in sizes]
+    def drawn(*sizes: int) -> tuple[Tensor, ...]:
+        return tuple(draw(batch_size, 1, size) for size in sizes)
 
     normed = (*drawn(dim, dim), norm.weight.detach())
     heads, gated = drawn(H * D, K * D, K * D), drawn(args.ffn_dim, args.ffn_dim)
@@ -472,22 +447,18 @@ def fused_operations(args: ModelArgs, device: torch.device, batch_size: int, dra
         ("RoPE into the cache", "test_rotate_and_store", rotate_kernel, rotate_plain, heads),
         ("SwiGLU", "test_silu_mul", lambda gate, up: ops.silu_mul(gate, up), swiglu, gated),
     ):
-        yield repeated(name, batch_size, test, kernel if ops else None, plain, *operands)
+        about = named("gpu", name, f"x [{batch_size}, {operands[0].shape[-1]}]", test)
+        yield repeated(compared(about, kernel if ops else None, plain, operands), device)
 
 
-def repeated(
-    name: str, batch_size: int, equality: str, kernel: Form | None, plain: Form, *operands: Tensor
-) -> Operation:
+def repeated(once: Operation, device: torch.device) -> Operation:
     """An operation on operands that the call before left in the caches, GRAPH_CALLS times per run."""
-    device, shape = operands[0].device, f"x [{batch_size}, {operands[0].shape[-1]}]"
-    once = compared("gpu", name, shape, equality, kernel, plain, *operands)
 
     def many(form: Form) -> Callable[[], Any]:
-        return recorded(lambda: [form(*operands) for _ in range(GRAPH_CALLS)], device)
+        return recorded(lambda: [form(*once.operands) for _ in range(GRAPH_CALLS)], device)
 
-    forms = {"plain": many(plain), "kernel": None if kernel is None else many(kernel)}
-    counts = {"count": GRAPH_CALLS, "plain_count": GRAPH_CALLS}
-    return dataclasses.replace(once, **forms, **counts, operands=(), rows=batch_size)
+    kernel = None if once.kernel is None else many(once.kernel)
+    return Operation(once.about, kernel, many(once.plain), once.moved, counts=(GRAPH_CALLS, GRAPH_CALLS))
 
 
 def gpu_products(weights: str, model: Transformer, batch_size: int, draw: Draw) -> Operation:
@@ -502,10 +473,9 @@ def gpu_products(weights: str, model: Transformer, batch_size: int, draw: Draw) 
     if weights in QUANTIZED and ops is not None and ops.multiplies(inputs[args.dim]):
         require_same(f"products of a block, {weights}", work(), without(gpu, "ops", work)())
         kernel = recorded(work, device)
-    about = {"count": args.n_layers, "plain_count": args.n_layers, "weights": weights, "rows": batch_size}
-    plain, shape = recorded(without(gpu, "ops", work), device), f"x [{batch_size}, {args.dim}]"
-    moved = stored_bytes(layers[0])
-    return Operation("gpu", "products of a block", shape, "test_products", plain, kernel, moved, **about)
+    about = product_names("gpu", weights, batch_size, args, "test_products")
+    plain, counts = recorded(without(gpu, "ops", work), device), (args.n_layers, args.n_layers)
+    return Operation(about, kernel, plain, stored_bytes(layers[0]), counts=counts)
 
 
 if __name__ == "__main__":

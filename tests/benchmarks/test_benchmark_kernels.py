@@ -15,7 +15,7 @@ from conftest import ROOT, random_model
 
 from benchmarks import hardware, rows
 from benchmarks import kernels as benchmark_kernels
-from benchmarks.kernels import Operation, compared, take_turns
+from benchmarks.kernels import compared, named, take_turns
 from benchmarks.rows import Row, read_file
 from llama import cli
 from llama.config import PRESETS
@@ -25,6 +25,7 @@ from llama.kernels.cpu import decode_step, train_ops
 from reports import render, tables
 
 TINY = PRESETS["tiny"]
+DOUBLE = named("train", "double", "", "test")
 TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora_up_ lora_outer logsumexp".split()
 TRAIN += ["softmax_gradient_", "sgd_"]
 PREFILL = ["RMSNorm", "RoPE into the cache", "SwiGLU"]
@@ -133,7 +134,7 @@ def test_only_the_operation_is_timed_on_operands_of_its_own(monkeypatch):
 
     monkeypatch.setattr(hardware, "read_bandwidth", read_bandwidth)
     for is_cold, n_reads in ((False, 3), (True, 9)):
-        one = compared("train", "x", "", "test", takes(2.0), takes(5.0), torch.ones(4), is_cold=is_cold)
+        one = compared(named("train", "x", "", "test"), takes(2.0), takes(5.0), (torch.ones(4),), is_cold=is_cold)
         reads.clear()
         (runs,) = take_turns([one], random_model(), 3, random.Random(0))
         assert len(reads) == n_reads
@@ -148,20 +149,20 @@ def test_nothing_is_timed_that_does_not_do_the_same():
     message = "double: the kernel's result differs from that of plain PyTorch"
     for broken in (wrong, lambda x: x * float("nan")):
         with pytest.raises(InternalError, match=message) as caught:
-            compared("train", "double", "", "test", broken, lambda x: x, torch.ones(4))
+            compared(DOUBLE, broken, lambda x: x, (torch.ones(4),))
         assert cli.explain(caught.value)[1] == 1
-    assert compared("train", "double", "", "test", lambda x: x * 1.001, lambda x: x, torch.ones(4)).moved == 32
+    assert compared(DOUBLE, lambda x: x * 1.001, lambda x: x, (torch.ones(4),)).moved == 32
 
 
 def made_rows(kernel: float, plain: float) -> list[Row]:
     """The two rows of an operation."""
-    one = Operation("train", "norm", "x [2]", "test_norm", lambda: None, lambda: None, 10)
     metrics = {"run_s": kernel, "moved_mb": 77.7, "moved_gb_s": 66.6, "read_gb_s": 21.5, "of_reading_x": 3.25}
     sides = {"kernel": {**metrics, "plain_over_kernel_x": plain / kernel}, "plain": {**metrics, "run_s": plain}}
     found = []
     for side, values in sides.items():
         runs = {name: [value, value / 2, value * 2] for name, value in values.items()}
-        found.append(rows.record(None, "kernels", one.cell("tiny", side), runs, torch.device("cpu"), "bfloat16"))
+        cell = {"model": "tiny", "engine": side, **named("train", "norm", "x [2]", "test_norm")}
+        found.append(rows.record(None, "kernels", cell, runs, torch.device("cpu"), "bfloat16"))
     return found
 
 
@@ -214,13 +215,13 @@ def test_kernels_of_a_gpu_are_measured_beside_what_they_equal(monkeypatch):
     with torch.no_grad():
         found = list(benchmark_kernels.operation_runs(args, 16, ("gpu",), 2, 1, torch.device("cpu"), torch.float16))
     assert called.names >= {"add_rms_norm", "rotate_and_store", "silu_mul", "int8_linear", "int4_linear"}
-    shown = [(one.name, one.weights, sorted(runs)) for one, runs in found]
+    shown = [(one.about["operation"], one.about.get("weights"), sorted(runs)) for one, runs in found]
     both, name = ["kernel", "plain"], "products of a block"
     assert shown[:3] == [(fused, None, both) for fused in ("sum and RMSNorm", "RoPE into the cache", "SwiGLU")]
     assert shown[3:] == [(name, "float16", ["plain"]), (name, "int8", both), (name, "int4", both)]
     sources = (ROOT / "tests" / "llama" / "kernels" / "test_gpu_kernels.py").read_text()
-    assert all(f"def {one.equality}(" in sources for one, _ in found)
-    moved = {one.name: one.moved for one, _ in found[:3]}
+    assert all(f"def {one.about['equality']}(" in sources for one, _ in found)
+    moved = {one.about["operation"]: one.moved for one, _ in found[:3]}
     assert moved == {
         "sum and RMSNorm": 5 * args.dim * 2,  # two read, two written, and the weight
         "RoPE into the cache": 2 * (args.n_heads + 2 * args.n_kv_heads) * args.head_dim * 2,
