@@ -44,8 +44,7 @@ def table(text: str) -> list[tuple[str, ...]]:
 def read_words() -> SimpleNamespace:
     """What words.toml holds, with its tables as rows."""
     content = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
-    texts = ("plots", "passages")
-    return SimpleNamespace(**{k: table(v) if isinstance(v, str) and k not in texts else v for k, v in content.items()})
+    return SimpleNamespace(**{k: table(v) if isinstance(v, str) else v for k, v in content.items()})
 
 
 words = read_words()
@@ -131,36 +130,19 @@ def pronouns(prefix: str, she: bool) -> Slots:
 # Stories
 
 
-@dataclass(frozen=True)
-class Plot:
-    """The values that the slots of a plot can have, lessons to end with, and its steps: mark and wordings."""
-
-    choices: dict[str, list[str]]
-    lessons: list[str]
-    steps: list[tuple[str, list[str]]]
-
-
-def parse_plots(text: str) -> dict[str, Plot]:
-    """Plots by name. In the text, `# ` starts one, and a line that is indented continues the line before it."""
-    plots: dict[str, Plot] = {}
-    for block in text.replace("\n  ", " ").strip().split("# ")[1:]:
-        name, *lines = block.strip().split("\n")
-        choices: dict[str, list[str]] = {}
-        steps: list[tuple[str, list[str]]] = []
-        for line in lines:
-            mark, sentence = line[0], line[2:]
-            if mark == "|":
-                steps[-1][1].append(sentence)
-            elif mark in "-?+":
-                steps.append((mark, [sentence]))
-            else:
-                key, values = line.split(" = ")
-                choices[key] = values.split("|")
-        plots[name] = Plot(choices, choices.pop("lesson"), steps)
-    return plots
+def parse_steps(text: str) -> list[tuple[str, list[str]]]:
+    """Mark and wordings of each step of a plot."""
+    steps: list[tuple[str, list[str]]] = []
+    for line in text.replace("\n  ", " ").strip().split("\n"):
+        mark, wording = line[0], line[2:]
+        if mark == "|":
+            steps[-1][1].append(wording)
+        else:
+            steps.append((mark, [wording]))
+    return steps
 
 
-PLOTS = parse_plots(words.plots)
+PLOTS = {name: plot | {"steps": parse_steps(plot["steps"])} for name, plot in words.plots.items()}
 
 
 def name_for(rng: Rng, animal: bool = False, she: bool | None = None, taken: str = "") -> str:
@@ -215,12 +197,12 @@ def set_time(rng: Rng, slots: Slots) -> None:
 
 @dataclass(frozen=True)
 class Story:
-    """A finished story: the name of its plot, its title, and who and what it is about."""
+    """A finished story: its title, who and what it is about, and patterns of requests for it."""
 
-    plot: str
     title: str
     text: str
     slots: Slots
+    requests: list[str]
 
 
 def set_job(rng: Rng, slots: Slots) -> None:
@@ -245,19 +227,19 @@ def story_start(rng: Rng, plot_name: str, slots: Slots) -> list[str]:
             parts.append(expand(rng, words.season_weather[slots["season"]]))
     if rng.random() < 0.6:
         about = expand(rng, words.about_hero)
-        while "{o}" in about and plot_name in words.strangers:
+        while "{o}" in about and "strangers" in PLOTS[plot_name]:
             about = expand(rng, words.about_hero)
         parts.append(about)
     return parts
 
 
-def story_end(rng: Rng, plot_name: str, so_far: str) -> str:
+def story_end(rng: Rng, indoors: bool, so_far: str) -> str:
     """A closing that fits: of a friend who came, told to an elder who was not there, with a way home from outside."""
     while True:
         closing = expand(rng, words.closings)
         lacks_friend = "{o}" in closing and "{o}" not in so_far
         has_elder = "{e}" in closing and ("{e}" in so_far or "{E}" in so_far)
-        is_home = (" home" in closing or "lived happily" in closing) and plot_name in words.indoors
+        is_home = (" home" in closing or "lived happily" in closing) and indoors
         if not (lacks_friend or has_elder or is_home):
             return closing
 
@@ -268,25 +250,25 @@ def make_story(rng: Rng) -> Story:
     plot_name, plot = rng.choice(tuple(PLOTS.items()))
     if plot_name == "worker":
         set_job(rng, slots)
-    for key, values in plot.choices.items():
+    for key, values in plot["slots"].items():
         slots[key] = rng.choice(values)
     set_time(rng, slots)
     set_material(rng, slots)
     parts = story_start(rng, plot_name, slots)
     split = rng.random() < 0.6
-    for mark, wordings in plot.steps:
+    for mark, wordings in plot["steps"]:
         if mark == "?" and rng.random() < 0.5:
             continue
         parts.append(("\n\n" if split and mark == "+" else "") + expand(rng, wordings))
     if rng.random() < 0.6:
-        ending = story_end(rng, plot_name, " ".join(parts))
+        ending = story_end(rng, "indoors" in plot, " ".join(parts))
         parts.append(("\n\n" if split and rng.random() < 0.3 else "") + ending)
     if rng.random() < 0.3:
-        parts.append(expand(rng, plot.lessons))
+        parts.append(expand(rng, plot["lessons"]))
     text = polish(" ".join(parts).format_map(slots).replace(" \n", "\n"))
-    titles = words.titles.get(plot_name, words.titles["other"])
-    title = fill(rng, titles, slots | {"K": slots["k"].title(), "Thing": slots["thing"].title()})
-    return Story(plot_name, title, text, slots)
+    in_title = slots | {"K": slots["k"].title(), "Thing": slots["thing"].title()}
+    title = fill(rng, plot.get("titles", words.titles), in_title)
+    return Story(title, text, slots, plot.get("requests", words.requests))
 
 
 def story_document(rng: Rng) -> Document:
@@ -512,18 +494,9 @@ def list_document(rng: Rng) -> Document:
 # Questions with answers
 
 
-def parse_passages(text: str) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Patterns of a passage and of its questions with answers; `#` stands between two passages."""
-    blocks = [block.strip().split("\n", 1) for block in text.replace("\n  ", " ").split("#")]
-    return [(pattern, table(questions)) for pattern, questions in blocks]
-
-
-PASSAGES = parse_passages(words.passages)
-
-
 def passage(rng: Rng) -> tuple[str, list[Pair]]:
     """A small passage and two to four questions about it."""
-    pattern, questions = rng.choice(PASSAGES)
+    pattern, questions = rng.choice(words.passages).values()
     slots = cast(rng)
     set_time(rng, slots)
     slots["thing"], slots["spot"] = rng.choice(words.passage_things), rng.choice(words.spots)
@@ -553,10 +526,10 @@ def qa_document(rng: Rng) -> Document:
     """Questions with answers, alone or about a passage."""
     if rng.random() < 0.35:
         text, items = passage(rng)
-        blocks = [text]
+        text += "\n\n"
     else:
-        items, blocks = several(rng, question, (2, 3, 3, 2)), []
-    return Document("\n\n".join([*blocks, *(f"Question: {q}\nAnswer: {a}" for q, a in items)]))
+        text, items = "", several(rng, question, (2, 3, 3, 2))
+    return Document(text + "\n\n".join(f"Question: {q}\nAnswer: {a}" for q, a in items))
 
 
 # Instructions with results
@@ -646,7 +619,7 @@ def do_describe(rng: Rng) -> Pair:
 def do_story(rng: Rng) -> Pair:
     """Write a short story about a hero and a thing."""
     story = make_story(rng)
-    return fill(rng, words.requests.get(story.plot, words.requests["other"]), story.slots), story.text
+    return fill(rng, story.requests, story.slots), story.text
 
 
 def do_how(rng: Rng) -> Pair:
