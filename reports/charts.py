@@ -50,6 +50,8 @@ def per_setting(*names: str, dtype: bool = True) -> Callable[[Callable[[list[Row
             found: dict[str, Figure] = {}
             for same in group([row for row in rows if row.metrics], *names, dtype=dtype):
                 for stem, figure in draw(same):
+                    if not figure.axes[0].has_data():  # rows of an experiment need not have every metric
+                        continue
                     _add_legend(figure)
                     name = re.sub(r"[^\w.]+", "-", f"{stem}-{same[0].cell['model']}-{same[0].data['device']['kind']}")
                     several = sum(other.startswith(name) for other in found)
@@ -201,8 +203,9 @@ def _bars(
 
     parts: name and hatch of each metric; where there is one alone, its spread is drawn, too. mark: a metric, its name.
     """
-    figure, axes = _plot(title, [row for _, row in labelled], about, 0.9 + BAR * len(labelled))
-    for i, (label, row) in enumerate(labelled):
+    measured = [(label, row) for label, row in labelled if any(map(row.has, (*parts, mark[0])))]
+    figure, axes = _plot(title, [row for _, row in labelled], about, 0.9 + BAR * len(measured))
+    for i, (label, row) in enumerate(measured):
         axes.annotate(label, (0, i - 0.22), (0, 1.5), textcoords="offset points", fontsize=7)
         end = 0.0
         for metric, (name, hatch) in parts.items():
@@ -218,7 +221,7 @@ def _bars(
             place = [row.median(mark[0])] * 2, [i - 0.19, i + 0.25]
             axes.plot(*place, color="white", lw=4, solid_capstyle="butt")
             axes.plot(*place, color="black", lw=1.6, solid_capstyle="butt", label=mark[1])
-    axes.set(yticks=[], ylim=(len(labelled) - 0.6, -0.75))
+    axes.set(yticks=[], ylim=(len(measured) - 0.6, -0.75))
     axes.grid(visible=False, axis="y")
     return figure
 

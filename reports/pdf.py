@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.rows import Row
+from benchmarks.rows import Row, group
 from llama.config import PRESETS
 from llama.errors import EnvironmentFailure, InputError
 from reports.cells import NOT_MEASURED, chosen, figure, newest, ratio
@@ -44,17 +44,17 @@ def choose_device(rows: Sequence[Row], wanted: str | None) -> str | None:
 
     None where nothing was measured. Raises InputError where the name fits no device, or more than one.
     """
-    names = sorted({row.data["device"]["name"] for row in rows})
+    names = sorted({row.device_name for row in rows})
     if wanted is not None:
         found = [name for name in names if wanted.lower() in name.lower()]
-        exact = [name for name in found if name.lower() == wanted.lower()]
-        if len(exact or found) != 1:
-            what = "fits no measured device" if not found else f"fits {len(found)} devices"
+        found = [name for name in found if wanted.lower() == name.lower()] or found
+        if len(found) != 1:
+            what = f"fits {len(found)} devices" if found else "fits no measured device"
             raise InputError(f"device={wanted}: {what}; measured are {', '.join(names) or 'none'}")
-        return (exact or found)[0]
+        return found[0]
     table_1 = [row for row in rows if row.data["experiment"] == "inference"]
     last = max(table_1 or rows, key=lambda row: row.data["time"], default=None)
-    return last and last.data["device"]["name"]
+    return last and last.device_name
 
 
 def gather(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def rows_of(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[
     """The rows of a device by experiment, oldest first, without those that belong to tables of an earlier setting."""
     here = {}
     for name in COMMANDS:
-        own = [row for row in rows.get(name, []) if row.data["device"]["name"] == device]
+        own = [row for row in rows.get(name, []) if row.device_name == device]
         here[name] = sorted(own, key=lambda row: row.data["time"])
     generation, steps = (chosen(here[name], model=model) for name in ("inference", "benchmark_finetuning"))
     here["inference"] = like_the_newest(generation, "input_len", "output_len", "memory_limit_gb")
@@ -103,11 +103,8 @@ def rows_of(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[
 
 def like_the_newest(rows: Sequence[Row], *names: str, dtype: bool = True) -> list[Row]:
     """The rows that agree with the last one in these keys of their cells, and in their dtype."""
-
-    def setting(row: Row) -> list[Any]:
-        return [row.data["dtype"] if dtype else "", *(row.cell[name] for name in names)]
-
-    return [row for row in rows if setting(row) == setting(rows[-1])]
+    settings = [[row.data["dtype"] if dtype else "", *(row.cell[name] for name in names)] for row in rows]
+    return [row for row, own in zip(rows, settings, strict=True) if own == settings[-1]]
 
 
 def figures(rows: Sequence[Row]) -> dict[str, str]:
@@ -120,20 +117,17 @@ def figures(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Texts with the cache and without, by model and dtype."""
-    groups: dict[str, list[Row]] = {}
-    for row in chosen(rows, what="KV cache"):
-        groups.setdefault(f"{row.cell['model']}, {row.data['dtype']}", []).append(row)
+    """Texts with the cache and without, by model and setting."""
     found = []
-    for title, same in groups.items():
-        about = Provenance.of(same)
+    for same in group(chosen(rows, what="KV cache"), "model"):
         prompts = [
-            {"prompt": row.cell["prompt"]}
-            | {name: row.data["series"][name][0] for name in ("text_on", "text_off", "verdict")}
+            {name: row.data["series"][name][0] for name in ("text_on", "text_off", "verdict")}
+            | {"prompt": row.cell["prompt"]}
             for row in same
         ]
         n_equal = sum(prompt["text_on"] == prompt["text_off"] for prompt in prompts)
-        found.append({"title": title, "about": vars(about), "prompts": prompts, "n_equal": n_equal})
+        title, about = f"{same[0].cell['model']}, {same[0].data['dtype']}", vars(Provenance.of(same))
+        found.append({"title": title, "about": about, "prompts": prompts, "n_equal": n_equal})
     return found
 
 

@@ -109,7 +109,7 @@ def typst(table: Table) -> dict[str, Any]:
         "rows": [[text(cell) for cell in line] for line in table.body],
         "numeric": table.numeric,
         "note": [text(note) for note in table.note],
-        "about": {"where": about.where, "when": about.when, "commands": list(about.commands)},
+        "about": {**vars(about), "commands": list(about.commands)},
     }
 
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
-from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio, spread
-from reports.columns import RELATIVE, Column, Tables, faster, metric, per_setting, relative, runs, table, word
+from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
+from reports.columns import RELATIVE, Column, Tables, faster, line_per_row, metric, per_setting, relative, runs, word
 from reports.training_tables import answers, estimates, learning, step_details, table_2, table_3
 
 PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format
@@ -102,8 +102,8 @@ def generation_details(rows: list[Row]) -> list[Table]:
         "per sequence."
     )
     title, limited = _generation_title(rows), [row for row in rows if row.has("floor_ttft_s", "floor_tpot_s")]
-    tables = [table("generation", title, rows, columns, note)]
-    return tables + ([table("limits", f"{title}: hardware limits", limited, limits, about)] if limited else [])
+    tables = line_per_row("generation", title, rows, columns, note)
+    return tables + line_per_row("limits", f"{title}: hardware limits", limited, limits, about)
 
 
 def _larger_part(row: Row) -> str:
@@ -121,24 +121,18 @@ def perplexity(rows: list[Row]) -> list[Table]:
         weights = f", {row.cell['weights']}" if row.cell.get("weights") else ""
         return f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}{weights}, {row.data['dtype']}"
 
-    columns = {
-        "model": model,
-        "loss": metric("loss_nats", ".4f"),
-        "perplexity": metric("perplexity_x", ".4f"),
-        "scored tokens": metric("scored_tokens", ",.0f"),
-        "tokens/s": metric("tokens_per_s", ",.0f"),
-        "peak memory (MB)": metric("peak_memory_mb", ",.0f"),
-    }
+    columns = {"model": model, "loss": metric("loss_nats", ".4f"), "perplexity": metric("perplexity_x", ".4f")}
+    columns |= {"scored tokens": metric("scored_tokens", ",.0f"), "tokens/s": metric("tokens_per_s", ",.0f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
     cell = rows[0].cell
-    side_by_side = cell["stride"] == cell["context"]
-    mode = "side by side, each without its first token" if side_by_side else "sliding"
+    mode = "sliding" if cell["stride"] < cell["context"] else "side by side, each without its first token"
     note: list[Cell] = [_verdict(row) for row in rows if row.has("difference_nats")]
     note.append(f"Loss in nats per token, over {cell['tokens']:,} tokens of {cell['data']}.")
-    windows = figure(rows[0], "windows", ",.0f")
-    note.append((windows, f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."))
+    words = f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."
+    note.append((figure(rows[0], "windows", ",.0f"), words))
     if len(rows) > 1:
         note.append("Peak memory of the first includes what the libraries set up once.")
-    return [table("perplexity", f"Perplexity on {cell['data']}", rows, columns, *note)]
+    return line_per_row("perplexity", f"Perplexity on {cell['data']}", rows, columns, *note)
 
 
 def _verdict(row: Row) -> Cell:
@@ -169,7 +163,7 @@ def embedded(rows: list[Row]) -> list[Table]:
     columns |= {"held-out loss": metric("held_out_loss_nats", ".3f"), "perplexity": per_token("held_out_loss_nats")}
     columns |= {"loss on stories": metric("held_out_story_loss_nats", ".3f")}
     columns |= {"perplexity on stories": per_token("held_out_story_loss_nats")}
-    return [table("embedded", "The embedded models", rows, columns)]
+    return line_per_row("embedded", "The embedded models", rows, columns)
 
 
 # What else is measured
@@ -183,7 +177,7 @@ def loading(rows: list[Row]) -> list[Table]:
     columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {"relative to the weights": metric("peak_over_weights_x", ".3f")}
     note = "Each load in a fresh process, its file in the page cache. Ready: every weight has been read once."
-    return [table("loading", f"Loading {rows[0].cell['model']}", rows, columns, note)]
+    return line_per_row("loading", f"Loading {rows[0].cell['model']}", rows, columns, note)
 
 
 @per_setting("model")
@@ -208,8 +202,7 @@ def ladder(rows: list[Row]) -> list[Table]:
     columns |= {"weights (MB)": metric("weights_mb", ",.1f"), "peak memory (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {"perplexity": metric("perplexity_x", ".4f")}
     columns |= {"tested by": lambda row: row.data.get("series", {}).get("test", ["-"])[0].rpartition("::")[2]}
-    title = f"{rows[0].cell['model']}: one change per row"
-    return [table("ladder", title, rows, columns, *_ladder_notes(rows))]
+    return line_per_row("ladder", f"{rows[0].cell['model']}: one change per row", rows, columns, *_ladder_notes(rows))
 
 
 def _ladder_notes(rows: Sequence[Row]) -> list[Cell]:
@@ -231,7 +224,7 @@ def drafts(rows: list[Row]) -> list[Table]:
     columns = {"draft": word("name"), "text": word("text")}
     columns |= {"times as fast": faster(lambda row: newest(rows, row=row.cell["changes"]), "runtime_s")}
     columns |= {"acceptance rate": metric("acceptance", ".2f"), "tokens per round": metric("tokens_a_round", ".2f")}
-    return [table("drafts", f"{rows[0].cell['model']}: speculative decoding", used, columns)] if used else []
+    return line_per_row("drafts", f"{rows[0].cell['model']}: speculative decoding", used, columns)
 
 
 @per_setting("model", "part")
@@ -242,27 +235,19 @@ def kernels(rows: list[Row]) -> list[Table]:
     def ours(row: Row) -> Row | None:
         return newest(rows, **row.cell | {"engine": "kernel"})
 
-    def kernel(name: str, form: str) -> Column:
-        return lambda row: figure(ours(row), name, form)
-
     def operation(row: Row) -> str:
         return row.cell["operation"] + (f", {row.cell['weights']}" if row.cell.get("weights") else "")
 
     columns = {"operation": operation, "operands": word("shape")}
-    columns |= {"kernel (ms)": lambda row: spread(ours(row), "run_s", ".3f", 1e3)}
-    columns |= {"plain (ms)": runs("run_s", ".3f", 1e3), "times as fast": kernel("plain_over_kernel_x", ".2f")}
-    columns |= {"as F.linear in 16 bits": kernel("linear_over_kernel_x", ".2f")}
-    columns |= {"moved (MB)": lambda row: figure(ours(row) or row, "moved_mb", ",.1f")}
-    columns |= {"moved (GB/s)": kernel("moved_gb_s", ".1f"), "share of memory bandwidth": kernel("of_reading_x", ".2f")}
-    columns |= {"tested by": word("equality")}
-    slower = [
-        f"{operation(row)} ({row.cell['shape']})"
-        for row in twins
-        if isinstance(times := figure(ours(row), "plain_over_kernel_x", ""), Figure) and times.value < 1
-    ]
-    verdict = (
-        f"Slower than plain PyTorch: {'; '.join(slower)}." if slower else "No kernel is slower than plain PyTorch."
-    )
+    columns |= {"kernel (ms)": runs("run_s", ".3f", 1e3, of=ours), "plain (ms)": runs("run_s", ".3f", 1e3)}
+    columns |= {"times as fast": metric("plain_over_kernel_x", ".2f", of=ours)}
+    columns |= {"as F.linear in 16 bits": metric("linear_over_kernel_x", ".2f", of=ours)}
+    columns |= {"moved (MB)": metric("moved_mb", ",.1f", of=lambda row: ours(row) or row)}
+    columns |= {"moved (GB/s)": metric("moved_gb_s", ".1f", of=ours)}
+    columns |= {"share of memory bandwidth": metric("of_reading_x", ".2f", of=ours), "tested by": word("equality")}
+    slow = [row for row in rows if row.has("plain_over_kernel_x") and row.median("plain_over_kernel_x") < 1]
+    named = "; ".join(f"{operation(row)} ({row.cell['shape']})" for row in slow)
+    verdict = f"Slower than plain PyTorch: {named}." if slow else "No kernel is slower than plain PyTorch."
     note: list[Cell] = [verdict if len(twins) < len(rows) else "No kernel runs here."]
     read = sorted((row for row in rows if row.has("read_gb_s")), key=lambda row: row.median("read_gb_s"))
     if read:
@@ -271,7 +256,7 @@ def kernels(rows: list[Row]) -> list[Table]:
         least, most = (figure(row, "read_gb_s", ".1f") for row in (read[0], read[-1]))
         note.append((words, least, " to ", most, " GB/s; activations may lie in caches, which are faster."))
     title = "{model}: kernels, {part}".format_map(rows[0].cell)
-    return [dataclasses.replace(table("kernels", title, twins, columns, *note), rows=rows)]
+    return [dataclasses.replace(table, rows=rows) for table in line_per_row("kernels", title, twins, columns, *note)]
 
 
 @per_setting("model", "batch_size", "lr")
@@ -305,6 +290,7 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
 @per_setting("model", "input_len", "output_len")
 def pruning_speed(rows: list[Row]) -> list[Table]:
     """First token and decode step of a model with fewer and fewer hidden units, beside those of the whole one."""
+    model = rows[0].cell["model"]
     rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
     columns = {"share": lambda row: f"{row.cell['share']:g}", "parameters": metric("parameters", ",.0f")}
     columns |= {"stored (MB)": metric("stored_mb", ",.1f"), "TTFT (ms)": runs("ttft_s", ",.2f", 1e3)}
@@ -315,17 +301,15 @@ def pruning_speed(rows: list[Row]) -> list[Table]:
         "Share: of the hidden units that are taken out. TTFT: time to first token. TPOT: time per output token after "
         f"it. {RELATIVE}, the time in which the best reading kernel goes through a step's bytes."
     )
-    return (
-        [table("pruning-speed", f"{rows[0].cell['model']}: speed after pruning", rows, columns, note)] if rows else []
-    )
+    return line_per_row("pruning-speed", f"{model}: speed after pruning", rows, columns, note)
 
 
 def generic(rows: Sequence[Row]) -> list[Table]:
     """Rows of any experiment: what tells them apart, then every metric that was measured."""
-    kinds: dict[str, list[Row]] = {}
+    of_keys: dict[frozenset[str], list[Row]] = {}
     for row in rows:
-        kinds.setdefault(" ".join(sorted(row.cell)), []).append(row)
-    return [_generic(found) for found in kinds.values()]
+        of_keys.setdefault(frozenset(row.cell), []).append(row)
+    return [_generic(found) for found in of_keys.values()]
 
 
 def _generic(rows: list[Row]) -> Table:
@@ -336,10 +320,8 @@ def _generic(rows: list[Row]) -> Table:
     metrics = {name: _in_words(name, rows) for name in dict.fromkeys(name for row in rows for name in row.metrics)}
     body = []
     for i, row in enumerate(rows):
-        forms = [
-            (_digits(row.median(name) * scale) if row.has(name) else "", scale) for name, (_, scale) in metrics.items()
-        ]
-        figures = [figure(row, name, *form) for name, form in zip(metrics, forms, strict=True)]
+        forms = [_digits(row.median(name) * scale) if row.has(name) else "" for name, (_, scale) in metrics.items()]
+        figures = [figure(row, name, form, metrics[name][1]) for name, form in zip(metrics, forms, strict=True)]
         body.append([*(texts[name][i] for name in apart), *figures])
     head = [*(name.replace("_", " ") for name in apart), *(words for words, _ in metrics.values())]
     experiment = rows[0].data["experiment"]

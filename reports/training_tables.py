@@ -12,21 +12,21 @@ from typing import Any
 from benchmarks.rows import Row
 from llama.training import memory
 from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
-from reports.columns import RELATIVE, Column, metric, per_setting, relative, runs, table, word
+from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs, word
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
 CHANGED, SLOWER = 0.03, 0.05  # of memory or computation, of time: a smaller change is no arrow in Table 2
-# What the course calls a kind of memory, in the categories of llama/training/memory.py.
-KINDS = {"parameters": ("weights", "copies"), "activations": ("activations",), "gradients": ("gradients",)}
-KINDS |= {"optimizer state": ("optimizer",)}
+# What the course calls a kind of memory, in metrics by the categories of llama/training/memory.py.
+KINDS = {"parameters": ["weights_most_mb", "copies_most_mb"], "activations": ["activations_most_mb"]}
+KINDS |= {"gradients": ["gradients_most_mb"], "optimizer state": ["optimizer_most_mb"]}
 of_steps = per_setting("model", "seq_len", "memory_limit_gb", dtype=False)
 
 
 @of_steps
 def table_2(rows: list[Row]) -> list[Table]:
     """What each technique does to each kind of memory and to a step, from pairs of rows: without accumulation, with."""
-    lines = [(f"{kind} (MB)", [f"{name}_most_mb" for name in names], ",.0f", CHANGED) for kind, names in KINDS.items()]
+    lines = [(f"{kind} (MB)", names, ",.0f", CHANGED) for kind, names in KINDS.items()]
     lines += [("peak of all (MB)", ["peak_memory_mb"], ",.0f", CHANGED)]
     lines += [("computation (TFLOP)", ["step_tflop"], ".2f", CHANGED), ("time per step (s)", ["step_s"], ".2f", SLOWER)]
     about = (
@@ -92,11 +92,11 @@ def _textbook(rows: Sequence[Row]) -> list[Cell]:
     for technique, kind in (("checkpointing", "activations"), ("amp", "parameters")):
         pair = [_step(rows), _step(rows, technique)]
         peaks = [figure(row, "peak_memory_mb", ",.0f") for row in pair]
-        most = [_total(row, [f"{name}_most_mb" for name in KINDS[kind]], "") for row in pair]
+        most = [_total(row, KINDS[kind], "") for row in pair]
         if not all(isinstance(cell, Figure) for cell in (*peaks, *most)):
             continue
-        (peak, peak_after), (before, after) = ([cell.value for cell in cells] for cells in (peaks, most))
-        if technique == "checkpointing" and peak_after > (1 - CHANGED) * peak and after < before:
+        before, after = (cell.value for cell in most)
+        if technique == "checkpointing" and peaks[1].value > (1 - CHANGED) * peaks[0].value and after < before:
             words = "Checkpointing lowers activations, and not the peak: without accumulation, full fine-tuning peaks "
             words += "at the end of the backward pass ("
             notes.append((words, peaks[0], " and ", peaks[1], " MB), where all gradients and no activations are."))
@@ -122,7 +122,7 @@ def table_3(rows: list[Row]) -> list[Table]:
         columns = {words: _yes_or_no(mark) for mark, words in marks.items()} | figures
         by_marks = {tuple(row.cell[mark] for mark in marks): row for row in chosen(rows, **wanted)}
         own = sorted(by_marks.values(), key=step_order)
-        tables += [table(name, _steps_title(rows) + title, own, columns)] if own else []
+        tables += line_per_row(name, _steps_title(rows) + title, own, columns)
     return tables
 
 
@@ -177,17 +177,16 @@ def step_details(rows: list[Row]) -> list[Table]:
         "recomputed ones included, at the best rate of the network's own largest products in the same round. Ours, for "
         "a peer, is the lean mode, which does the same work."
     )
-    tables = [table("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)]
+    tables = line_per_row("steps", f"{_steps_title(rows)}: every configuration", rows, columns, note)
     whole = chosen(rows, checkpointing=False, batch_size=1, accumulation=1, engine="llama")
     paired = [row for row in whole if recomputed(row) is not None]
     gain = {"mode": lambda row: label(row).removeprefix("llama, ")}
     gain |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
-    gain |= {"all recomputed (MB)": lambda row: figure(recomputed(row), "peak_memory_mb", ",.0f")}
-    gain |= {"time per step (s)": metric("step_s", ".2f")}
-    gain |= {"all recomputed (s)": lambda row: figure(recomputed(row), "step_s", ".2f")}
+    gain |= {"all recomputed (MB)": metric("peak_memory_mb", ",.0f", of=recomputed)}
+    gain |= {"time per step (s)": metric("step_s", ".2f"), "all recomputed (s)": metric("step_s", ".2f", of=recomputed)}
     gain |= {"MB saved per second": lambda row: _saved(row, recomputed(row))}
     title = f"{_steps_title(rows)}: no layer recomputed, and all of them"
-    return tables + ([table("gain", title, paired, gain)] if paired else [])
+    return tables + line_per_row("gain", title, paired, gain)
 
 
 def _saved(whole: Row, recomputed: Row) -> Cell:
@@ -205,14 +204,13 @@ def _saved(whole: Row, recomputed: Row) -> Cell:
 @per_setting("model", "seq_len", "limit_gb", dtype=False)
 def estimates(rows: list[Row]) -> list[Table]:
     """What the memory of a step is predicted to be at its peak, by category, and whether it fits."""
-    limit = rows[0].cell["limit_gb"]
+    limit, title = rows[0].cell["limit_gb"], _steps_title(rows)
     columns = {"configuration": step_label, "peak (MB)": metric("peak_memory_mb", ",.0f")}
     columns |= {name: metric(f"{name}_at_peak_mb", ",.0f") for name in memory.CATEGORIES}
     columns |= {f"within {limit:g} GB": lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"}
     note = "Predicted, not measured: without the CUDA context (some hundred MB) and what kernels allocate inside."
     rows = sorted((row for row in rows if row.metrics), key=step_order)
-    title = "predicted memory at the peak of a step"
-    return [table("estimates", f"{_steps_title(rows)}: {title}", rows, columns, note)] if rows else []
+    return line_per_row("estimates", f"{title}: predicted memory at the peak of a step", rows, columns, note)
 
 
 @per_setting("model", dtype=False)
@@ -227,7 +225,7 @@ def learning(rows: list[Row]) -> list[Table]:
     columns |= {"right answers before": right("held_out_right_before"), "right answers after": right("held_out_right")}
     columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".3f")}
     note = "Loss in nats per label token, on held-out samples; a right answer is the sample's word for word."
-    return [table("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)]
+    return line_per_row("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)
 
 
 def answers(rows: Sequence[Row]) -> list[Table]:
