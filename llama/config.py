@@ -35,7 +35,7 @@ LARGEST = {"dim": 1 << 20, "n_layers": 1024, "n_heads": 1 << 16, "multiple_of": 
 class ModelArgs:
     """The shape of one Llama model. Raises ValueError naming the field where a value is impossible.
 
-    The defaults are what Meta's loader assumes for a field that `params.json` leaves out (Llama 2 leaves out most).
+    The defaults are what Meta's loader assumes for a field that `params.json` leaves out: those of Llama 2 7B.
     """
 
     dim: int = 4096
@@ -202,17 +202,8 @@ PRESETS: dict[str, ModelArgs] = {
     "llama3.2-3b": ModelArgs(
         dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, use_scaled_rope=True, **_LLAMA3
     ),
-    "llama3.1-8b": ModelArgs(
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn_dim_multiplier=1.3,
-        multiple_of=1024,
-        use_scaled_rope=True,
-        **_LLAMA3,
-    ),
-    "llama2-7b": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32_000, norm_eps=1e-5),
+    "llama3.1-8b": ModelArgs(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, use_scaled_rope=True, **_LLAMA3),
+    "llama2-7b": ModelArgs(vocab_size=32_000),
     # The embedded model (data/tiny) and the draft for it: 3.2's architecture, small enough to ship.
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim_multiplier=1.5, **_TINY),
     "tiny-draft": ModelArgs(dim=64, n_layers=3, n_heads=2, n_kv_heads=1, multiple_of=64, **_TINY),

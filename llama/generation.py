@@ -56,13 +56,9 @@ class _Batch:
     """Prompts padded to one [B, T] tensor, and how many tokens each may get."""
 
     def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int,
-        max_seq_len: int,
-        pad_id: int,
-        device: torch.device,
+        self, prompts: Sequence[Sequence[int]], max_gen_len: int, max_seq_len: int, pad_id: int, device: torch.device
     ) -> None:
+        self.prompts = prompts
         lengths = [len(prompt) for prompt in prompts]
         self.budgets = [min(max_gen_len, max_seq_len - length) for length in lengths]
         self.n_steps = max(self.budgets)
@@ -165,8 +161,7 @@ class Llama:
             if on_step is not None:
                 raise InputError("on_step counts tokens per sequence, which differ with speculative decoding")
             drawn, drawn_logprobs = [[] for _ in prompt_tokens], [[] for _ in prompt_tokens]
-            rounds = self._rounds(prompt_tokens, batch, sampling, use_cache, stops, logprobs, speculation)
-            for i, tokens, values in rounds:
+            for i, tokens, values in self._rounds(batch, sampling, use_cache, stops, logprobs, speculation):
                 drawn[i] += tokens
                 drawn_logprobs[i] += values
         tokens_out, logprobs_out = [], []
@@ -196,7 +191,7 @@ class Llama:
         sampling = self._sampling(temperature, top_p, top_k, seed)
         stops = self._stop_tokens(stop_tokens)
         if speculation is not None:
-            for _, tokens, _ in self._rounds([prompt], batch, sampling, use_cache, stops, False, speculation):
+            for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation):
                 yield from tokens
             return
         for drawn, logits in self._steps(batch, sampling, use_cache):
@@ -321,7 +316,6 @@ class Llama:
 
     def _rounds(
         self,
-        prompts: Sequence[Sequence[int]],
         batch: _Batch,
         sampling: Sampling,
         use_cache: bool,
@@ -333,11 +327,10 @@ class Llama:
         if not use_cache:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         speculation.check(self.decoder, self.max_seq_len)
-        for tokens, values, logits in speculation.rounds(
-            self.decoder, prompts, batch.budgets, sampling, stops, logprobs
-        ):
+        rounds = speculation.rounds(self.decoder, batch.prompts, batch.budgets, sampling, stops, logprobs)
+        for tokens, values, logits in rounds:
             self._require_finite(_is_finite(logits))
-            yield from zip(range(len(prompts)), tokens, values, strict=True)
+            yield from zip(range(len(tokens)), tokens, values, strict=True)
 
     def _require_finite(self, finite: Tensor) -> None:
         if not finite:

@@ -171,7 +171,6 @@ class PromptLookup:
         """It fits every model."""
 
     def cost(self, target: Decoder) -> float:
-        """Nothing."""
         return 0.0
 
     @contextmanager
@@ -231,7 +230,6 @@ class Counts:
 
     @property
     def pays(self) -> bool:
-        """Whether having the draft is worth it."""
         return self.expected_speedup >= WORTH_IT
 
 
@@ -247,7 +245,6 @@ class DraftLength:
         self._idle = 0
 
     def next(self) -> int:
-        """k for the next round."""
         a = self._accepted / self._tested
         best = max(range(MOST_DRAFT_TOKENS + 1), key=lambda k: expected_tokens(a, k) / (1 + k * self.cost))
         if best > 0:
