@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import text
-from data.tiny import EMBEDDED, directory_of
+from data.tiny import EMBEDDED, directory_of, has_tokenizer
 from llama import Transformer, checkpoint, cli, files, pruning, quantization
 from llama import device as devices
 from llama.cli import option
@@ -75,7 +75,7 @@ def quantize(options: QuantizeOptions) -> None:
 
 def tokenizer_file(path: str | None, directory: Path) -> Path:
     """The tokenizer of a checkpoint. Raises InputError where there is none, or one of a different vocabulary."""
-    file = Path(path) if path is not None else find_tokenizer(directory)
+    file = find_tokenizer(directory, path)
     Tokenizer(file).check_vocabulary(checkpoint.read_args(directory).vocab_size)
     return file
 
@@ -195,8 +195,9 @@ def load_text(tokenizer_file: Path, options: PruneOptions) -> text.Text | None:
     tokenizer = Tokenizer(tokenizer_file)
     if options.data is not None:
         return text.from_file(Path(options.data), tokenizer, CONTEXT, options.batch_size, options.seed)
-    is_embedded = files.sha256(tokenizer_file) == files.sha256(EMBEDDED / "tokenizer.model")
-    return text.of_embedded_model(tokenizer, options.batch_size, options.seed) if is_embedded else None
+    return (
+        text.of_embedded_model(tokenizer, options.batch_size, options.seed) if has_tokenizer(tokenizer_file) else None
+    )
 
 
 def size_line(model: Transformer, dtype: torch.dtype) -> str:

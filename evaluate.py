@@ -22,7 +22,7 @@ import torch
 from benchmarks import stopwatch
 from benchmarks.rows import Row, model_cell, record, require_writable
 from data import text
-from data.tiny import EMBEDDED, directory_of, name_of
+from data.tiny import directory_of, has_tokenizer, name_of
 from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Transformer, checkpoint, cli, files, lora
 from llama import device as devices
@@ -95,9 +95,9 @@ def main(options: Options) -> None:
     """Measure one model or two, and print a table."""
     target, sides = sides_of(options)
     directory = sides[0].directory
-    path = Path(options.tokenizer_path) if options.tokenizer_path is not None else find_tokenizer(directory)
+    path = find_tokenizer(directory, options.tokenizer_path)
     tokenizer = Tokenizer(path)
-    is_embedded = files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")
+    is_embedded = has_tokenizer(path)
     context = options.context
     if context is None:
         context = SEQ_LEN + 1 if is_embedded else CONTEXT

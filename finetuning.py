@@ -117,9 +117,7 @@ def require_free(root: Path) -> None:
 
 
 def tokenizer_file(options: TrainingOptions) -> Path:
-    if options.tokenizer_path is not None:
-        return Path(options.tokenizer_path)
-    return find_tokenizer(directory_of(options.ckpt_dir))
+    return find_tokenizer(directory_of(options.ckpt_dir), options.tokenizer_path)
 
 
 def data_file(options: TrainingOptions) -> Path:

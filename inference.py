@@ -141,7 +141,7 @@ def main(options: Options) -> None:
 
 def load(options: Options, directory: Path) -> Llama:
     """The model and its tokenizer, with the adapter in place."""
-    path = Path(options.tokenizer_path) if options.tokenizer_path is not None else find_tokenizer(directory)
+    path = find_tokenizer(directory, options.tokenizer_path)
     names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding")
     llama = Llama.build(directory, path, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:

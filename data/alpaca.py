@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama import files
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 
@@ -60,14 +61,9 @@ def read(path: str | Path) -> list[Record]:
     Raises InputError naming file, record (from 1) and field. A missing `input` is an empty one.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; split it")
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start}; convert it first") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
+        raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; split it")
+    text = files.read_text(path)
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         entries = [(f"{path}:line {number}", _parse(line, f"{path}:line {number}")) for number, line in lines]

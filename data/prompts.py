@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llama import files
 from llama.errors import InputError
 
 
 def read(path: Path) -> list[str]:
     """The prompts; a .json file holds a list. Raises InputError for a file that cannot be read or holds none."""
+    content = files.read_text(path)
     try:
-        content = path.read_text(encoding="utf-8-sig")  # also turns \r\n into \n
         prompts = json.loads(content) if path.suffix == ".json" else content.split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.alpaca import Sample
 from data.tiny.sequences import SEQ_LEN, held_out, sequences
-from llama import order
+from llama import files, order
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.model import Transformer
@@ -44,12 +44,7 @@ def read(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Begin-of-text and the ids of a file. Raises InputError for a file that is not there, not UTF-8 or empty."""
     if not path.is_file():
         raise InputError(f"data={path} is not a file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # the line ends of the file are part of the text
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
+    text = files.read_text(path, newline="")  # the line ends of the file are part of the text
     if not text:
         raise InputError(f"{path} is empty; there is nothing to read")
     return encode(text, tokenizer)

@@ -81,6 +81,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path, newline: str | None = None) -> str:
+    """The text of a UTF-8 file, without its byte-order mark; `newline` as for open(). Raises InputError for others."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError for anything else, and for more than MAX_JSON_BYTES."""
     if not path.is_file():

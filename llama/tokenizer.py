@@ -131,8 +131,10 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def find_tokenizer(ckpt_dir: str | Path) -> Path:
-    """The tokenizer.model of a checkpoint directory. Raises InputError where there is none."""
+def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = None) -> Path:
+    """The file that the user names, or the directory's tokenizer.model. Raises InputError where there is none."""
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
     if not Path(ckpt_dir).is_dir():
         raise InputError(f"checkpoint directory {ckpt_dir} does not exist; check its name")
     for path in (Path(ckpt_dir) / name for name in TOKENIZER_PATHS):

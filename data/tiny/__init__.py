@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from llama import files
+
 EMBEDDED = Path(__file__).parent
 
 
@@ -13,3 +15,8 @@ def directory_of(ckpt_dir: str | None) -> Path:
 def name_of(directory: Path) -> str:
     """What a measured row calls a model: the last part of its path, for where it lies changes no figure."""
     return "tiny" if directory.resolve() == EMBEDDED.resolve() else directory.resolve().name
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer file is the embedded model's: then there is text of its world to train and measure on."""
+    return files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.tiny import corpus
+from data.tiny import EMBEDDED, corpus
 from data.tiny.sequences import SEQ_LEN, sequences
 from llama import checkpoint, cli
 from llama import device as devices
@@ -36,7 +36,6 @@ from llama.errors import InputError
 from llama.model import Transformer
 from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, Tokenizer
 
-HERE = Path(__file__).parent
 BATCH_SIZE = 16
 # Two phases: mostly stories, for grammar, then mostly questions and instructions, for facts. Each warms up and decays
 # the learning rate on its own: (mix of documents, optimizer steps, peak rate).
@@ -44,8 +43,8 @@ Phase = tuple[corpus.Mix, int, float]
 LossFunction = Callable[[Transformer, torch.Tensor], torch.Tensor]
 # name -> preset, directory, phases
 MODELS: dict[str, tuple[str, Path, list[Phase]]] = {
-    "model": ("tiny", HERE, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
-    "draft": ("tiny-draft", HERE / "draft", [(corpus.BALANCED, 1000, 6e-3), (corpus.QUESTIONS, 1000, 4e-3)]),
+    "model": ("tiny", EMBEDDED, [(corpus.BALANCED, 3000, 3e-3), (corpus.QUESTIONS, 3000, 2e-3)]),
+    "draft": ("tiny-draft", EMBEDDED / "draft", [(corpus.BALANCED, 1000, 6e-3), (corpus.QUESTIONS, 1000, 4e-3)]),
 }
 SAVE_EVERY = 250
 WORTH_COMPILING = 500  # steps: compiling takes a minute or two and saves a third of each
@@ -93,7 +92,7 @@ def train_tokenizer(seed: int, n_documents: int = 40_000) -> None:
     if len(pieces) != n_ranks:
         raise InputError(f"the corpus yields {len(pieces)} tokens, not {n_ranks}; it has too few different words")
     lines = [f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces)]
-    (HERE / "tokenizer.model").write_text("".join(lines), encoding="ascii")
+    (EMBEDDED / "tokenizer.model").write_text("".join(lines), encoding="ascii")
 
 
 def _piece_bytes(piece: str) -> bytes:
@@ -160,7 +159,7 @@ def train_model(name: str, seed: int, device: torch.device, work_dir: Path) -> N
     """Train one model, resuming from `work_dir`, and write it in Meta's layout and 16 bits."""
     preset, directory, phases = MODELS[name]
     plan, loss_function = list(schedule(phases)), fast_loss(name, device)
-    tokenizer = Tokenizer(HERE / "tokenizer.model")
+    tokenizer = Tokenizer(EMBEDDED / "tokenizer.model")
     model, optimizer = new_run(name, seed, device)
     state_path, recipe = work_dir / f"{name}-{seed}.pt", _recipe(name)
     start = _resume(state_path, recipe, model, optimizer)
@@ -171,13 +170,13 @@ def train_model(name: str, seed: int, device: torch.device, work_dir: Path) -> N
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
-            _save_state(state_path, {"recipe": recipe, "step": step + 1}, model, optimizer)
+            _save_state(state_path, recipe, step + 1, model, optimizer)
     _export(model.to(torch.bfloat16), directory)
 
 
 def _recipe(name: str) -> str:
     """A hash of what a run is made of: resuming with a different corpus, tokenizer or schedule would mix two runs."""
-    parts = [(HERE / file).read_bytes() for file in ("words.toml", "corpus.py", "tokenizer.model")]
+    parts = [(EMBEDDED / file).read_bytes() for file in ("words.toml", "corpus.py", "tokenizer.model")]
     parts.append(repr((MODELS[name][0], MODELS[name][2], BATCH_SIZE, SEQ_LEN)).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -193,10 +192,10 @@ def _resume(path: Path, recipe: str, model: Transformer, optimizer: torch.optim.
     return state["step"]
 
 
-def _save_state(path: Path, progress: dict, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def _save_state(path: Path, recipe: str, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    state = {**progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"recipe": recipe, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, scratch)
     os.replace(scratch, path)
 
