@@ -36,52 +36,37 @@ class Options(shared.Options):
     work_dir: str | None = option(None, shared.WORK_DIR)
 
 
-@dataclass(frozen=True)
-class LoadingCell:
-    """A checkpoint in bfloat16, and the dtype that it is loaded in."""
-
-    layout: str
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.layout} as {self.dtype}"
-
-
 def main(options: Options) -> None:
     """Write a checkpoint in both layouts, and load each in both dtypes, in turns: a slow minute hits all of them."""
     path = options.results_file("loading")
-    cells = [LoadingCell(layout, dtype) for layout in ("meta", "hf") for dtype in ("bfloat16", "float32")]
-    runs: dict[LoadingCell, list[dict[str, float]]] = {cell: [] for cell in cells}
+    runs: dict[LoadRunner, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         weights = Transformer.random(PRESETS[options.model], torch.bfloat16, seed=options.seed)
         for layout in ("meta", "hf"):
             checkpoint.save(weights, Path(folder) / layout, layout)
+            runs |= {LoadRunner(str(Path(folder) / layout), dtype): [] for dtype in ("bfloat16", "float32")}
         del weights
         for _ in tqdm(range(options.repeats), desc="loading", unit="round"):
-            for cell in cells:
-                runs[cell].append(load_in_fresh_process(cell, Path(folder) / cell.layout))
+            for runner, own in runs.items():
+                with closing(Worker(runner)) as worker:
+                    own.append(worker.ask())
+                if own[-1] is None:
+                    what = f"{Path(runner.directory).name} as {runner.dtype}"
+                    raise EnvironmentFailure(f"{what}: memory ran out; choose a smaller --model")
     found = []
-    for cell, own in runs.items():
-        place = {"model": options.model, "layout": cell.layout, "stored": "bfloat16"}
-        cpu = torch.device("cpu")
-        found.append(rows.record(path, "loading", place, rows.by_metric(own), cpu, cell.dtype, options.seed))
+    for runner, own in runs.items():
+        cell = {"model": options.model, "layout": Path(runner.directory).name, "stored": "bfloat16"}
+        metrics, cpu = rows.by_metric(own), torch.device("cpu")
+        found.append(rows.record(path, "loading", cell, metrics, cpu, runner.dtype, options.seed))
     shared.finish(path, "loading", found, tables.loading(found))
 
 
-def load_in_fresh_process(cell: LoadingCell, directory: Path) -> dict[str, float]:
-    with closing(Worker(LoadRunner(str(directory), cell.dtype))) as worker:
-        measured = worker.ask()
-    if measured is None:
-        raise EnvironmentFailure(f"{cell}: memory ran out; choose a smaller --model")
-    return measured
-
-
-@dataclass
+@dataclass(frozen=True)
 class LoadRunner:
-    """A load in its process. Peak memory is that of the whole process, Python and torch included."""
+    """A load in its own process. Peak memory is that of the whole process, Python and torch included."""
 
     directory: str
-    dtype: str
+    dtype: str  # to load in; the checkpoint is in bfloat16
 
     def prepare(self) -> None:
         """Nothing: what the libraries set up at first use is part of the first load."""

@@ -62,16 +62,16 @@ def main(options: Options) -> None:
     for use_cache, found in runs.items():
         cell = {"model": options.model, "use_cache": use_cache, "batch_size": 1, "prompt": prompt}
         row = keep(path, llama, cell | {"input_len": len(ids)}, found, options.seed)
-        mode, seconds = "on" if use_cache else "off", row.median("runtime_s")
-        print(f"KV cache {mode:<3} {len(found[0][0])} tokens in {seconds:.2f} s")
+        seconds = row.median("runtime_s")
+        print(f"KV cache {'on ' if use_cache else 'off'} {len(found[0][0])} tokens in {seconds:.2f} s")
     print(f"rows appended to {path}; make page puts them into reports/index.html")
 
 
 def record(llama: Llama, ids: list[int], output_len: int, repeats: int) -> dict[bool, list[TimedText]]:
     """Runs with the cache (True) and without, in turns; the first of each list is the one in the middle by its time."""
-    for use_cache in (True, False):
-        list(llama.stream(ids, 2, 0, use_cache=use_cache))
     runs: dict[bool, list[TimedText]] = {True: [], False: []}
+    for use_cache in runs:
+        list(llama.stream(ids, 2, 0, use_cache=use_cache))
     for _ in range(repeats):
         for use_cache, found in runs.items():
             found.append(timed(llama, ids, output_len, use_cache))
@@ -97,12 +97,9 @@ def keep(path: Path, llama: Llama, cell: dict[str, Any], runs: list[TimedText], 
     """The row of one mode: the spread of all its runs, and the tokens of the one that is replayed."""
     tokens, seconds = runs[0]
     times = [times for _, times in runs]
-    metrics = {
-        "runtime_s": [one[-1] for one in times],
-        "ttft_s": [one[0] for one in times],
-        "tpot_s": [(one[-1] - one[0]) / max(1, len(tokens) - 1) for one in times],
-        "replayed_s": [seconds[-1]],
-    }
+    metrics = {"runtime_s": [run[-1] for run in times], "ttft_s": [run[0] for run in times]}
+    metrics["tpot_s"] = [(run[-1] - run[0]) / max(1, len(tokens) - 1) for run in times]
+    metrics["replayed_s"] = [seconds[-1]]
     series: dict[str, list] = {"token_s": [round(second, 6) for second in seconds]}
     if llama.tokenizer is not None:
         decoder = StreamDecoder(llama.tokenizer)

@@ -43,12 +43,10 @@ def render(rows: dict[str, list[Row]]) -> str:
     """The page as text, the same for the same rows."""
     sections = [("replay", "With and without the KV cache, as it ran", replays(rows.get("replay", [])))]
     sections += [(anchor, title, section(rows, *shown)) for anchor, title, *shown in SECTIONS]
-    known = {"replay", *(experiment for _, _, experiment, *_ in SECTIONS)}
-    for name in rows:
-        if name not in known:
-            sections.append((name, name.replace("_", " ").capitalize(), html(tables.generic(rows[name]))))
+    others = [name for name in rows if name not in {"replay", *(experiment for _, _, experiment, *_ in SECTIONS)}]
+    sections += [(name, name.replace("_", " ").capitalize(), html(tables.generic(rows[name]))) for name in others]
     measured = [row for found in rows.values() for row in found if row.data["device"]["kind"] != "meta"]
-    devices = dict.fromkeys(row.data["device"]["name"] for row in measured)
+    devices = dict.fromkeys(row.device_name for row in measured)
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "replay.js"))
     return template("page.html", sections=sections, devices=list(devices), style=style, script=script)
 
@@ -88,7 +86,7 @@ def side(row: Row) -> dict[str, Any]:
     series = row.data["series"]
     count = computed("{}", int, "d", (row, "cell.output_len"))
     rate = computed("{} / {}", operator.truediv, ".1f", (row, "cell.output_len"), (row, "replayed_s"))
-    figures = [("time", "time", (figure(row, "replayed_s", ".2f"), " s")), ("tokens", "count", count)]
-    figures.append(("rate", "rate", (rate, " tokens/s")))
+    figures = [("time", "time", (figure(row, "replayed_s", ".2f"), " s"))]
+    figures += [("tokens", "count", count), ("rate", "rate", (rate, " tokens/s"))]
     texts = series.get("text", [None] * len(series["token_s"]))
     return {"row": row, "figures": figures, "tokens": list(zip(series["token_s"], texts, strict=True))}

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
-from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
+from reports.cells import NOT_MEASURED, Cell, Figure, Table, chosen, computed, figure, newest, ratio
 from reports.columns import RELATIVE, Column, Tables, faster, line_per_row, metric, per_setting, relative, runs, word
 from reports.training_tables import answers, estimates, learning, step_details, table_2, table_3
 
@@ -313,7 +313,7 @@ def generic(rows: Sequence[Row]) -> list[Table]:
 
 
 def _generic(rows: list[Row]) -> Table:
-    cells = [{**row.cell, "dtype": row.data["dtype"], "device": row.data["device"]["name"]} for row in rows]
+    cells = [{**row.cell, "dtype": row.data["dtype"], "device": row.device_name} for row in rows]
     texts = {name: [_words(cell[name]) for cell in cells] for name in cells[0]}
     apart = [name for name, values in texts.items() if len(set(values)) > 1] or list(texts)[:1]
     same = [f"{name.replace('_', ' ')} {texts[name][0]}" for name in rows[0].cell if name not in apart]
@@ -330,27 +330,23 @@ def _generic(rows: list[Row]) -> Table:
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    return value if isinstance(value, str) else json.dumps(value)
+    words = {"true": "yes", "false": "no", "null": NOT_MEASURED}
+    return value if isinstance(value, str) else words.get(text := json.dumps(value), text)
 
 
 def _digits(value: float) -> str:
     """The format of a count; else of three significant digits, or of all digits of a larger integer part."""
-    if value == int(value) or abs(value) >= 100:
-        return ",.0f"
-    return f".{2 - math.floor(math.log10(abs(value)))}f"
+    is_count = value == int(value) or abs(value) >= 100
+    return ",.0f" if is_count else f".{2 - math.floor(math.log10(abs(value)))}f"
 
 
 def _in_words(name: str, rows: Sequence[Row]) -> tuple[str, float]:
     """A metric's name in words with its unit, and the factor to that unit: seconds become ms where all are short."""
-    ending = next((ending for ending in UNITS if name.endswith(f"_{ending}")), None)
-    if ending is None:
-        return name.replace("_", " "), 1
-    unit, scale = UNITS[ending], 1.0
-    if unit == "s" and max(row.median(name) for row in rows if row.has(name)) < 0.1:
-        unit, scale = "ms", 1e3
-    return f"{name.removesuffix(f'_{ending}').replace('_', ' ')} ({unit})", scale
+    ending = next((ending for ending in UNITS if name.endswith(f"_{ending}")), "")
+    words = name.removesuffix(f"_{ending}").replace("_", " ")
+    if ending == "s" and max(row.median(name) for row in rows if row.has(name)) < 0.1:
+        return f"{words} (ms)", 1e3
+    return f"{words} ({UNITS[ending]})" if ending else words, 1
 
 
 TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows

@@ -109,8 +109,7 @@ def _textbook(rows: Sequence[Row]) -> list[Cell]:
 @of_steps
 def table_3(rows: list[Row]) -> list[Table]:
     """Peak memory and time of a step for each combination, the course's form: plain, lean, and over a 16-bit base."""
-    over_half = {**PLAIN, "half": True, "lora": True, "amp": False}
-    del over_half["lean"]
+    over_half = {"half": True, "lora": True, "amp": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
     modes = [
         ("table-3", "", TECHNIQUES, PLAIN),
         ("table-3-lean", ", lean", TECHNIQUES, {**PLAIN, "lean": True}),
