@@ -63,16 +63,18 @@ class Footprint:
 class Tracker(TorchDispatchMode):
     """Follows every storage that is made or freed inside the block, with what it was used for.
 
-    Of h = x @ w; y = h.relu(); y.sum().backward(), with 8 bytes in w and 4 in each other tensor, it keeps
+    Each storage gets a number. Of x = ones(1, 2), h = x w^T, y = exp(h), sum(y).backward() with w of [1, 2]:
 
-        storage    0     1    2    3     4    5     6      the number in which `_keys` turns a live storage's address
-        of         w     x    h    y    sum  dy    dw
-        events    +8    +4   +4   +4    ...             in order of time: bytes made, and -bytes where freed
-        category   0     4    4    4     5    5     2      of CATEGORIES, the first of all that the storage was used as
+        number     0        1            2          3            4          5          6          7
+        storage    w        x            h          y            sum        d sum      dh         dw
+        category   weights  activations  temporary  activations  temporary  temporary  temporary  gradients
+        events     +8       +8           +4         +4           +4         +4         +4         +8    -4 (6) ...
 
-    `footprint` plays the events and counts each storage, from its beginning, as what it became: x was temporary when
-    it was made, and an activation when autograd kept it. marks_blocks: remember the moments at which each block of the
-    network begins and ends, for `moments`.
+    Events are in order of time, bytes made and -bytes freed. A category is the first of CATEGORIES of all uses of the
+    storage: x was temporary when it was made, and an activation when autograd kept it. `footprint` plays the events and
+    counts each storage, from its beginning, as what it became: 8 + 8 + 12 + 16 bytes at the peak.
+
+    marks_blocks: remember the moments at which each block of the network begins and ends, for `moments`.
     """
 
     def __init__(self, model: Transformer, marks_blocks: bool = False) -> None:
@@ -306,17 +308,18 @@ def estimate(
 class Profile:
     """What recomputing each block saves, and the peak of each stretch of a step that recomputes none, in bytes.
 
-    Live bytes over a step of n = 3 blocks, F forward and B backward, an arrow up where a block's activations are made:
+    Live bytes over a step of n = 3 blocks, each of which keeps its activations from its forward to its backward pass:
 
-                               loss
-                       F2 ^            v B2            savings[2]: the step up at F2, without its last bit, the output,
-               F1 ^                         v B1                   which the next block keeps as its input
-        F0 ^                                      v B0     update
-        peaks: 0        1        2        3 = n   2   1   0   0
+                      +--loss--+                savings[i]: the height of block i's stair, less its output, which the
+                 +-2--+        +--2-+           next block keeps as its input
+            +-1--+                  +--1-+
+       +-0--+                            +--0-+
+       |                                      +--update--
+        peaks[0], [1], [2], [3]      [2], [1], [0], [0]
 
-    savings[i]: no longer kept of block i. peaks[i]: while block i runs, forward or backward; it is lowered by the
-    savings of the blocks before it. peaks[n], of the loss, by all of them. peaks[0], which is also that of everything
-    after the backward pass, by none.
+    peaks[i]: while block i runs, forward or backward; recomputing the blocks before it takes their stairs from under
+    it. So peaks[n], of the loss, is lowered by the savings of all blocks, and peaks[0], which is also the peak of
+    everything after the backward pass, by none.
     """
 
     savings: tuple[int, ...]

@@ -102,6 +102,22 @@ def test_what_is_known_of_each_category():
     assert adapted["gradients"] == small > 0
 
 
+def test_the_worked_example_of_the_tracker():
+    """What its docstring says of one product and its gradient."""
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.layers = ()
+    with memory.Tracker(linear) as tracker:
+        x = torch.ones(1, 2)
+        h = linear(x)
+        y = h.exp()
+        y.sum().backward()
+    kinds = "weights activations temporary activations temporary temporary temporary gradients"
+    assert tracker._category == kinds.split()
+    assert tracker._events[:9] == [(0, 8), (1, 8), (2, 4), (3, 4), (4, 4), (5, 4), (6, 4), (7, 8), (6, -4)]
+    found = {name: size for name, size in tracker.footprint().at_peak.items() if size}
+    assert found == {"weights": 8, "gradients": 8, "activations": 12, "temporary": 16}
+
+
 def test_lean_holds_neither_gradients_nor_copies_of_all_weights():
     lean = memory.estimate(SMALL, torch.float32, None, Settings(lean=True, amp="bf16"), Shape(1, 32, 32))
     assert lean.largest["gradients"] == 0
