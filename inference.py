@@ -175,9 +175,8 @@ def describe(llama: Llama, directory: Path) -> str:
     dtype += f" over int{config.bits} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
-    line = f"{directory}, {size}\n"
-    if directory == EMBEDDED:
-        line = f"embedded model, {size}; --ckpt_dir loads real weights\n"
+    is_embedded = directory == EMBEDDED
+    line = f"embedded model, {size}; --ckpt_dir loads real weights\n" if is_embedded else f"{directory}, {size}\n"
     reason = quantization.slow_reason(llama.model)
     return line if reason is None else f"{line}warning: {reason}\n"
 

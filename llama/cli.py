@@ -29,6 +29,7 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -246,6 +247,4 @@ def side_by_side(left: str, right: str) -> str:
     columns = [
         [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN) or [""]] for text in (left, right)
     ]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in rows)
+    return "\n".join(f"{a:<{COLUMN}} | {b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue=""))

@@ -192,17 +192,13 @@ def _require(name: str, value: Any, kind: type, low: float, high: float) -> None
         raise ValueError(f"{name}: {value!r} is not a{'n integer' if kind is int else ' number'} in {low:g}..{high:g}")
 
 
-_LLAMA3 = {"vocab_size": 128_256, "norm_eps": 1e-5, "rope_theta": 500_000.0}
-_TINY = {**_LLAMA3, "vocab_size": 4096, "use_scaled_rope": True, "rope_scale_factor": 32.0, "tie_word_embeddings": True}
+_LLAMA3 = {"vocab_size": 128_256, "norm_eps": 1e-5, "rope_theta": 500_000.0, "use_scaled_rope": True}
+_TINY = {**_LLAMA3, "vocab_size": 4096, "rope_scale_factor": 32.0, "tie_word_embeddings": True}
 
 PRESETS: dict[str, ModelArgs] = {
-    "llama3.2-1b": ModelArgs(
-        dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, use_scaled_rope=True, **_LLAMA3
-    ),
-    "llama3.2-3b": ModelArgs(
-        dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, use_scaled_rope=True, **_LLAMA3
-    ),
-    "llama3.1-8b": ModelArgs(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, use_scaled_rope=True, **_LLAMA3),
+    "llama3.2-1b": ModelArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, **_LLAMA3),
+    "llama3.2-3b": ModelArgs(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, **_LLAMA3),
+    "llama3.1-8b": ModelArgs(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, **_LLAMA3),
     "llama2-7b": ModelArgs(vocab_size=32_000),
     # The embedded model (data/tiny) and the draft for it: 3.2's architecture, small enough to ship.
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim_multiplier=1.5, **_TINY),

@@ -25,7 +25,7 @@ from llama.decoding import DECODING, Decoder
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.sampling import Sampling, next_token
-from llama.speculative import Speculation
+from llama.speculative import Speculation, before_stop
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps from one check of whether all sequences have stopped to the next. Each makes the host wait for a GPU.
@@ -166,9 +166,8 @@ class Llama:
                 drawn_logprobs[i] += values
         tokens_out, logprobs_out = [], []
         for i, prompt in enumerate(prompt_tokens):
-            ids = drawn[i][: batch.budgets[i]]
-            length = next((n for n, token in enumerate(ids) if token in stops), len(ids))
-            tokens_out.append([*prompt, *ids[:length]] if echo else ids[:length])
+            length = before_stop(drawn[i][: batch.budgets[i]], stops)
+            tokens_out.append((list(prompt) if echo else []) + drawn[i][:length])
             logprobs_out.append(prompt_logprobs[i] + drawn_logprobs[i][:length])
         return tokens_out, logprobs_out if logprobs else None
 
@@ -282,7 +281,15 @@ class Llama:
         return [] if self.tokenizer is None else self.tokenizer.stop_tokens
 
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampling:
-        _check_sampling(temperature, top_p, top_k, seed)
+        """The settings, checked: each defines a distribution. Below 1e-6 a temperature is 0 in all but name."""
+        if not (temperature == 0 or 1e-6 <= temperature <= 100):  # also refuses NaN
+            raise InputError(f"temperature {temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
+        if seed is not None:
+            _check_seed(seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
         return Sampling(temperature, top_p, top_k, generator)
 
@@ -401,15 +408,3 @@ def _check_limits(
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 63:
         raise InputError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
-
-
-def _check_sampling(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> None:
-    """Refuse settings that define no distribution. Below 1e-6 a temperature is 0 in all but name."""
-    if not (temperature == 0 or 1e-6 <= temperature <= 100):  # also refuses NaN
-        raise InputError(f"temperature {temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
-    if seed is not None:
-        _check_seed(seed)

@@ -28,7 +28,7 @@ from llama.checkpoint import Source, fingerprint, hf
 from llama.errors import InputError
 from llama.frozen import FrozenLinear
 from llama.model import Transformer
-from llama.surgery import replace_modules
+from llama.surgery import plain_linear, replace_modules
 
 # Each projection that can be adapted, and what it is called inside a block: by Meta and by Hugging Face.
 META_NAMES = {name.split(".")[1]: name for name in hf.BLOCK if not name.endswith("norm.weight")}
@@ -156,12 +156,7 @@ def remove(model: Transformer) -> None:
     """The layers without adapters again, with the weights that are in them now: merge first to keep the update."""
 
     def plain(adapted: nn.Module) -> nn.Module:
-        if adapted.layer is not None:
-            return adapted.layer
-        out_features, in_features = adapted.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-        linear.weight = adapted.weight
-        return linear
+        return plain_linear(adapted.weight) if adapted.layer is None else adapted.layer
 
     replace_modules(model, lambda _, module: isinstance(module, LoRALinear), plain)
 

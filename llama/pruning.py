@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import FeedForward, Transformer
-from llama.surgery import replace_modules
+from llama.surgery import plain_linear, replace_modules
 
 METHODS = ("magnitude", "dimensions")
 UNITS = 32  # kept hidden units are a multiple of this: the tiles of the kernels
@@ -130,14 +130,10 @@ def _mask(model: Transformer, mask_of: Callable[[Tensor], Tensor]) -> Transforme
 
 def remove_masks(model: nn.Module) -> nn.Module:
     """Plain linear layers again, with the same weights, zeros included; a model without masks stays as it is."""
-
-    def plain(masked: nn.Module) -> nn.Linear:
-        linear = nn.Linear(masked.weight.shape[1], masked.weight.shape[0], bias=False, device="meta")
-        linear.weight = masked.weight
-        return linear
-
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        replace_modules(model, lambda _, module: isinstance(module, MaskedLinear), plain)
+        replace_modules(
+            model, lambda _, module: isinstance(module, MaskedLinear), lambda masked: plain_linear(masked.weight)
+        )
     return model
 
 

@@ -44,10 +44,7 @@ from llama.surgery import replace_modules
 GROUP_SIZES = (32, 64, 128)
 TABLES = ("tok_embeddings", "output")  # int8 also in an int4 model
 BLOCK = 32  # columns that are packed together
-SLAB_BYTES = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 23,
-}  # of widened weights: fits a CPU's cache, keeps a GPU busy
+SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 23}  # of widened weights: fits a CPU's cache, keeps a GPU busy
 # Rows of x up to which PyTorch's int8 kernel for bfloat16 on a CPU beats slabs. For w1 of Llama 3.2 1B it takes 1.4 ms
 # with 1 row, 7 with 16 and 114 with 256; slabs 13, 16 and 32; bfloat16 weights 2.4, 2.5 and 18 (two cores with AMX).
 MOST_ROWS = 32
@@ -103,14 +100,46 @@ class Quantization:
 # Layers
 
 
-class _Int8(FrozenLinear):
+class _Quantized(FrozenLinear):
+    """Codes and scales of a matrix [out_features, in_features], which is multiplied a slab of rows at a time."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = len(weight), in_features
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", scales)
+
+    def widen(self, rows: slice, out: Tensor) -> Tensor:
+        """These rows of w, into `out`."""
+        raise NotImplementedError
+
+    def slabs(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of w, and room for them in the dtype of `like`, the same for each slab."""
+        n_rows = max(1, SLAB_BYTES[like.device.type] // (self.in_features * like.element_size()))
+        slab = like.new_empty(n_rows, self.in_features)
+        for start in range(0, self.out_features, n_rows):
+            stop = min(start + n_rows, self.out_features)
+            yield slice(start, stop), slab[: stop - start]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y = x.new_empty(len(x), self.out_features)
+        for rows, slab in self.slabs(x):
+            torch.mm(x, self.widen(rows, slab).t(), out=y[:, rows])
+        return y
+
+    def multiply_transposed(self, dy: Tensor) -> Tensor:
+        """dy w, summed over slabs in fp32 or wider."""
+        dx = dy.new_zeros(len(dy), self.in_features, dtype=torch.promote_types(dy.dtype, torch.float32))
+        for rows, slab in self.slabs(dy):
+            dx += dy[:, rows] @ self.widen(rows, slab)
+        return dx.to(dy.dtype)
+
+
+class _Int8(_Quantized):
     """int8 [N, K] and a scale for each row, fp32 [N]."""
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scales", scales)
+        super().__init__(weight, scales, weight.shape[1])
 
     def multiply(self, x: Tensor) -> Tensor:
         """(x codes^T) * scales: every code is exact in the dtype of x, so only the sum is rounded; in fp16 x w^T."""
@@ -124,19 +153,13 @@ class _Int8(FrozenLinear):
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
             return y.mul_(self.scales)
         if x.dtype == torch.float16:  # ends at 65504, which a sum of products with codes can exceed where y does not
-            return _product_of_slabs(self, x)
+            return super().multiply(x)
         y = x.new_empty(len(x), self.out_features)
-        slab = _new_slab(x, self.in_features)
-        for rows in _slabs(self.out_features, slab):
-            torch.mm(x, slab[: rows.stop - rows.start].copy_(self.weight[rows]).t(), out=y[:, rows])
+        for rows, slab in self.slabs(x):
+            torch.mm(x, slab.copy_(self.weight[rows]).t(), out=y[:, rows])
         return y.mul_(self.scales)
 
-    def multiply_transposed(self, dy: Tensor) -> Tensor:
-        """dy w, summed over slabs in fp32 or wider."""
-        return _sum_of_slabs(self, dy)
-
     def widen(self, rows: slice, out: Tensor) -> Tensor:
-        """These rows of w, into `out`."""
         scales = self.scales[rows, None].to(torch.promote_types(out.dtype, torch.float32))
         return torch.mul(self.weight[rows], scales, out=out)
 
@@ -164,28 +187,21 @@ class Int8Embedding(_Int8):
         return super()._apply(fn, recurse)
 
 
-class Int4Linear(FrozenLinear):
+class Int4Linear(_Quantized):
     """y = x w^T; weight uint8 [N, K / 2], two codes per byte (see above); scales bfloat16 [N, K / group_size]."""
 
     def __init__(self, weight: Tensor, scales: Tensor, group_size: int) -> None:
-        super().__init__()
-        self.out_features, self.in_features, self.group_size = len(weight), 2 * weight.shape[1], group_size
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scales", scales)
+        super().__init__(weight, scales, 2 * weight.shape[1])
+        self.group_size = group_size
 
     def multiply(self, x: Tensor) -> Tensor:
         """x w^T; except for a few rows of x on a GPU with Triton, a slab of rows of w at a time."""
         ops = gpu.ops(x.device)
         if ops is not None and ops.multiplies(x):
             return ops.int4_linear(x, self.weight, self.scales, self.group_size)
-        return _product_of_slabs(self, x)
-
-    def multiply_transposed(self, dy: Tensor) -> Tensor:
-        """dy w, summed over slabs in fp32 or wider."""
-        return _sum_of_slabs(self, dy)
+        return super().multiply(x)
 
     def widen(self, rows: slice, out: Tensor) -> Tensor:
-        """These rows of w, into `out`."""
         packed = self.weight[rows].unflatten(1, (-1, 1, BLOCK // 2))
         halves = out.view(len(out), -1, 2, BLOCK // 2)
         halves[:, :, :1].copy_(packed & 15)
@@ -193,32 +209,6 @@ class Int4Linear(FrozenLinear):
         groups = out.sub_(8).view(len(out), -1, self.group_size)
         groups.mul_(self.scales[rows, :, None])
         return out
-
-
-def _new_slab(x: Tensor, n_columns: int) -> Tensor:
-    n_rows = SLAB_BYTES[x.device.type] // (n_columns * x.element_size())
-    return x.new_empty(max(1, n_rows), n_columns)
-
-
-def _slabs(n_rows: int, slab: Tensor) -> Iterator[slice]:
-    for start in range(0, n_rows, len(slab)):
-        yield slice(start, min(start + len(slab), n_rows))
-
-
-def _product_of_slabs(layer: _Int8 | Int4Linear, x: Tensor) -> Tensor:
-    y = x.new_empty(len(x), layer.out_features)
-    slab = _new_slab(x, layer.in_features)
-    for rows in _slabs(layer.out_features, slab):
-        torch.mm(x, layer.widen(rows, slab[: rows.stop - rows.start]).t(), out=y[:, rows])
-    return y
-
-
-def _sum_of_slabs(layer: _Int8 | Int4Linear, dy: Tensor) -> Tensor:
-    dx = dy.new_zeros(len(dy), layer.in_features, dtype=torch.promote_types(dy.dtype, torch.float32))
-    slab = _new_slab(dy, layer.in_features)
-    for rows in _slabs(layer.out_features, slab):
-        dx += dy[:, rows] @ layer.widen(rows, slab[: rows.stop - rows.start])
-    return dx.to(dy.dtype)
 
 
 # Codes
@@ -234,10 +224,10 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     n_rows = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), n_rows):
-        w = weight[start : start + n_rows].double()
-        s = _usable((w.abs().amax(1) / 127).float())
-        scales[start : start + n_rows] = s
-        codes[start : start + n_rows] = w.div_(s[:, None]).round_()
+        rows = slice(start, start + n_rows)
+        w = weight[rows].double()
+        scales[rows] = _usable((w.abs().amax(1) / 127).float())
+        codes[rows] = w.div_(scales[rows, None]).round_()
     return codes, scales
 
 
@@ -338,7 +328,7 @@ def lay_out(model: Transformer, config: Quantization) -> None:
 
 def quantization_of(model: nn.Module) -> Quantization | None:
     """How a model is quantized; None where it is not."""
-    layers = {type(module): module for module in model.modules() if isinstance(module, (_Int8, Int4Linear))}
+    layers = {type(module): module for module in model.modules() if isinstance(module, _Quantized)}
     if Int4Linear in layers:
         return Quantization(4, layers[Int4Linear].group_size)
     return Quantization(8) if layers else None
@@ -373,21 +363,14 @@ def _bits(name: str, config: Quantization) -> int:
     return 8 if name in TABLES else config.bits
 
 
-def _quantized(module: nn.Module, name: str, config: Quantization) -> _Int8 | Int4Linear:
+def _quantized(module: nn.Module, name: str, config: Quantization) -> _Quantized:
     if _bits(name, config) == 4:
         codes, scales = quantize_groups(module.weight, config.group_size)
         return Int4Linear(pack(codes), scales, config.group_size)
-    codes, scales = quantize_rows(module.weight)
-    return _int8(module, codes, scales)
+    return _int8(module, *quantize_rows(module.weight))
 
 
-def _int8(module: nn.Module, codes: Tensor, scales: Tensor) -> _Int8:
-    if isinstance(module, TokenEmbedding):
-        return Int8Embedding(codes, scales, module.weight.dtype)
-    return Int8Linear(codes, scales)
-
-
-def _empty(module: nn.Module, name: str, config: Quantization) -> _Int8 | Int4Linear:
+def _empty(module: nn.Module, name: str, config: Quantization) -> _Quantized:
     new = functools.partial(torch.empty, device=module.weight.device)
     n, k = module.weight.shape
     if _bits(name, config) == 4:
@@ -396,11 +379,16 @@ def _empty(module: nn.Module, name: str, config: Quantization) -> _Int8 | Int4Li
     return _int8(module, new(n, k, dtype=torch.int8), new(n))
 
 
-def _relative_error(layer: _Int8 | Int4Linear, weight: Tensor) -> float:
-    slab = _new_slab(weight.new_empty(0, dtype=torch.float32), layer.in_features)
+def _int8(module: nn.Module, codes: Tensor, scales: Tensor) -> _Int8:
+    if isinstance(module, TokenEmbedding):
+        return Int8Embedding(codes, scales, module.weight.dtype)
+    return Int8Linear(codes, scales)
+
+
+def _relative_error(layer: _Quantized, weight: Tensor) -> float:
     lost = whole = 0.0
-    for rows in _slabs(layer.out_features, slab):
+    for rows, slab in layer.slabs(weight.new_empty(0, dtype=torch.float32)):
         w = weight[rows].float()
-        lost += (layer.widen(rows, slab[: len(w)]) - w).double().square().sum().item()
+        lost += (layer.widen(rows, slab) - w).double().square().sum().item()
         whole += w.double().square().sum().item()
     return math.sqrt(lost / whole) if whole else 0.0

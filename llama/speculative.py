@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,25 +61,24 @@ class Proposal(NamedTuple):
 Proposer = Callable[[list[list[int]], list[int]], Proposal]
 
 
-class Draft(Protocol):
-    """What proposes tokens."""
+class Draft:
+    """What proposes tokens. One without a model fits every target and costs nothing."""
 
     def check(self, target: Transformer) -> None:
         """Raise InputError where it does not fit this target."""
-        ...
 
     def cost(self, target: Decoder) -> float:
         """c: the time of one draft token for each text, as a share of the target's decode step."""
-        ...
+        return 0.0
 
     def start(
         self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling
     ) -> AbstractContextManager[Proposer]:
         """Begin with these texts, which grow to at most `max_len` tokens, draft tokens included."""
-        ...
+        raise NotImplementedError
 
 
-class ModelDraft:
+class ModelDraft(Draft):
     """Another model with the same vocabulary, smaller or quantized: any Transformer."""
 
     def __init__(self, model: Transformer, decoding: str = "auto") -> None:
@@ -155,7 +154,7 @@ class _ModelProposer:
         return torch.tensor(tokens, device=device), torch.tensor(pos, device=device)
 
 
-class PromptLookup:
+class PromptLookup(Draft):
     """Proposes what followed the last tokens when they occurred before (Saxena 2023). No model, no cost.
 
     For text that repeats its prompt or itself: quoting, editing, code. Proposes nothing where the last `min_ngram`
@@ -247,12 +246,9 @@ class DraftLength:
     def next(self) -> int:
         a = self._accepted / self._tested
         best = max(range(MOST_DRAFT_TOKENS + 1), key=lambda k: expected_tokens(a, k) / (1 + k * self.cost))
-        if best > 0:
-            self._idle = 0
+        self._idle = 0 if best > 0 else self._idle + 1
+        if best > 0 or self._idle % PROBE_EVERY:
             return best
-        self._idle += 1
-        if self._idle % PROBE_EVERY:
-            return 0
         self._accepted, self._tested = a, 1.0  # the past counts as one token, so that this one can change the mind
         return 1
 
@@ -353,7 +349,7 @@ class Speculation:
         self.counts.rounds += len(results)
         self.counts.proposed += sum(n for _, n in results)
         # A stop token takes the place of the one that a round has beside the accepted ones.
-        self.counts.accepted += sum(_before_stop(accepted, stops) for accepted, _ in results)
+        self.counts.accepted += sum(before_stop(accepted, stops) for accepted, _ in results)
         self.counts.rejected += rejected
         self.counts.cost += sum(1 + n * length.cost for _, n in results)
 
@@ -368,7 +364,7 @@ class _Text:
     def take(self, drawn: list[int], stops: Sequence[int]) -> list[int]:
         """Append tokens up to a stop token or the budget, and return them."""
         new = drawn[: self.room]
-        end = _before_stop(new, stops)
+        end = before_stop(new, stops)
         self.room = self.room - len(new) if end == len(new) else 0
         self.tokens += new[:end]
         return new[:end]
@@ -441,7 +437,7 @@ def _logprobs(logits_BTV: Tensor, tokens: Sequence[Sequence[int]]) -> list[list[
     return logits_BTV[:, : tokens_BT.shape[1]].float().log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0].tolist()
 
 
-def _before_stop(tokens: list[int], stops: Sequence[int]) -> int:
+def before_stop(tokens: list[int], stops: Sequence[int]) -> int:
     """How many tokens stand before the first stop token."""
     return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 

@@ -22,3 +22,10 @@ def replace_modules(
         module = model.get_submodule(name)
         model.set_submodule(name, make(module).train(module.training))
     return names
+
+
+def plain_linear(weight: nn.Parameter) -> nn.Linear:
+    """A linear layer around this very weight [out_features, in_features]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear

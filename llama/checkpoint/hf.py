@@ -32,6 +32,12 @@ BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+ROPE_SCALING = {
+    "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
+    "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
+    "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
+}
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
 
 
@@ -122,12 +128,10 @@ def swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -
 
 def _args_of(config: dict[str, Any]) -> ModelArgs:
     """ModelArgs of a config.json. Raises ValueError for an architecture or option that this code would not honour."""
-    required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
-    for name in required:
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
         if name not in config:
             raise ValueError(f"{name}: is missing")
-    unsupported = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, only in unsupported.items():
+    for name, only in FIXED.items():
         if config.get(name, only) != only:
             raise ValueError(f"{name}: {config[name]!r} is not supported, only {only!r}")
     ffn = config["intermediate_size"]
@@ -160,12 +164,7 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
         return {"rope_theta": theta}
     if kind != "llama3":
         raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'llama3'")
-    fixed = {
-        "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
-        "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
-        "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
-    }
-    for name, only in fixed.items():
+    for name, only in ROPE_SCALING.items():
         if rope.get(name) != only:
             raise ValueError(f"rope_scaling: {name} {rope.get(name)!r} is not supported, only {only}")
     if "factor" not in rope:
@@ -174,17 +173,10 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    scaling = {
-        "rope_type": "llama3",
-        "factor": args.rope_scale_factor,
-        "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
-        "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
-        "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
-    }
+    scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor, **ROPE_SCALING}
     return {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        **FIXED,
         "hidden_size": args.dim,
         "intermediate_size": args.ffn_dim,
         "num_hidden_layers": args.n_layers,
@@ -197,8 +189,6 @@ def _config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "rope_scaling": scaling if args.use_scaled_rope else None,
         "max_position_embeddings": args.trained_context,
         "tie_word_embeddings": args.tie_word_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
         "torch_dtype": dtype_name(dtype),
     }
 

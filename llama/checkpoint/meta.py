@@ -41,8 +41,7 @@ class MetaSource(Source):
         params = files.read_json(directory / PARAMS)
         with naming(directory / PARAMS):
             self.args = ModelArgs.from_params(params)
-        self.shapes = {key: self._merged_shape(key, [shard[key] for shard in shards]) for key in shards[0]}
-        with naming(directory / PARAMS):
+            self.shapes = {key: self._merged_shape(key, [shard[key] for shard in shards]) for key in shards[0]}
             self._complete_args(is_tie_declared=params.get("tie_word_embeddings") is not None)
 
     def _complete_args(self, is_tie_declared: bool) -> None:
@@ -74,10 +73,7 @@ class MetaSource(Source):
         for path, shape in zip(self.paths, shapes, strict=True):
             if len(shape) != len(first) or others != [size for i, size in enumerate(shape) if i != axis]:
                 raise InputError(f"{path}:{name}: shape {list(shape)} does not fit {list(first)} of the first shard")
-        merged = list(first)
-        if axis is not None:
-            merged[axis] = sum(shape[axis] for shape in shapes)
-        return tuple(merged)
+        return tuple(sum(shape[i] for shape in shapes) if i == axis else size for i, size in enumerate(first))
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:

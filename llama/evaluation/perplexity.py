@@ -49,13 +49,7 @@ class Perplexity(LossSums):
     """Loss of each window of a text: summed cross entropy in nats and number of scored tokens."""
 
     @property
-    def nats(self) -> float:
-        """-log p of all scored tokens."""
-        return sum(self.sums)
-
-    @property
     def tokens(self) -> int:
-        """Scored tokens."""
         return sum(self.counts)
 
     @property
@@ -64,7 +58,6 @@ class Perplexity(LossSums):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
         return math.exp(self.loss)
 
     def stretches(self, n_tokens: int) -> LossSums:
