@@ -24,7 +24,7 @@ from benchmarks.rows import Row, model_cell, record, require_writable
 from data import text
 from data.tiny import directory_of, has_tokenizer, name_of
 from data.tiny.sequences import SEQ_LEN, held_out
-from llama import Transformer, checkpoint, cli, files, lora
+from llama import checkpoint, cli, files, lora
 from llama import device as devices
 from llama.cli import option
 from llama.errors import InputError
@@ -157,14 +157,6 @@ def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[
     return held_out(tokenizer).flatten().tolist()[: options.max_tokens]
 
 
-def load(side: Side, device: torch.device) -> Transformer:
-    """The model of one side, its adapter in place."""
-    model = checkpoint.load(side.directory, side.dtype, device, progress=True)
-    if side.adapter is not None:
-        lora.load(model, side.adapter, side.directory)
-    return model
-
-
 def measure(
     side: Side, ids: list[int], device: torch.device, context: int, stride: int, batch_size: int
 ) -> tuple[perplexity.Perplexity, dict[str, float]]:
@@ -174,7 +166,9 @@ def measure(
     """
     devices.return_freed_memory()
     baseline = stopwatch.memory_baseline(device)
-    model = load(side, device)
+    model = checkpoint.load(side.directory, side.dtype, device, progress=True)
+    if side.adapter is not None:
+        lora.load(model, side.adapter, side.directory)
     perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
     work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, progress=True)
     result, spent = stopwatch.measure(work, device)

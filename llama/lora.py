@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from llama import files
 from llama.checkpoint import Source, fingerprint, hf
+from llama.checkpoint.source import open_safetensors
 from llama.errors import InputError
 from llama.frozen import FrozenLinear
 from llama.model import Transformer
@@ -213,13 +213,9 @@ def load(model: Transformer, directory: str | Path, base: str | Path | Source | 
     folder = Path(directory)
     config = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing, truncated or no safetensors file: {error}") from error
-    trained_on = metadata.get("base_sha256")
+    with open_safetensors(path) as file:
+        trained_on = (file.metadata() or {}).get("base_sha256")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle)
     if base is not None and trained_on is not None and trained_on != (actual := fingerprint(base)):
         raise InputError(
             f"{path}: was trained on a different base model (sha256 {trained_on[:12]}, this is {actual[:12]})"

@@ -82,7 +82,15 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Ids of a text, between begin- and end-of-text ids if `bos`, `eos`. Spelled special tokens stay text."""
-        _check_text(s)
+        if not isinstance(s, str):
+            raise InputError(f"a prompt must be text, not {type(s).__name__}")
+        try:
+            s.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has a lone surrogate (U+{ord(s[error.start]):04X}) at character {error.start}, which is no "
+                "character; re-encode it as UTF-8"
+            ) from error
         ids = self.backend.encode(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -234,18 +242,6 @@ class _SentencePiece:
         if self.model.is_unknown(token):
             piece = " \u2047 "  # what sentencepiece itself shows
         return piece.replace("\u2581", " ").encode()
-
-
-def _check_text(s: str) -> None:
-    if not isinstance(s, str):
-        raise InputError(f"a prompt must be text, not {type(s).__name__}")
-    try:
-        s.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate (U+{ord(s[error.start]):04X}) at character {error.start}, which is no "
-            "character; re-encode it as UTF-8"
-        ) from error
 
 
 class Message(TypedDict):

@@ -5,7 +5,6 @@
 
     layouts.py      the table of layouts; meta.py, hf.py and quantized.py, a layout each
     source.py       what all of them are read as
-    fingerprint.py  what a checkpoint is known by
 
 Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
 device, so nothing is allocated before the files are known to fit. The weights are memory-mapped and assigned block by
@@ -17,6 +16,7 @@ Left out on purpose: training state (training/snapshot.py), downloading.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama import files, quantization
-from llama.checkpoint.fingerprint import fingerprint
 from llama.checkpoint.layouts import LAYOUTS, open_source
 from llama.checkpoint.source import Source, by_block
 from llama.config import ModelArgs
@@ -35,6 +34,8 @@ from llama.model import Transformer
 from llama.quantization import Quantization
 
 __all__ = ["LAYOUTS", "Source", "fingerprint", "load", "open_source", "read_args", "read_quantization", "save"]
+
+ROWS = 4096  # converted at once: an fp32 copy of a whole 16-bit table would be a gigabyte
 
 
 def load(
@@ -101,6 +102,24 @@ def save(
             target = scratch / chosen.tokenizer
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer_path, target)
+
+
+def fingerprint(ckpt_dir: str | Path | Source) -> str:
+    """sha256 of the shapes and values (as fp32) of the weights in a checkpoint directory.
+
+    The same for every layout and every stored dtype that holds the values exactly, and in whatever dtype they are then
+    used. Raises InputError as `load` does.
+    """
+    source = open_source(ckpt_dir)
+    digest = hashlib.sha256()
+    for block in by_block(list(source.lay_out().state_dict())):
+        with source.open() as read:
+            for name in block:
+                weight = read(name)
+                digest.update(f"{name} {list(weight.shape)}\n".encode())
+                for part in weight.split(ROWS):
+                    digest.update(part.float().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _convert(

@@ -69,8 +69,8 @@ class HfSource(Source):
                 self.file_of[name] = path
                 self.shapes[name] = tuple(file.get_slice(key).get_shape())
 
-    def label(self, name: str) -> str:
-        return self.names.get(name, name)
+    def place(self, name: str) -> str:
+        return super().place(self.names.get(name, name))
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:

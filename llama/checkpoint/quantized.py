@@ -56,7 +56,6 @@ class QuantizedSource(Source):
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
-        """Map the file."""
         yield open_safetensors(self.where).get_tensor
 
 

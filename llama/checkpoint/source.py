@@ -37,13 +37,9 @@ class Source:
         """Map the files for a while; gives a function that reads a tensor. What was read goes when it closes."""
         raise NotImplementedError
 
-    def label(self, name: str) -> str:
-        """How the files call a weight."""
-        return name
-
     def place(self, name: str) -> str:
         """Where a weight is, for messages."""
-        return f"{self.where}:{self.label(name)}"
+        return f"{self.where}:{name}"
 
     def has_other_head(self) -> bool:
         """Whether a tied checkpoint lists a head as well, as released ones do, and it is not the table."""
@@ -101,7 +97,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="pt")
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file; download it again") from error
+        raise InputError(f"{path} is missing, truncated or no safetensors file; download it again") from error
 
 
 @contextmanager
