@@ -40,7 +40,7 @@ Drawn = Iterator[tuple[str, Figure]]  # a figure without legend, by what its nam
 def per_setting(*names: str, dtype: bool = True) -> Callable[[Callable[[list[Row]], Drawn]], Charts]:
     """Let a function that draws rows of one setting take rows of any, and give its figures legends and unique names.
 
-    A setting: see `benchmarks.rows.group`. Rows that ran out of memory are left out.
+    A setting: see `benchmarks.rows.group`. A figure for which no row has a metric is left out.
     """
 
     def decorate(draw: Callable[[list[Row]], Drawn]) -> Charts:
@@ -48,9 +48,9 @@ def per_setting(*names: str, dtype: bool = True) -> Callable[[Callable[[list[Row
         @matplotlib.rc_context(STYLE)
         def charts(rows: Sequence[Row]) -> dict[str, Figure]:
             found: dict[str, Figure] = {}
-            for same in group([row for row in rows if row.metrics], *names, dtype=dtype):
+            for same in group(rows, *names, dtype=dtype):
                 for stem, figure in draw(same):
-                    if not figure.axes[0].has_data():  # rows of an experiment need not have every metric
+                    if not figure.axes[0].has_data():
                         continue
                     _add_legend(figure)
                     name = re.sub(r"[^\w.]+", "-", f"{stem}-{same[0].cell['model']}-{same[0].data['device']['kind']}")
@@ -91,6 +91,8 @@ def generation(rows: list[Row]) -> Drawn:
 def steps(rows: list[Row]) -> Drawn:
     """Memory at the peak by category with the measured peak, and time per step with its limit; one batch per step."""
     single = sorted(chosen(rows, batch_size=1, accumulation=1), key=step_order)
+    if not single:
+        return
     labelled = [(step_label(row).removeprefix("llama, "), row) for row in single]
     about = "Memory at the peak of a step by what it holds, and the measured peak, for each choice of techniques."
     parts = {f"{category}_at_peak_mb": (category, hatch) for category, hatch in CATEGORIES.items()}

@@ -151,6 +151,15 @@ def test_no_rows_no_chart_and_out_of_memory_no_point(chart, experiment):
     assert chart(lost) == {}
 
 
+def test_a_batch_size_whose_memory_ran_out_keeps_its_tick_and_steps_of_larger_batches_have_no_chart():
+    rows = ROWS["inference"]
+    lost = [Row(row.file, row.line, {**row.data, "metrics": row.metrics if row.cell["batch_size"] < 16 else {}})
+            for row in rows]  # fmt: skip
+    for figure in charts.generation(lost).values():
+        assert list(figure.axes[0].get_xticks()) == [1, 8, 16]
+    assert charts.steps([row for row in ROWS["benchmark_finetuning"] if row.cell["batch_size"] > 1]) == {}
+
+
 def test_two_settings_are_two_charts():
     rows = ROWS["finetuning"]
     other = [Row("x.jsonl", row.line, {**row.data, "torch": "2.7.1"}) for row in rows]
