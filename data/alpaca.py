@@ -74,14 +74,14 @@ def read(path: str | Path) -> list[Record]:
         entries = [(f"{path}:record {number}", entry) for number, entry in enumerate(content, 1)]
     if not entries:
         raise InputError(f"{path} holds no record")
-    return [_record(place, entry) for place, entry in entries]
+    return [_record(where, entry) for where, entry in entries]
 
 
-def _parse(text: str, place: str) -> object:
+def _parse(text: str, where: str) -> object:
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            raise InputError(f"{place}: a field stands twice in one object")
+            raise InputError(f"{where}: a field stands twice in one object")
         return content
 
     try:
@@ -89,24 +89,24 @@ def _parse(text: str, place: str) -> object:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not valid JSON: {error}") from error
+        raise InputError(f"{where} is not valid JSON: {error}") from error
 
 
-def _record(place: str, entry: object) -> Record:
+def _record(where: str, entry: object) -> Record:
     if not isinstance(entry, dict):
-        raise InputError(f"{place} must be an object with instruction, input and output")
+        raise InputError(f"{where} must be an object with instruction, input and output")
     values = {}
     for name in ("instruction", "input", "output"):
         value = entry.get(name, "" if name == "input" else None)
         if not isinstance(value, str):
-            raise InputError(f"{place}:{name}: {'is missing' if name not in entry else 'must be a text'}")
+            raise InputError(f"{where}:{name}: {'is missing' if name not in entry else 'must be a text'}")
         if len(value) > MAX_FIELD:
-            raise InputError(f"{place}:{name}: has {len(value):,} characters, more than {MAX_FIELD:,}")
+            raise InputError(f"{where}:{name}: has {len(value):,} characters, more than {MAX_FIELD:,}")
         if any("\ud800" <= char <= "\udfff" for char in value):
-            raise InputError(f"{place}:{name}: holds half of a surrogate pair; it is not Unicode text")
+            raise InputError(f"{where}:{name}: holds half of a surrogate pair; it is not Unicode text")
         values[name] = value
     if not values["instruction"].strip():
-        raise InputError(f"{place}:instruction: is empty")
+        raise InputError(f"{where}:instruction: is empty")
     return Record(**values)
 
 
