@@ -409,7 +409,7 @@ class Run:
 def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:
     """Raise InputError for what the codes of a quantized base do not allow."""
     if not options.lora:
-        raise InputError(f"lora=False: codes like those of {directory} cannot be trained; use LoRA, or the original")
+        raise InputError(f"lora=False: {directory} is quantized; codes cannot be trained, use LoRA or the original")
     if options.export != "none":
         raise InputError(
             f"export={options.export}: an adapter cannot be merged into the quantized weights of {directory}; use "
