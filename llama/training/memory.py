@@ -310,12 +310,12 @@ class Profile:
 
     Live bytes over a step of n = 3 blocks, each of which keeps its activations from its forward to its backward pass:
 
-                      +--loss--+                savings[i]: the height of block i's stair, less its output, which the
-                 +-2--+        +--2-+           next block keeps as its input
-            +-1--+                  +--1-+
-       +-0--+                            +--0-+
-       |                                      +--update--
-        peaks[0], [1], [2], [3]      [2], [1], [0], [0]
+                      +- loss -+                savings[i]: the height of block i's stair, less its output, which the
+                 +- 2          2 -+             next block keeps as its input
+            +- 1                  1 -+
+       +- 0                          0 -+
+       |                                +- update -
+        peaks[0], [1], [2], [3], [2], [1], [0], [0]
 
     peaks[i]: while block i runs, forward or backward; recomputing the blocks before it takes their stairs from under
     it. So peaks[n], of the loss, is lowered by the savings of all blocks, and peaks[0], which is also the peak of
