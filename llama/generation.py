@@ -119,6 +119,7 @@ class Llama:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.formatter = None if tokenizer is None else ChatFormat(tokenizer)
+        self.stop_tokens = [] if tokenizer is None else tokenizer.stop_tokens
         self.decoder = Decoder(model, decoding)
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -153,7 +154,7 @@ class Llama:
         """
         batch = self._batch(prompt_tokens, max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        stops = self._stop_tokens(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else list(stop_tokens)
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
         if speculation is None:
             drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
@@ -188,7 +189,7 @@ class Llama:
         """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
         batch = self._batch([prompt], max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, seed)
-        stops = self._stop_tokens(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else list(stop_tokens)
         if speculation is not None:
             for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation):
                 yield from tokens
@@ -274,11 +275,6 @@ class Llama:
                 raise InputError(f"prompt {i} holds a token outside the vocabulary of {self.model.args.vocab_size}")
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
         return _Batch(prompts, max_gen_len, self.max_seq_len, pad_id, self.device)
-
-    def _stop_tokens(self, stop_tokens: Sequence[int] | None) -> list[int]:
-        if stop_tokens is not None:
-            return list(stop_tokens)
-        return [] if self.tokenizer is None else self.tokenizer.stop_tokens
 
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampling:
         """The settings, checked: each defines a distribution. Below 1e-6 a temperature is 0 in all but name."""

@@ -299,21 +299,15 @@ def quantize(model: Transformer, config: Quantization, progress: bool = False) -
     Raises InputError naming the weight for values that are not finite or a width that groups do not divide, ValueError
     for a model that is quantized already or has adapters.
     """
-    names, errors = _matrices(model, config), {}
+    names, layers, errors = _matrices(model, config), {}, {}
     for module, name in names.items():
         if not all(part.isfinite().all() for part in module.weight.split(4096)):
             raise InputError(f"{name}.weight: holds values that are not finite; the checkpoint is damaged")
-    with tqdm(
-        total=len(names), desc=f"int{config.bits}", unit="matrix", disable=None if progress else True, leave=False
-    ) as bar:
-
-        def make(module: nn.Module) -> nn.Module:
-            layer = _quantized(module, names[module], config)
-            errors[names[module]] = _relative_error(layer, module.weight)
-            bar.update()
-            return layer
-
-        replace_modules(model, lambda _, module: module in names, make)
+    hidden = None if progress else True
+    for module, name in tqdm(names.items(), f"int{config.bits}", unit="matrix", disable=hidden, leave=False):
+        layers[module] = _quantized(module, name, config)
+        errors[name] = _relative_error(layers[module], module.weight)
+    replace_modules(model, lambda _, module: module in layers, lambda module: layers[module])
     return errors
 
 
