@@ -28,7 +28,7 @@ from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import snapshot
 from llama.training.batch import pack
-from llama.training.options import AMP, TrainingOptions
+from llama.training.options import TrainingOptions
 from llama.training.run import Data, Run, StopSignal
 from reports import charts
 
@@ -43,9 +43,8 @@ def train(run: Run, stop: StopSignal) -> None:
     This is all of the training, top to bottom. Trainer.step in llama/training/step.py takes one step without log and
     snapshots, for pruning and benchmarks; a test compares the two bit by bit.
     """
-    options, trainer, device = run.options, run.trainer, run.device
+    options, trainer = run.options, run.trainer
     optimizer, scaler, progress = trainer.optimizer, trainer.scaler, trainer.progress
-    amp = AMP[options.amp]  # autocast's dtype; None computes in that of the weights
     with tqdm(total=run.total, initial=progress.windows, unit="step", desc="training") as bar:
         while progress.windows < run.total and not stop():
             window = run.window()
@@ -59,13 +58,14 @@ def train(run: Run, stop: StopSignal) -> None:
                     optimizer.zero_grad()
                     trainer.set_random_state(random_state)
                     return
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with trainer.autocast():  # products in 16 bits, where amp says so
                     cross_entropy = trainer.loss_sum(batch)  # over the label tokens of this micro-batch
                 if options.loss_normalization == "tokens":  # the gradient of one large batch
                     part = cross_entropy / label_tokens
                 else:  # the course's: mean / accumulation steps, in which a token of a short answer weighs more
                     part = cross_entropy / (len(batch.labels) * len(window))
-                trainer.require_finite(window, part)
+                if not trainer.keeps_gradients:  # backward() moves the weights: nothing that is not finite may go in
+                    trainer.require_finite(window, part)
                 scaler.scale(part).backward()  # adds to the gradients
                 loss += part.detach()
             scaler.unscale_(optimizer)

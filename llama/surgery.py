@@ -29,3 +29,8 @@ def plain_linear(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
+
+
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Give a module that is being made, in place of its `__init__`, all that one of its base class has."""
+    new.__dict__.update(old.__dict__)

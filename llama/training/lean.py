@@ -30,7 +30,7 @@ from llama.frozen import FrozenLinear, compute_dtype
 from llama.kernels.cpu import attention_backward, train_ops
 from llama.lora import LoRALinear
 from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
-from llama.surgery import replace_modules
+from llama.surgery import replace_modules, take_over
 
 
 class Workspace:
@@ -126,8 +126,8 @@ class LeanRMSNorm(RMSNorm):
     """RMSNorm that keeps its input and one number for each position, and returns what the next product takes."""
 
     def __init__(self, norm: RMSNorm, sgd: SGDInBackward | None) -> None:
-        nn.Module.__init__(self)
-        self.eps, self.weight, self.sgd = norm.eps, norm.weight, sgd
+        take_over(self, norm)
+        self.sgd = sgd
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps, compute_dtype(x), self.sgd)
@@ -157,9 +157,8 @@ class LeanLinear(nn.Linear):
     """A linear layer whose 16-bit copy of the weight lives as long as one product."""
 
     def __init__(self, linear: nn.Linear, sgd: SGDInBackward | None, workspace: Workspace) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = linear.weight.shape
-        self.weight, self.bias, self.sgd, self.workspace = linear.weight, None, sgd, workspace
+        take_over(self, linear)
+        self.sgd, self.workspace = sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
         return _Linear.apply(x.to(compute_dtype(x)), self.weight, self.sgd, self.workspace)
@@ -221,12 +220,8 @@ class LeanLoRALinear(LoRALinear):
     """An adapted projection that keeps one byte an element of its dropout, and no copy of its input."""
 
     def __init__(self, adapted: LoRALinear, workspace: Workspace) -> None:
-        nn.Module.__init__(self)
+        take_over(self, adapted)
         self.workspace = workspace
-        self.layer, self.lora_A, self.lora_B = adapted.layer, adapted.lora_A, adapted.lora_B
-        if self.layer is None:
-            self.weight = adapted.weight
-        self.scale, self.dropout, self.is_merged = adapted.scale, adapted.dropout, adapted.is_merged
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_merged:
@@ -255,10 +250,7 @@ class LeanAttention(Attention):
     """Attention that keeps the rotated q and k, v and its output."""
 
     def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)
-        self.layer, self.head_dim = attention.layer, attention.head_dim
-        for name, projection in attention.named_children():
-            self.add_module(name, projection)
+        take_over(self, attention)
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
@@ -352,8 +344,7 @@ class LeanFeedForward(FeedForward):
     """SwiGLU that keeps two tensors of the hidden size."""
 
     def __init__(self, feed_forward: FeedForward, sgd: SGDInBackward | None, workspace: Workspace) -> None:
-        nn.Module.__init__(self)
-        self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+        take_over(self, feed_forward)
         self.sgd, self.workspace = sgd, workspace
 
     def forward(self, x: Tensor) -> Tensor:
@@ -387,8 +378,8 @@ class LeanEmbedding(TokenEmbedding):
     """The table of token vectors, of which a step moves the rows that were looked up."""
 
     def __init__(self, embedding: TokenEmbedding, sgd: SGDInBackward) -> None:
-        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
-        self.weight, self.sgd = embedding.weight, sgd  # the parameter itself
+        take_over(self, embedding)
+        self.sgd = sgd
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Lookup.apply(tokens, self.weight, self.sgd)
@@ -407,20 +398,14 @@ def make_lean(model: Transformer) -> SGDInBackward | None:
     if 0 < len(trained) < len(weights):
         frozen = next(name for name, weight in weights.items() if not weight.requires_grad)
         raise InputError(f"lean=True trains all weights or adapters alone, but {frozen} is frozen and others are not")
-    parts = [
-        (RMSNorm, lambda norm: LeanRMSNorm(norm, sgd)),
-        (nn.Linear, lambda linear: LeanLinear(linear, sgd, workspace)),
-        (Attention, LeanAttention),
-        (FeedForward, lambda feed_forward: LeanFeedForward(feed_forward, sgd, workspace)),
-    ]
-    if any(type(module) is LoRALinear for module in model.modules()):
-        parts.append((LoRALinear, lambda adapted: LeanLoRALinear(adapted, workspace)))
+    parts = {
+        RMSNorm: lambda norm: LeanRMSNorm(norm, sgd),
+        nn.Linear: lambda linear: LeanLinear(linear, sgd, workspace),
+        LoRALinear: lambda adapted: LeanLoRALinear(adapted, workspace),
+        Attention: LeanAttention,
+        FeedForward: lambda feed_forward: LeanFeedForward(feed_forward, sgd, workspace),
+    }
     if sgd is not None:
-        parts.append((TokenEmbedding, lambda embedding: LeanEmbedding(embedding, sgd)))
-    for plain, make in parts:
-        try:
-            replace_modules(model, lambda _, module, plain=plain: type(module) is plain, make)
-        except ValueError:
-            if plain is not nn.Linear:  # of which none is left where all are adapted
-                raise
+        parts[TokenEmbedding] = lambda embedding: LeanEmbedding(embedding, sgd)
+    replace_modules(model, lambda _, module: type(module) in parts, lambda module: parts[type(module)](module))
     return sgd

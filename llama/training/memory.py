@@ -85,10 +85,8 @@ class Tracker(TorchDispatchMode):
         self._category: list[str] = []
         self._marks: list[tuple[Any, int]] = []
         self._sums: dict[int, int] = {}  # sums of two gradients: number of the storage, and that of the first addend
-        for weight in model.parameters():
-            self._see(weight, "weights")
-        for buffer in model.buffers():
-            self._see(buffer, "weights")
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._see(tensor, "weights")
 
     def __enter__(self) -> Tracker:
         self._hooks = [
@@ -377,9 +375,7 @@ def plan(profile: Profile, budget: float) -> list[int]:
             if not left or profile.savings[left[-1]] <= 0:
                 least = profile.peak(range(len(profile.savings)))
                 where = (
-                    "after the backward pass, where no activation is left"
-                    if i == 0
-                    else "while a block or the loss runs"
+                    "while a block or the loss runs" if i else "after the backward pass, where no activation is left"
                 )
                 raise InputError(
                     f"checkpoint_budget_gb={budget / 1e9:g}: recomputing blocks cannot bring the peak below "

@@ -142,7 +142,7 @@ class TrainingOptions(Settings):
             refused = "lora=True" if self.lora else "lean=True"
             raise InputError(f"keep_zeros=True with {refused} would fill the zeros in; use lora=False and lean=False")
         if self.lean and not self.lora:
-            require_plain_sgd(self, self.accumulation)
+            require_plain_sgd(self)
         if self.checkpoint_budget_gb is not None and self.checkpointing != "none":
             raise InputError(
                 f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out checkpointing"
@@ -200,12 +200,12 @@ class TrainingOptions(Settings):
             raise InputError(f"{path}:options: is not of this version ({error})") from error
 
 
-def require_plain_sgd(settings: Settings, accumulation: int = 1) -> None:
+def require_plain_sgd(settings: Settings) -> None:
     """Raise InputError where SGD inside the backward pass would be another step than these settings ask for."""
     allowed = {"optimizer": ("sgd",), "momentum": (0,), "weight_decay": (0,), "clip_norm": (None,)}
     allowed |= {"amp": ("none", "bf16"), "accumulation": (1,)}
     for name, values in allowed.items():
-        value = accumulation if name == "accumulation" else getattr(settings, name)
+        value = getattr(settings, name, 1)  # a library's Settings say nothing of accumulation
         if value not in values:
             raise InputError(
                 f"lean=True trains all weights by SGD inside the backward pass, which {name}={value} does not allow: "

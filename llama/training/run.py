@@ -177,10 +177,10 @@ class Run:
     def _plan_memory(self, args: checkpoint.ModelArgs, dtype: torch.dtype) -> list[int]:
         """The layers to recompute; also estimates the peak of a step on the longest samples."""
         options = self.options
-        tokens, labels = 0, 0
-        for sequence in self.data.sequences:
-            n = sum(len(sample.tokens) for sample in sequence)
-            tokens, labels = max(tokens, n), max(labels, n - sum(sample.n_prompt for sample in sequence))
+        tokens = max(sum(len(sample.tokens) for sample in sequence) for sequence in self.data.sequences)
+        labels = max(
+            sum(len(sample.tokens) - sample.n_prompt for sample in sequence) for sequence in self.data.sequences
+        )
         size = options.batch_size
         shape = memory.Shape(size, tokens, size * labels, min(2, options.accumulation))
         adapters = options.lora_config if options.lora else None
@@ -253,13 +253,12 @@ class Run:
         path, saved, passed_over = snapshot.latest(self.root / "snapshots", self.run_id)
         for line in passed_over:
             print(f"passed over: {line}")
-        start = saved.tensors.pop("start", None)
-        missing = {"before", "answers_before", "log_bytes"} - saved.state.keys()
-        if start is None or missing:
-            raise InputError(f"{path}: has no {', '.join(sorted(missing)) or 'start'}; it is not of this version")
+        missing = {"start", "before", "answers_before", "log_bytes"} - {*saved.tensors, *saved.state}
+        if missing:
+            raise InputError(f"{path}: has no {', '.join(sorted(missing))}; it is not of this version")
         self.trainer.restore(saved)
         self.movement = Movement(self.trainer.weights)
-        self.movement.start = {name: tensor.to(self.device) for name, tensor in start.items()}
+        self.movement.start = {name: tensor.to(self.device) for name, tensor in saved.tensors["start"].items()}
         self.before = Evaluation(**saved.state["before"])
         self.answers_before = saved.state["answers_before"]
         done = self.trainer.progress.windows

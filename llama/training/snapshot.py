@@ -63,9 +63,8 @@ def save(root: Path, step: int, snapshot: Snapshot, run_id: str, keep: int) -> P
             safetensors.torch.save_file(plain, scratch / f"{group}.safetensors")
         files.write_json(scratch / STATE, snapshot.state)
         for path in sorted(scratch.iterdir()):
-            size = path.stat().st_size
             manifest["files"][path.name] = {
-                "bytes": size,
+                "bytes": path.stat().st_size,
                 "sha256": files.sha256(path),
                 "tensors": tensor_hashes.get(path.name, {}),
             }

@@ -15,8 +15,8 @@ Left out on purpose: data (batch.py), files (snapshot.py, run.py), what is print
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
 from llama.model import Cache, Transformer, TransformerBlock
-from llama.surgery import replace_modules
+from llama.surgery import take_over
 from llama.training.batch import Batch
 from llama.training.lean import SGDInBackward, make_lean
 from llama.training.lean_loss import lean_cross_entropy_sum
@@ -70,9 +70,7 @@ class CheckpointedBlock(TransformerBlock):
     """A block that keeps its input for the backward pass and computes the rest again. Same keys, same numbers."""
 
     def __init__(self, block: TransformerBlock) -> None:
-        nn.Module.__init__(self)
-        for name, module in block.named_children():
-            self.add_module(name, module)
+        take_over(self, block)
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
@@ -102,11 +100,10 @@ def checkpointed_layers(spec: str, n_layers: int) -> list[int]:
 
 def checkpoint_layers(model: Transformer, layers: Sequence[int]) -> None:
     """Recompute these blocks in the backward pass, and no others."""
-    blocks = {f"layers.{layer}" for layer in layers}
     if any(isinstance(block, CheckpointedBlock) for block in model.layers):
         raise ValueError("the model has checkpointed blocks already")
-    if blocks:
-        replace_modules(model, lambda name, _: name in blocks, CheckpointedBlock)
+    for layer in layers:
+        model.layers[layer] = CheckpointedBlock(model.layers[layer])
 
 
 class Trainer:
@@ -161,7 +158,8 @@ class Trainer:
             per_token = self.settings.loss_normalization == "tokens"
             with self.autocast():
                 part = self.loss_sum(batch) / (label_tokens if per_token else len(batch.labels) * len(window))
-            self.require_finite(window, part)
+            if not self.keeps_gradients:
+                self.require_finite(window, part)
             self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
@@ -225,19 +223,19 @@ class Trainer:
         """
         if not self.keeps_gradients:
             return None if self.optimizer.is_finite() else math.nan
-        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        return nn.utils.clip_grad_norm_(self.weights.values(), limit).item()
+        return nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm or math.inf).item()
 
     def require_finite(self, window: Sequence[Batch], loss: Tensor, norm: float | None = None) -> None:
         """Raise NonFinite where the loss, or the gradient's norm, is not finite: before it reaches a weight.
 
+        A GPU must wait for it: once per step is enough, and before each backward pass only where that moves weights.
         Not where the loss is scaled: there it means that the scale was too high, and GradScaler leaves the step out.
         """
         if not self.scaler.is_enabled() and not math.isfinite(loss.item() + (norm or 0.0)):
             self.optimizer.zero_grad()
-            has_moved = norm is not None and not self.keeps_gradients
-            end = "SGD inside the backward pass has moved weights; the snapshots are from before; lower lr"
-            end = end if has_moved else "no weight was changed; lower lr or use amp=none"
+            end = "no weight was changed; lower lr or use amp=none"
+            if norm is not None and not self.keeps_gradients:
+                end = "SGD inside the backward pass has moved weights; the snapshots are from before; lower lr"
             raise NonFinite(f"{self._describe_non_finite(window, loss.item(), norm)}; {end}")
 
     def count(self, window: Sequence[Batch], loss: Tensor, lr: float, norm: float | None, skipped: bool) -> Report:
@@ -258,20 +256,20 @@ class Trainer:
     @torch.no_grad()
     def _describe_non_finite(self, window: Sequence[Batch], loss: float, norm: float | None) -> str:
         """Where in the data, and the block in which activations are largest or first stop being finite."""
-        largest: dict[int, float] = {}
+        largest = [0.0] * len(self.model.layers)
 
-        def note(layer: int, y: Tensor) -> None:
-            largest[layer] = max(largest.get(layer, 0.0), y.abs().max().nan_to_num(math.inf).item())
+        def note(block: nn.Module, _: Any, y: Tensor) -> None:
+            i = blocks.index(block)
+            largest[i] = max(largest[i], y.abs().max().nan_to_num(math.inf).item())
 
-        hooks = [
-            block.register_forward_hook(lambda _, __, y, i=i: note(i, y)) for i, block in enumerate(self.model.layers)
-        ]
+        blocks = list(self.model.layers)
+        hooks = [block.register_forward_hook(note) for block in blocks]
         for batch in window:
             with self.autocast():
                 self.loss_sum(batch)
         for hook in hooks:
             hook.remove()
-        layer = max(largest, key=lambda i: (largest[i], -i))
+        layer = largest.index(max(largest))
         names = ", ".join(name for batch in window for name in batch.names)
         gradient = "" if norm is None else f"gradient norm {norm:g}, "
         return (
@@ -286,57 +284,51 @@ class Trainer:
         for name, weight in self.weights.items():
             if not weight.isfinite().all():
                 raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
-        slots = self.optimizer.state_dict()["state"]
-        names = list(self.weights)
-        optimizer = {
-            f"{names[i]}:{key}": value for i, slot in slots.items() for key, value in slot.items() if value is not None
-        }
-        state = {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
         weights = {name: weight.detach() for name, weight in self.weights.items()}
+        optimizer = {
+            f"{name}:{key}": value
+            for name, weight in self.weights.items()
+            for key, value in self.optimizer.state.get(weight, {}).items()
+            if value is not None
+        }
         tensors = {"model": weights, "optimizer": optimizer, "rng": self.random_state()}
-        return Snapshot(tensors | ({"masks": self.masks} if self.masks else {}), state)
+        return Snapshot(tensors | ({"masks": self.masks} if self.masks else {}), self._state())
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        return {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot, to the bit. Raises InputError where anything is missing, extra or misshapen."""
+        found, state = snapshot.tensors, snapshot.state
+        for group, wanted in (("model", self.weights), ("masks", self.masks), ("rng", self.random_state())):
+            _require_same(group, wanted, found.get(group, {}))
+        for part, content in self._state().items():
+            if part not in state or state[part].keys() != content.keys():
+                raise InputError(
+                    f"state.json:{part}: is not of this version, or of a run with a different amp or dtype"
+                )
+        if "optimizer" not in found:
+            raise InputError("the snapshot has no 'optimizer'; it is not of this version or not whole")
         with torch.no_grad():
-            _require_same("model", self.weights, _entry(snapshot.tensors, "model"))
-            for name, weight in self.weights.items():
-                weight.copy_(snapshot.tensors["model"][name])
-            _require_same("masks", self.masks, snapshot.tensors.get("masks", {}))
-            for name, mask in self.masks.items():
-                mask.copy_(snapshot.tensors["masks"][name])
-        _require_same("rng", self.random_state(), _entry(snapshot.tensors, "rng"))
-        self.set_random_state(snapshot.tensors["rng"])
-        scaler = _entry(snapshot.state, "scaler")
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise InputError("state.json:scaler: is of a run with a different amp or dtype")
-        if scaler:
-            self.scaler.load_state_dict(scaler)
-        progress = _entry(snapshot.state, "progress")
-        if progress.keys() != {f.name for f in fields(Progress)}:
-            raise InputError("state.json:progress: has other fields than this version")
-        self.progress = Progress(**progress)
-        self._restore_optimizer(_entry(snapshot.tensors, "optimizer"))
+            for group, tensors in (("model", self.weights), ("masks", self.masks)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(found[group][name])
+        self.set_random_state(found["rng"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self._restore_optimizer(found["optimizer"])
 
     def _restore_optimizer(self, saved: dict[str, Tensor]) -> None:
         """AdamW and momentum keep tensors for each weight from their first step on; plain SGD keeps none."""
-        slots: dict[int, dict[str, Tensor]] = {}
-        names = list(self.weights)
-        for key, tensor in saved.items():
-            name, _, slot = key.rpartition(":")
-            if name not in self.weights:
-                raise InputError(f"optimizer:{key}: belongs to no trained weight")
-            slots.setdefault(names.index(name), {})[slot] = tensor
-        kinds = {
-            "adamw": {"step", "exp_avg", "exp_avg_sq"},
-            "sgd": {"momentum_buffer"} if self.settings.momentum else set(),
-        }
-        expected = kinds[self.settings.optimizer]
-        if slots or self.progress.steps:
-            for i, name in enumerate(names):
-                if slots.get(i, {}).keys() != expected:
-                    raise InputError(f"optimizer:{name}: expected {sorted(expected)}, found {sorted(slots.get(i, {}))}")
-        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        if self.settings.optimizer == "sgd":
+            keys = ("momentum_buffer",) if self.settings.momentum else ()
+        is_begun = bool(saved) or self.progress.steps > 0
+        slots = [{key: f"{name}:{key}" for key in keys} for name in self.weights] if is_begun else []
+        _require_names("optimizer", {name for slot in slots for name in slot.values()}, saved)
+        state = {i: {key: saved[name] for key, name in slot.items()} for i, slot in enumerate(slots)}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def random_state(self) -> dict[str, Tensor]:
         """Of the generators that dropout draws from."""
@@ -410,15 +402,13 @@ def fine_tune(
         trainer.step(window(step))
 
 
-def _entry(content: dict[str, Any], name: str) -> Any:
-    if name not in content:
-        raise InputError(f"the snapshot has no {name!r}; it is not of this version or not whole")
-    return content[name]
+def _require_names(group: str, wanted: Collection[str], found: Collection[str]) -> None:
+    for name in sorted(set(wanted) ^ set(found)):
+        raise InputError(f"{group}:{name}: is {'missing from the snapshot' if name in wanted else 'not expected'}")
 
 
 def _require_same(group: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise InputError(f"{group}:{name}: is {'missing from the snapshot' if name in wanted else 'not expected'}")
+    _require_names(group, wanted, found)
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             raise InputError(f"{group}:{name}: has shape {list(found[name].shape)}, expected {list(tensor.shape)}")

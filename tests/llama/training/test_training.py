@@ -353,6 +353,14 @@ def test_what_is_not_finite_in_fp32_changes_nothing(where):
     assert trainer.progress.windows == 0 and all(w.grad is None for w in trainer.weights.values())
 
 
+def test_a_step_is_checked_once_however_many_batches_it_has(monkeypatch):
+    """Each check waits for the device."""
+    trainer, checks = Trainer(random_model(), Settings(), 5), []
+    monkeypatch.setattr(trainer, "require_finite", lambda *_: checks.append(1))
+    trainer.step(batches([[sample] for sample in samples(4)]))
+    assert len(checks) == 1
+
+
 def test_weights_that_are_not_finite_are_not_saved():
     trainer = Trainer(random_model(), Settings(), 5)
     trainer.model.norm.weight.data[0] = math.inf
