@@ -16,7 +16,8 @@ python-fire reads the command line and writes `--help`. Flags are checked first:
 values (`--prompt 1,2` becomes a tuple) and complain of an unknown flag only after the work is done. A class whose
 defaults depend on what was typed (presets, --resume) overrides `Options.resolve`, which gets the typed flags alone.
 
-The library names a parameter as Python writes it, `dtype=float32`; a message that leaves here has `--dtype=float32`.
+The library names a parameter as Python writes it, `dtype=float32`; a message that leaves here has `--dtype=float32`. A
+name with an underscore is no word of English: `raise max_seq_len` becomes `raise --max_seq_len` without a value, too.
 Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not finite, 1 a bug, 130 interrupted, 143
 terminated.
 """
@@ -154,8 +155,9 @@ def call(main: Callable[..., None], argv: list[str], script: str | None = None) 
     try:
         fire.Fire(fire.decorators.SetParseFns(**parsers)(front), command=_normalise(argv, types_of), name=script)
     except (InputError, EnvironmentFailure, NonFinite, Stopped) as error:
-        parameter = rf"(?<![\w/.-])({'|'.join(types_of)})=(?=\S)"
-        error.args = (re.sub(parameter, r"--\1=", str(error)), *error.args[1:])
+        any_name, long_name = "|".join(types_of), "|".join(name for name in types_of if "_" in name)
+        parameter = rf"(?<![\w/.:'-])(?:(?:{any_name})(?==\S)|(?:{long_name or '(?!)'})(?![\w/.:'-]))"
+        error.args = (re.sub(parameter, r"--\g<0>", str(error)), *error.args[1:])
         raise
 
 
@@ -217,7 +219,8 @@ def _normalise(argv: list[str], types_of: dict[str, type]) -> list[str]:
             name = matches[0] if len(matches) == 1 else name
         if name not in types_of:
             close = difflib.get_close_matches(name, types_of, n=1)
-            raise InputError(f"unknown flag --{name}; {f'did you mean --{close[0]}?' if close else 'see --help'}")
+            typed = arg.partition("=")[0]
+            raise InputError(f"unknown flag {typed}; {f'did you mean --{close[0]}?' if close else 'see --help'}")
         if name in flags:
             raise InputError(f"flag --{name} is given twice")
         if not equals:

@@ -28,9 +28,9 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+        raise InputError(f"device={device} is unknown; use auto, cpu, cuda or cuda:N") from None
     if resolved.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise InputError(f"device={device} is not supported; use auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("no CUDA device is available; use device=cpu, or install a CUDA build of torch")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -41,7 +41,7 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
         dtype = _native_dtype(resolved)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+            raise InputError(f"dtype={dtype} is unknown; use auto, {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     _probe(resolved, dtype)
     return resolved, dtype

@@ -98,7 +98,7 @@ class Llama:
         it can only be 1.
         """
         if model_parallel_size not in (None, 1):
-            raise InputError(f"model_parallel_size {model_parallel_size}: shards merge into one process; leave it out")
+            raise InputError(f"model_parallel_size={model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
         tokenizer = Tokenizer(tokenizer_path)
         source = checkpoint.open_source(ckpt_dir)
@@ -261,14 +261,14 @@ class Llama:
             raise InputError("there is no prompt; pass at least one")
         if len(prompts) > self.max_batch_size:
             raise InputError(
-                f"{len(prompts)} prompts exceed max_batch_size {self.max_batch_size}; raise it or pass fewer"
+                f"{len(prompts)} prompts exceed max_batch_size={self.max_batch_size}; raise it or pass fewer"
             )
         if max_gen_len < 0:
-            raise InputError(f"max_gen_len {max_gen_len} is out of range; use 0 or more")
+            raise InputError(f"max_gen_len={max_gen_len} is out of range; use 0 or more")
         for i, prompt in enumerate(prompts):
             if not 1 <= len(prompt) <= self.max_seq_len:
                 raise InputError(
-                    f"prompt {i} has {len(prompt)} tokens, outside 1 to max_seq_len {self.max_seq_len}; "
+                    f"prompt {i} has {len(prompt)} tokens, outside 1 to max_seq_len={self.max_seq_len}; "
                     "shorten it or raise max_seq_len"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
@@ -279,11 +279,11 @@ class Llama:
     def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampling:
         """The settings, checked: each defines a distribution. Below 1e-6 a temperature is 0 in all but name."""
         if not (temperature == 0 or 1e-6 <= temperature <= 100):  # also refuses NaN
-            raise InputError(f"temperature {temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
+            raise InputError(f"temperature={temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
         if not 0 < top_p <= 1:
-            raise InputError(f"top_p {top_p} is out of range; use a share above 0, up to 1 (no cut)")
+            raise InputError(f"top_p={top_p} is out of range; use a share above 0, up to 1 (no cut)")
         if top_k is not None and top_k < 1:
-            raise InputError(f"top_k {top_k} is out of range; use at least 1, or leave it out (no cut)")
+            raise InputError(f"top_k={top_k} is out of range; use at least 1, or leave it out (no cut)")
         if seed is not None:
             _check_seed(seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
@@ -395,12 +395,12 @@ def _check_limits(
         tokenizer.check_vocabulary(args.vocab_size)
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if value < 1:
-            raise InputError(f"{name} {value} is out of range; use at least 1")
+            raise InputError(f"{name}={value} is out of range; use at least 1")
     if decoding not in DECODING:
-        raise InputError(f"decoding {decoding!r} is unknown; use {', '.join(DECODING)}")
+        raise InputError(f"decoding={decoding} is unknown; use {', '.join(DECODING)}")
     _check_seed(seed)
 
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 63:
-        raise InputError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
+        raise InputError(f"seed={seed} is out of range; use 0 to 2^63 - 1")

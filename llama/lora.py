@@ -52,14 +52,14 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= 1 << 16:
-            raise InputError(f"r: {self.r!r} is not a rank; use an integer from 1")
+            raise InputError(f"r={self.r!r} is not a rank; use an integer from 1")
         if not _is_number(self.alpha) or self.alpha <= 0:
-            raise InputError(f"alpha: {self.alpha!r} is not a positive number")
+            raise InputError(f"alpha={self.alpha!r} is not a positive number")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: {self.dropout!r} is not in 0 <= dropout < 1")
+            raise InputError(f"dropout={self.dropout!r} is not in 0 <= dropout < 1")
         if not self.targets or len(set(self.targets)) < len(self.targets) or set(self.targets) - set(META_NAMES):
             names = ",".join(map(str, self.targets))
-            raise InputError(f"targets: {names!r} is not a choice of {','.join(META_NAMES)}, each once")
+            raise InputError(f"targets={names} is not a choice of {','.join(META_NAMES)}, each once")
 
 
 class LoRALinear(nn.Module):

@@ -65,13 +65,13 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (8, 4):
-            raise ValueError(f"bits: {self.bits!r} is not 8 or 4")
+            raise ValueError(f"bits={self.bits!r} is not 8 or 4")
         if self.bits == 8 and self.group_size is not None:
-            raise ValueError(f"group_size: {self.group_size!r} has no effect on int8, which has one scale per row")
+            raise ValueError(f"group_size={self.group_size!r} has no effect on int8, which has one scale per row")
         if self.bits == 4:
             object.__setattr__(self, "group_size", 32 if self.group_size is None else self.group_size)
             if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
-                raise ValueError(f"group_size: {self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+                raise ValueError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
 
     @property
     def method(self) -> str:

@@ -273,7 +273,7 @@ class Speculation:
 
     def __init__(self, draft: Draft, draft_tokens: int | None = None) -> None:
         if draft_tokens is not None and draft_tokens < 1:
-            raise InputError(f"draft_tokens {draft_tokens} is out of range; use at least 1, or leave it out")
+            raise InputError(f"draft_tokens={draft_tokens} is out of range; use at least 1, or leave it out")
         self.draft, self.draft_tokens = draft, draft_tokens
         self.counts = Counts()
 
@@ -281,7 +281,7 @@ class Speculation:
         """Raise InputError where this draft or length cannot work for the model behind `decoder`."""
         if self.draft_tokens is not None and self.draft_tokens >= max_seq_len:
             raise InputError(
-                f"draft_tokens {self.draft_tokens} leaves no room in max_seq_len {max_seq_len}; lower it or raise that"
+                f"draft_tokens={self.draft_tokens} leaves no room in max_seq_len={max_seq_len}; lower it or raise that"
             )
         _check_decoding(decoder)
         self.draft.check(decoder.model)

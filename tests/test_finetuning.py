@@ -529,14 +529,14 @@ def test_the_expected_peak_is_printed_before_and_the_measured_one_after(base, tm
 BAD = {
     "preset": ("best", "expected one of course, learn"),
     "lr": ("fast", "expected a number"),
-    "r": ("0", "r: 0 is not a rank"),
+    "r": ("0", "--r=0 is not a rank"),
     "alpha": ("-1", "alpha"),
     "dropout": ("1", "dropout"),
-    "targets": ("wq,q_proj", "targets: 'wq,q_proj'"),
+    "targets": ("wq,q_proj", "--targets=wq,q_proj"),
     "optimizer": ("lion", "--optimizer=lion: expected one of sgd, adamw"),
     "amp": ("int8", "--amp=int8: expected one of none, fp16, bf16"),
-    "checkpointing": ("every:0", "checkpointing: 'every:0'"),
-    "dtype": ("int8", "dtype 'int8' is unknown"),
+    "checkpointing": ("every:0", "--checkpointing=every:0"),
+    "dtype": ("int8", "--dtype=int8 is unknown"),
     "epochs": ("0", "--epochs=0: expected at least 1"),
     "accumulation": ("0", "--accumulation=0"),
     "held_out": ("5", "none of them to train on"),
@@ -548,9 +548,9 @@ BAD = {
     "tokenizer_path": ("README.md", "README.md"),
     "clip_norm": ("0", "--clip_norm=0.0: expected more than 0"),
     "schedule": ("wave", "--schedule=wave: expected one of"),
-    "device": ("tpu", "device 'tpu' is unknown"),
+    "device": ("tpu", "--device=tpu is unknown"),
     "loss_normalization": ("sum", "--loss_normalization=sum: expected one of"),
-    "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0 chooses the layers; leave out checkpointing"),
+    "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0 chooses the layers; leave out --checkpointing="),
 }
 
 

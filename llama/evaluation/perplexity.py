@@ -78,9 +78,9 @@ class Perplexity(LossSums):
 def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
     """The windows of a text, in order. Raises InputError where a setting is out of range."""
     if context < 2:
-        raise InputError(f"context {context} is out of range; use at least 2 tokens, one to see and one to predict")
+        raise InputError(f"context={context} is out of range; use at least 2 tokens, one to see and one to predict")
     if not 1 <= stride <= context:
-        raise InputError(f"stride {stride} is out of range; use 1 to context {context} (more would skip text)")
+        raise InputError(f"stride={stride} is out of range; use 1 to context={context} (more would skip text)")
     if n_tokens < 2:
         raise InputError(f"the text has too few tokens ({n_tokens}); it takes 2, one to see and one to predict")
     result, scored = [], 1  # nothing predicts the first token of the text
@@ -114,7 +114,7 @@ def evaluate(
     NonFinite naming the first window whose loss is not finite.
     """
     if batch_size < 1:
-        raise InputError(f"batch_size {batch_size} is out of range; use at least 1")
+        raise InputError(f"batch_size={batch_size} is out of range; use at least 1")
     plan = list(windows(len(ids), context, context if stride is None else stride))
     if not 0 <= min(ids) <= max(ids) < model.args.vocab_size:
         raise InputError(f"the text holds a token outside the vocabulary of {model.args.vocab_size}")

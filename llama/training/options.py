@@ -145,10 +145,11 @@ class TrainingOptions(Settings):
             require_plain_sgd(self)
         if self.checkpoint_budget_gb is not None and self.checkpointing != "none":
             raise InputError(
-                f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out checkpointing"
+                f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out "
+                f"checkpointing={self.checkpointing}"
             )
         if self.resume and self.show_data is not None:
-            raise InputError("show_data shows what a new run would train on; leave out resume")
+            raise InputError("show_data shows what a new run would train on; leave out resume=True")
 
     @property
     def lora_config(self) -> LoRAConfig:
@@ -184,7 +185,7 @@ class TrainingOptions(Settings):
         root = Path(typed.get("out_dir", cls.out_dir))
         path = root / SETTINGS
         if not path.is_file():
-            raise InputError(f"out_dir={root} holds no run to resume; leave out resume to start one")
+            raise InputError(f"out_dir={root} holds no run to resume; leave out resume=True to start one")
         saved = files.read_json(path).get("options")
         if not isinstance(saved, dict):
             raise InputError(f"{path}:options: is missing; the run cannot be resumed")

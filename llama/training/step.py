@@ -92,9 +92,9 @@ def checkpointed_layers(spec: str, n_layers: int) -> list[int]:
             return list(range(step - 1, n_layers, max(0, step)))  # a step of 0 is a ValueError
         chosen = sorted({int(part) for part in spec.split(",")})
     except ValueError:
-        raise InputError(f"checkpointing: {spec!r} is none of none, all, every:K, or layers such as 0,4,8") from None
+        raise InputError(f"checkpointing={spec} is none of none, all, every:K, or layers such as 0,4,8") from None
     if chosen[0] < 0 or chosen[-1] >= n_layers:
-        raise InputError(f"checkpointing: {spec!r} names a layer outside 0 to {n_layers - 1}")
+        raise InputError(f"checkpointing={spec} names a layer outside 0 to {n_layers - 1}")
     return chosen
 
 

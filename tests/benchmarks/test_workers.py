@@ -67,6 +67,14 @@ def test_a_process_prepares_once_and_measures_when_asked():
     assert not is_running(runs[0]["pid"])
 
 
+def test_an_interrupt_while_a_process_starts_is_no_failure_of_that_process():
+    """Ctrl-C reaches all processes of a terminal, also those that still import."""
+    with closing(Worker(Runner())) as worker:
+        os.kill(worker._process.pid, signal.SIGINT)
+        assert worker.ask()["count"] == 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_out_of_memory_is_no_measurement_and_a_failure_is_raised_here_with_its_message():
     with closing(Worker(Runner((*RAISES, "killed"), prepare_fails=True))) as worker:
         with pytest.raises(InputError, match=r"^no such file; choose another$"):

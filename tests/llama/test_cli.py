@@ -23,6 +23,7 @@ class Options(cli.Options):
     budget: float | None = option(None, "how much; default: no limit", above=0)
     stream: bool = option(False, "whether at once")
     title: str | None = option(None, "a word")
+    max_len: int = option(9, "how long")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def test_only_what_was_typed_overrides_a_preset():
         ("--budget=nan", "--budget=nan: expected more than 0"),
         ("--stream=maybe", "--stream=maybe: expected True or False"),
         ("--step=1", "unknown flag --step; did you mean --steps?"),
+        ("-x=1", "unknown flag -x; see --help"),
+        ("--no-stream", "unknown flag --no-stream; did you mean --stream?"),
         ("--title", "flag --title needs a value; one that begins with -- is written --title=value"),
         ("title", "unexpected argument 'title'; flags are written --name=value"),
     ],
@@ -108,3 +111,21 @@ def test_the_librarys_parameters_become_flags(kind):
     with pytest.raises(kind) as error:
         cli.call(main, [], "script.py")
     assert str(error.value) == "use --steps=3 or --mode=slow, not other=1, /runs/steps=4 or --steps=5; my_steps=6"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("shorten it or raise max_len", "shorten it or raise --max_len"),
+        ("max_len -1; max_len=2, or the steps", "--max_len -1; --max_len=2, or the steps"),
+        ("/runs/max_len/a.json:max_len: 'max_len'", "/runs/max_len/a.json:max_len: 'max_len'"),
+        ("--max_len, my_max_len and max_length", "--max_len, my_max_len and max_length"),
+    ],
+)
+def test_a_parameter_without_a_value_is_a_flag_where_it_is_no_word_of_english(message, shown):
+    def main(options: Options) -> None:
+        raise InputError(message)
+
+    with pytest.raises(InputError) as error:
+        cli.call(main, [], "script.py")
+    assert str(error.value) == shown

@@ -230,7 +230,7 @@ def test_captured_step_equals_eager():
 
 
 def test_unknown_decoding_is_refused():
-    with pytest.raises(InputError, match="decoding 'fast' is unknown; use auto, eager, compiled"):
+    with pytest.raises(InputError, match="decoding=fast is unknown; use auto, eager, compiled"):
         Llama(random_model(PRESETS["tiny"]), TOKENIZER, decoding="fast")
 
 

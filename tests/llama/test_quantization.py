@@ -177,10 +177,10 @@ def test_impossible_settings():
     with pytest.raises(InputError, match=r"groups of 128 do not divide 64 columns"):
         quantize(model, Quantization(4, 128))
     for arguments, message in {
-        (16,): "bits: 16",
+        (16,): "bits=16",
         (True,): "bits",
         (8, 32): "no effect",
-        (4, 48): "group_size: 48",
+        (4, 48): "group_size=48",
         (4, True): "group_size",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -489,7 +489,7 @@ def test_lookup_proposes_what_followed_before():
 
 def test_bad_settings_are_refused(llama):
     for k in (0, -1):
-        with pytest.raises(InputError, match=f"draft_tokens {k} is out of range"):
+        with pytest.raises(InputError, match=f"draft_tokens={k} is out of range"):
             Speculation(PromptLookup(), k)
     other = ModelDraft(small(args=ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=48, multiple_of=16)))
     compiled = Llama(llama.model, None, decoding="compiled")

@@ -68,7 +68,7 @@ def test_chunks_do_not_score_their_first_token(n, expected):
         ((1, 8, 8), "too few tokens"),
         ((9, 1, 1), "context 1"),
         ((9, 8, 0), "stride 0"),
-        ((9, 8, 9), "stride 9 is out of range; use 1 to context 8"),
+        ((9, 8, 9), "stride=9 is out of range; use 1 to context=8"),
     ],
 )
 def test_impossible_windows(settings, message):
@@ -418,9 +418,9 @@ BAD = {
     "--data={small}/latin1": r"latin1 is not UTF-8 text \(byte 2: ",
     "": "--data is missing",
     "--data={small}/text.txt --max_tokens=1": "--max_tokens=1: expected at least 2",
-    "--data={small}/text.txt --stride=0": "stride 0 is out of range",
-    "--data={small}/text.txt --context=32 --stride=33": "stride 33 is out of range; use 1 to context 32",
-    "--data={small}/text.txt --context=1": "context 1 is out of range",
+    "--data={small}/text.txt --stride=0": "--stride=0 is out of range",
+    "--data={small}/text.txt --context=32 --stride=33": "--stride=33 is out of range; use 1 to --context=32",
+    "--data={small}/text.txt --context=1": "--context=1 is out of range",
     "--data={small}/text.txt --context=131073": "--context=131073: .* 131072 tokens",
     "--data={small}/text.txt --batch_size=0": "--batch_size=0: expected at least 1",
     "--data={small}/text.txt --dtype=int3": "dtype 'int3'",

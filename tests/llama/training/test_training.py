@@ -454,7 +454,7 @@ def test_which_layers_are_checkpointed(spec, layers):
 
 @pytest.mark.parametrize("spec", ["", "some", "every", "every:", "every:0", "every:-1", "6", "-1", "0,x", "1.5"])
 def test_bad_checkpointing_is_named(spec):
-    with pytest.raises(InputError, match=r"^checkpointing: "):
+    with pytest.raises(InputError, match=r"^checkpointing="):
         checkpointed_layers(spec, 6)
 
 
