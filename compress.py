@@ -127,7 +127,7 @@ class PruneOptions(cli.Options):
     batch_size: int = option(8, "sequences per step", least=1)
     lr: float = option(1e-3, "peak learning rate of AdamW in each round; it falls to 0 as a cosine")
     out_dir: str = option("runs/pruned", "directory of the checkpoint; must be new")
-    seed: int = option(1, "seed of the order of the sequences", least=0)
+    seed: int = option(1, "seed of the order of the sequences", **cli.SEEDS)
     device: str = option("auto", cli.DEVICE)
 
     def __post_init__(self) -> None:

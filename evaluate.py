@@ -86,7 +86,9 @@ class Options(cli.Options):
         None, "checkpoint directory of a second model, without adapter, to compare with on the same tokens"
     )
     against_dtype: str | None = option(
-        None, "dtype of the second model; without --against, the second is the first in this dtype"
+        None,
+        "dtype of the second model; without --against, the second is the first in this dtype",
+        choices=("auto", *devices.DTYPES),
     )
     results: str | None = option(None, "append the measured rows to this file; default: no")
 

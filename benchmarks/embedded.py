@@ -35,7 +35,7 @@ N_STEPS, WARM_UP = 20, 2
 class Options(cli.Options):
     """Measure the embedded model and its draft, and put samples of its text into data/tiny/README.md."""
 
-    seed: int = option(1, "seed of the text that the timed steps train on", least=0)
+    seed: int = option(1, "seed of the text that the timed steps train on", **cli.SEEDS)
     device: str = option("cpu", cli.DEVICE)
 
 

@@ -30,7 +30,7 @@ class Options(cli.Options):
 
     model: str = option("llama3.2-1b", MODEL, choices=PRESETS)
     repeats: int = option(5, "timed runs of each cell", least=1)
-    seed: int = option(1, "of random weights, of prompts and of the order of the runs")
+    seed: int = option(1, "of random weights, of prompts and of the order of the runs", **cli.SEEDS)
     results: str | None = option(None, "file that the measured rows are appended to; default: one in reports/results")
 
     def results_file(self, experiment: str) -> Path:

@@ -39,7 +39,7 @@ class Options(cli.Options):
     out: str = option("data/alpaca_data.json", "file for all records; one with that hash is not fetched again")
     subset_out: str = option("data/alpaca_200_stanford.json", "file for the choice, also a JSON list")
     n: int = option(200, "number of records to choose", least=1)
-    seed: int = option(1, "seed of the choice; the same data, n and seed give the same file", least=0)
+    seed: int = option(1, "seed of the choice; the same data, n and seed give the same file", **cli.SEEDS)
     timeout: float = option(30.0, "seconds of silence after which the connection counts as broken", above=0)
 
 

@@ -53,6 +53,7 @@ TOKENIZER_PATH = "tokenizer.model; default: the one in ckpt_dir"
 ADAPTER = "directory of a LoRA adapter for the model, from finetuning.py or PEFT"
 DEVICE = "auto, cpu, cuda or cuda:N"
 DTYPE = "auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type"
+SEEDS = {"least": 0, "below": 1 << 63}  # that torch and random take alike
 EXIT_CODES = {InputError: 2, EnvironmentFailure: 3, NonFinite: 4, InternalError: 1}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -65,13 +66,14 @@ def option(
     several: bool = False,
     least: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A field of `Options`.
 
-    choices: the words that it may be, or with `several` that its comma-separated words may be, each once. least, above:
-    bounds of a number, which is then finite, too. None passes where it is the default.
+    choices: the words that it may be, or with `several` that its comma-separated words may be, each once. least, above,
+    below: bounds of a number, which is then finite, too. None passes where it is the default.
     """
-    rules = {"choices": choices and tuple(choices), "several": several, "least": least, "above": above}
+    rules = {"choices": choices and tuple(choices), "several": several, "least": least, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -92,7 +94,13 @@ class Options:
 
 
 def _violated(
-    value: Any, help: str, choices: tuple[str, ...] | None, several: bool, least: float | None, above: float | None
+    value: Any,
+    help: str,
+    choices: tuple[str, ...] | None,
+    several: bool,
+    least: float | None,
+    above: float | None,
+    below: float | None,
 ) -> str | None:
     """The rule of a field that a value breaks, in words."""
     if choices is not None:
@@ -103,6 +111,8 @@ def _violated(
         return f"at least {least:g}"
     if above is not None and not above < value < math.inf:
         return f"more than {above:g}"
+    if below is not None and not -math.inf < value < below:
+        return f"less than {below:g}"
     return None
 
 
@@ -156,7 +166,7 @@ def call(main: Callable[..., None], argv: list[str], script: str | None = None) 
         fire.Fire(fire.decorators.SetParseFns(**parsers)(front), command=_normalise(argv, types_of), name=script)
     except (InputError, EnvironmentFailure, NonFinite, Stopped) as error:
         any_name, long_name = "|".join(types_of), "|".join(name for name in types_of if "_" in name)
-        parameter = rf"(?<![\w/.:'-])(?:(?:{any_name})(?==\S)|(?:{long_name or '(?!)'})(?![\w/.:'-]))"
+        parameter = rf"(?<![\w/.:'-])(?:(?:{any_name})(?==)|(?:{long_name or '(?!)'})(?![\w/.:'-]))"
         error.args = (re.sub(parameter, r"--\g<0>", str(error)), *error.args[1:])
         raise
 

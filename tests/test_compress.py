@@ -149,9 +149,9 @@ def test_the_benchmark_takes_it(plain, tmp_path):
 
 REFUSED = {
     "output in use": (["quantize", "--out_dir={plain}"], "already exists"),
-    "bits": (["quantize", "--out_dir={new}", "--bits=3"], "--bits: 3 is not 8 or 4"),
+    "bits": (["quantize", "--out_dir={new}", "--bits=3"], "--bits=3 is not 8 or 4"),
     "group of int8": (["quantize", "--out_dir={new}", "--group_size=32"], "has no effect on int8"),
-    "group": (["quantize", "--out_dir={new}", "--bits=4", "--group_size=48"], "--group_size: 48 is not one of"),
+    "group": (["quantize", "--out_dir={new}", "--bits=4", "--group_size=48"], "--group_size=48 is not one of"),
     "width": (
         ["quantize", "--out_dir={new}", "--ckpt_dir={plain}", "--bits=4", "--group_size=128"],
         "model:layers.0.attention.wq.weight: groups of 128 do not divide",

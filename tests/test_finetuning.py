@@ -542,6 +542,7 @@ BAD = {
     "held_out": ("5", "none of them to train on"),
     "max_seq_len": ("8", "none of them to train on"),
     "keep": ("0", "--keep=0"),
+    "seed": ("99999999999999999999", "--seed=99999999999999999999: expected less than 9.22"),
     "export": ("gguf", "--export=gguf"),
     "data": ("absent.json", "cannot read absent.json"),
     "ckpt_dir": ("absent", "absent"),

@@ -759,7 +759,7 @@ class Options(cli.Options):
     """Print documents of the embedded model's world."""
 
     n: int = option(10, "number of documents", least=1)
-    seed: int = option(1, "seed of the random numbers")
+    seed: int = option(1, "seed of the random numbers", **cli.SEEDS)
     records: bool = option(False, "instructions with answers instead, as JSON")
 
 

@@ -55,7 +55,7 @@ class Options(cli.Options):
     """Train what the repository ships."""
 
     only: str | None = option(None, "one stage alone; default: all, in this order", choices=("tokenizer", *MODELS))
-    seed: int = option(1, "seed of the corpus and of the initial weights", least=0)
+    seed: int = option(1, "seed of the corpus and of the initial weights", **cli.SEEDS)
     device: str = option("cpu", cli.DEVICE)
     work_dir: str = option("runs/tiny", "where the training state is kept for resuming; may be deleted afterwards")
 

@@ -117,7 +117,7 @@ class TrainingOptions(Settings):
     held_out: int = option(20, "records set aside, on which the loss is measured", least=0)
     max_seq_len: int = option(512, "longer samples lose their end, and are counted", least=2)
     packing: bool = option(False, "several samples in a sequence, which do not see each other")
-    seed: int = option(1, "of the split, the order, the adapters and dropout", least=0)
+    seed: int = option(1, "of the split, the order, the adapters and dropout", **cli.SEEDS)
     device: str = option("auto", cli.DEVICE)
     save_every: int = option(10, "steps between snapshots", least=1)
     keep: int = option(2, "snapshots kept", least=1)

@@ -128,7 +128,7 @@ def test_nothing_is_timed_where_the_cache_changes_a_token(monkeypatch):
         ("--repeats=0", "--repeats=0: expected at least 1"),
         ("--cache=maybe", "--cache=maybe: expected one of both, on, off"),
         ("--model=gpt2", "--model=gpt2: expected one of llama3.2-1b"),
-        ("--device=tpu", "device 'tpu' is"),
+        ("--device=tpu", "--device=tpu is"),
         ("--dtype=int3", "dtype=int3 is unknown"),
         ("--decoding=fast", "--decoding=fast: expected one of auto, eager, compiled"),
         ("--weights=int8,int3", "--weights=int8,int3: expected a choice of fp32,bf16,fp16,int8,int4, each once"),

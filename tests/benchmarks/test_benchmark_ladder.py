@@ -183,7 +183,7 @@ def test_it_measures_every_row(tmp_path):
         ("--max_tokens=1", "--max_tokens=1: expected at least 2"),
         ("--model=tiny-draft --max_tokens=100", "--max_tokens=100: is for the perplexity of the embedded model"),
         ("--input_len=250", "--input_len=250 --output_len=64: more than the model's 256 tokens"),
-        ("--device=tpu", "device 'tpu' is"),
+        ("--device=tpu", "--device=tpu is"),
         ("--dtype=int3", "dtype=int3 is unknown"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
     ],

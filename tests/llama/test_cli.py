@@ -24,6 +24,7 @@ class Options(cli.Options):
     stream: bool = option(False, "whether at once")
     title: str | None = option(None, "a word")
     max_len: int = option(9, "how long")
+    share: float = option(0.5, "how much of it", below=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def test_only_what_was_typed_overrides_a_preset():
         ("--parts=a,a", "--parts=a,a: expected a choice of a,b,c, each once"),
         ("--parts=", "--parts=: expected a choice of a,b,c, each once"),
         ("--steps=0", "--steps=0: expected at least 1"),
+        ("--share=1", "--share=1.0: expected less than 1"),
+        ("--share=-inf", "--share=-inf: expected less than 1"),
+        ("--share=nan", "--share=nan: expected less than 1"),
         ("--steps=x", "--steps=x: expected an integer"),
         ("--budget=0", "--budget=0.0: expected more than 0"),
         ("--budget=inf", "--budget=inf: expected more than 0"),

@@ -125,7 +125,7 @@ def test_limits(llama):
     prompt = ragged_prompts(2, 300)[1]
     assert llama.generate([prompt], 10, 0, stop_tokens=[])[0] == [[]]
     assert len(llama.generate([prompt[:299]], 10, 0, stop_tokens=[])[0][0]) == 1
-    with pytest.raises(InputError, match=r"301 tokens.*max_seq_len 300"):
+    with pytest.raises(InputError, match=r"301 tokens.*max_seq_len=300"):
         llama.generate([[*prompt, 1]], 10, 0)
     assert llama.generate([prompt[:5]], 0, 0)[0] == [[]]
     assert len(llama.generate([prompt[:5]], 10**9, 0, stop_tokens=[])[0][0]) == 295
@@ -141,10 +141,10 @@ def test_limits(llama):
     [
         ([], 5, "no prompt"),
         ([[]], 5, "prompt 0 has 0 tokens"),
-        ([[1]] * 17, 5, "17 prompts exceed max_batch_size 16"),
+        ([[1]] * 17, 5, "17 prompts exceed max_batch_size=16"),
         ([[1, 4096]], 5, "outside the vocabulary"),
         ([[1, -1]], 5, "outside the vocabulary"),
-        ([[1]], -1, "max_gen_len -1"),
+        ([[1]], -1, "max_gen_len=-1"),
     ],
 )
 def test_bad_requests(llama, prompts, max_gen_len, message):

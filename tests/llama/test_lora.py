@@ -162,7 +162,7 @@ def test_an_adapted_model_is_not_adapted_again_nor_a_misspelt_target_accepted():
     ],
 )
 def test_bad_configurations_name_the_field(field, value):
-    with pytest.raises(InputError, match=f"^{field}: "):
+    with pytest.raises(InputError, match=f"^{field}="):
         LoRAConfig(**{field: value})
 
 

@@ -495,7 +495,7 @@ def test_bad_settings_are_refused(llama):
     compiled = Llama(llama.model, None, decoding="compiled")
     cases = [
         (llama, Speculation(other), {}, "a vocabulary of 48, the model of 64"),
-        (llama, Speculation(PromptLookup(), 200), {}, "draft_tokens 200 leaves no room in max_seq_len 200"),
+        (llama, Speculation(PromptLookup(), 200), {}, "draft_tokens=200 leaves no room in max_seq_len=200"),
         (llama, Speculation(PromptLookup()), {"use_cache": False}, "needs the KV cache"),
         (llama, Speculation(ModelDraft(small().to("meta"))), {}, "the draft is on meta, the model on cpu"),
         (compiled, Speculation(PromptLookup()), {}, "compile anew for each number of draft tokens"),

@@ -250,7 +250,7 @@ def test_ids_outside_the_vocabulary(model, ids):
 
 
 def test_a_batch_of_no_windows(model):
-    with pytest.raises(InputError, match="batch_size 0"):
+    with pytest.raises(InputError, match="batch_size=0"):
         perplexity.evaluate(model, [1, 2], 8, batch_size=0)
 
 
@@ -423,8 +423,8 @@ BAD = {
     "--data={small}/text.txt --context=1": "--context=1 is out of range",
     "--data={small}/text.txt --context=131073": "--context=131073: .* 131072 tokens",
     "--data={small}/text.txt --batch_size=0": "--batch_size=0: expected at least 1",
-    "--data={small}/text.txt --dtype=int3": "dtype 'int3'",
-    "--data={small}/text.txt --against_dtype=int3": "dtype 'int3'",
+    "--data={small}/text.txt --dtype=int3": "--dtype=int3",
+    "--data={small}/text.txt --against_dtype=int3": "--against_dtype=int3: expected one of auto, float32",
     "--data={small}/text.txt --against=/nowhere": "/nowhere does not exist",
     "--data={small}/text.txt --against={tiny}": "512 words, the model in .* 4096",
     "--data={small}/text.txt --against={small}/other": "is not the tokenizer in use",
