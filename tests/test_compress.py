@@ -355,10 +355,10 @@ DAMAGE = {
     ),
     "group": (
         lambda d: edit_params(d, quantization={"method": "least-squares", "bits": 4, "group_size": 7}),
-        r"params\.json:quantization\.group_size: 7",
+        r"params\.json:quantization\.group_size=7",
     ),
-    "bits": (lambda d: edit_params(d, quantization={**INT8, "bits": 2}), r"params\.json:quantization\.bits: 2"),
-    "list of bits": (lambda d: edit_params(d, quantization={**INT8, "bits": [8]}), r"quantization\.bits: \[8\]"),
+    "bits": (lambda d: edit_params(d, quantization={**INT8, "bits": 2}), r"params\.json:quantization\.bits=2"),
+    "list of bits": (lambda d: edit_params(d, quantization={**INT8, "bits": [8]}), r"quantization\.bits=\[8\]"),
     "method": (lambda d: edit_params(d, quantization={"bits": 8}), r"quantization\.method: None is not known"),
     "unknown field": (lambda d: edit_params(d, quantization={**INT8, "zero": 1}), r"params\.json:quantization: "),
     "no object": (lambda d: edit_params(d, quantization=True), r"params\.json:quantization: True is not"),

@@ -66,8 +66,8 @@ def test_chunks_do_not_score_their_first_token(n, expected):
     ("settings", "message"),
     [
         ((1, 8, 8), "too few tokens"),
-        ((9, 1, 1), "context 1"),
-        ((9, 8, 0), "stride 0"),
+        ((9, 1, 1), "context=1"),
+        ((9, 8, 0), "stride=0"),
         ((9, 8, 9), "stride=9 is out of range; use 1 to context=8"),
     ],
 )
