@@ -64,7 +64,7 @@ def train(run: Run, stop: StopSignal) -> None:
                     part = cross_entropy / label_tokens
                 else:  # the course's: mean / accumulation steps, in which a token of a short answer weighs more
                     part = cross_entropy / (len(batch.labels) * len(window))
-                if not trainer.keeps_gradients:  # backward() moves the weights: nothing that is not finite may go in
+                if not trainer.keeps_gradients:  # backward() moves the weights: look before
                     trainer.require_finite(window, part)
                 scaler.scale(part).backward()  # adds to the gradients
                 loss += part.detach()
