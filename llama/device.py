@@ -63,11 +63,11 @@ def half_dtype(device: torch.device) -> torch.dtype:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """True for a CPU and for GPUs since Ampere.
+    """Whether a device multiplies bfloat16 numbers: a CPU, and GPUs since Ampere.
 
     torch.cuda.is_bf16_supported() is also True where bf16 is emulated, which is slower than fp32.
     """
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -33,6 +33,7 @@ from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, quantize
 from llama.speculative import ModelDraft, Speculation
+from llama.training import verdict
 from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
 
@@ -122,7 +123,7 @@ def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monk
     assert code == 0 and "over int8 weights" in out and "1 of 1 prompts give equal tokens" in out, err
     flags = [f"--ckpt_dir={target}", "--max_tokens=300", "--device=cpu"]
     code, out, err = call(monkeypatch, capsys, evaluate, *flags)
-    assert code == 0 and "| int8, float32 |" in out, err
+    assert code == 0 and "| int8, int8, float32 |" in out, err
     llama = Llama.build(
         target, target / "tokenizer.model", max_seq_len=64, max_batch_size=2, dtype="bfloat16", device="cpu"
     )
@@ -276,7 +277,7 @@ def test_adapters_of_a_quantized_base_are_counted_removed_and_not_merged(plain, 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_finetuning_over_a_quantized_base(tmp_path, monkeypatch, capsys, name):
     """It trains, keeps the adapter and nothing merged, and inference.py takes base and adapter together."""
-    monkeypatch.setattr(finetuning, "ANSWER_LEN", 2)
+    monkeypatch.setattr(verdict, "ANSWER_LEN", 2)
     crash.options_in(tmp_path)
     base, root = quantized(tmp_path / "base", tmp_path / "q", CONFIGS[name]), tmp_path / "run"
     given = {

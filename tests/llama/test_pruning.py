@@ -23,7 +23,7 @@ from llama.config import PRESETS
 from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
 from llama.tokenizer import Tokenizer
-from llama.training import snapshot
+from llama.training import snapshot, verdict
 from llama.training import step as training
 from llama.training.batch import Batch, collate
 from llama.training.step import Settings, Trainer
@@ -182,7 +182,7 @@ def test_fine_tuning_holds_the_zeros_of_a_pruned_checkpoint(base, tmp_path, monk
     checkpoint.save(model, tmp_path / "pruned", "meta", TINY / "tokenizer.model")
     flags = ["--lora=False", "--lr=0.01", "--accumulation=1", "--max_seq_len=128", "--held_out=0", "--device=cpu"]
     flags += [f"--ckpt_dir={tmp_path / 'pruned'}", "--max_steps=4", "--optimizer=adamw"]
-    monkeypatch.setattr(finetuning, "ANSWER_LEN", 2)
+    monkeypatch.setattr(verdict, "ANSWER_LEN", 2)
     results = {}
     for name, extra in (("kept", ["--keep_zeros"]), ("filled", [])):
         options = [*flags, *extra, f"--data={TINY / 'alpaca_200.json'}", f"--out_dir={tmp_path / name}"]
