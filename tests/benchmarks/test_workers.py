@@ -166,7 +166,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGKILL, -9)]
+)
 def test_processes_end_with_the_one_that_started_them(tmp_path, sent, code):
     """A script, so that the runner is an object of __main__; in the middle of a measurement of ten minutes."""
     script, pid_file = tmp_path / "busy.py", tmp_path / "pid"
