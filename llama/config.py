@@ -7,6 +7,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -42,6 +43,7 @@ class ModelArgs:
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: one per query head (no grouping)
+    head_dim: int | None = None  # not Meta's; None: dim / n_heads
     vocab_size: int = -1  # -1 in Llama 2's params.json: taken from the checkpoint
     multiple_of: int = 256  # ffn_dim is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
@@ -49,7 +51,9 @@ class ModelArgs:
     rope_theta: float = 10_000.0
     use_scaled_rope: bool = False
     rope_scale_factor: float | None = None  # not Meta's; None: from KNOWN_SHAPES if use_scaled_rope
+    rope_linear_factor: float | None = None  # not Meta's; positions are divided by it (Chen et al. 2023)
     tie_word_embeddings: bool | None = None  # not Meta's; None: from KNOWN_SHAPES, else False
+    max_seq_len: int | None = None  # the longest text that the model is meant for; None: see `trained_context`
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of"):
@@ -59,6 +63,10 @@ class ModelArgs:
         known = KNOWN_SHAPES.get((self.dim, self.n_layers, self.n_heads, self.n_kv_heads or self.n_heads), {})
         if self.n_kv_heads is None:
             self._set("n_kv_heads", self.n_heads)
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(f"n_heads: {self.n_heads} does not divide dim {self.dim}, and there is no head_dim")
+            self._set("head_dim", self.dim // self.n_heads)
         if self.tie_word_embeddings is None:
             self._set("tie_word_embeddings", known.get("tie_word_embeddings", False) and self.use_scaled_rope)
         if self.use_scaled_rope and self.rope_scale_factor is None:
@@ -76,6 +84,9 @@ class ModelArgs:
     def _check(self) -> None:
         if self.vocab_size != -1:
             _require("vocab_size", self.vocab_size, int, 1, 1 << 24)
+        if self.max_seq_len is not None:
+            _require("max_seq_len", self.max_seq_len, int, 1, 1 << 30)
+        _require("head_dim", self.head_dim, int, 1, LARGEST["dim"])
         for name in ("norm_eps", "rope_theta"):
             _require(name, getattr(self, name), float, 1e-12, 1e12)
         if self.ffn_dim_multiplier is not None:
@@ -84,19 +95,25 @@ class ModelArgs:
             if not self.use_scaled_rope:
                 raise ValueError("rope_scale_factor: has no effect without use_scaled_rope; set that, or leave it out")
             _require("rope_scale_factor", self.rope_scale_factor, float, 1.0, 1e6)
+        if self.rope_linear_factor is not None:
+            if self.use_scaled_rope:
+                raise ValueError("rope_linear_factor: excludes use_scaled_rope, which scales in another way")
+            _require("rope_linear_factor", self.rope_linear_factor, float, 1e-3, 1e6)
         for name in ("use_scaled_rope", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: must be true or false, not {getattr(self, name)!r}")
-        if self.dim % self.n_heads:
-            raise ValueError(f"n_heads: {self.n_heads} does not divide dim {self.dim}")
         if self.head_dim % 2:
-            raise ValueError(f"n_heads: head size {self.head_dim} is odd; RoPE rotates pairs")
+            raise ValueError(f"head_dim: {self.head_dim} is odd; RoPE rotates pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}")
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> ModelArgs:
-        """Read the content of a `params.json`. Raises ValueError for a field that this code would not honour."""
+        """Read the content of a `params.json`. Raises ValueError for a field that this code would not honour.
+
+        Meta's own dataclass has `max_batch_size` as well, for a cache that is made to measure here: it is passed over.
+        """
+        params = {name: value for name, value in params.items() if name != "max_batch_size"}
         names = {field.name for field in fields(cls)}
         for name in params:
             if name not in names:
@@ -106,18 +123,13 @@ class ModelArgs:
     def to_params(self) -> dict[str, Any]:
         """The content of a `params.json`; fields outside Meta's schema only where the shape does not imply them."""
         params = {name: value for name, value in asdict(self).items() if value is not None}
-        lean = {k: v for k, v in params.items() if k not in ("rope_scale_factor", "tie_word_embeddings")}
-        try:
-            implied = ModelArgs(**lean)
-        except ValueError:  # scaled RoPE, unknown shape: the factor has to be written down
-            implied = None
-        return lean if implied == self else params
+        for name in ("head_dim", "tie_word_embeddings", "rope_scale_factor"):
+            lean = {key: value for key, value in params.items() if key != name}
+            with contextlib.suppress(ValueError):  # scaled RoPE, unknown shape: the factor has to be written down
+                params = lean if ModelArgs(**lean) == self else params
+        return params
 
     # Shapes
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
 
     @property
     def ffn_dim(self) -> int:
@@ -142,20 +154,21 @@ class ModelArgs:
 
     @property
     def trained_context(self) -> int:
-        """The longest text that the released models of this kind were trained on. Nothing in the network depends on it.
+        """The longest text that the model is meant for. Nothing in the network depends on it.
 
-        131,072 tokens where RoPE is scaled (Llama 3.1, 3.2), 8,192 for Llama 3 (theta 500,000), 4,096 for Llama 2.
+        Where no field says it, what the released models of this kind were trained on: 131,072 tokens where RoPE is
+        scaled (Llama 3.1, 3.2), 8,192 for Llama 3 (theta 500,000), 4,096 for Llama 2.
         """
-        if self.use_scaled_rope:
-            return 131_072
+        if self.max_seq_len is not None or self.use_scaled_rope:
+            return self.max_seq_len or 131_072
         return ROPE_ORIGINAL_CONTEXT if self.rope_theta >= 500_000 else 4096
 
     # Counts
 
     def block_linear_params(self) -> int:
         """Weights in the matrix products of one block: wq, wk, wv, wo, w1, w2, w3."""
-        kv_dim = self.n_kv_heads * self.head_dim
-        return 2 * self.dim * self.dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return 2 * self.dim * q_dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim
 
     def n_params(self) -> int:
         """Stored parameters; a tied head is counted once."""
@@ -177,12 +190,12 @@ class ModelArgs:
         """Floating-point operations in the matrix products of one sequence's forward pass.
 
         Two per weight and token, plus attention: a token at position p multiplies its query with p + 1 keys and sums
-        p + 1 values (2 * dim each, times 2). `start` tokens are in the cache already; `logit_rows` positions are
-        projected to the vocabulary.
+        p + 1 values (2 * n_heads * head_dim each, times 2). `start` tokens are in the cache already; `logit_rows`
+        positions are projected to the vocabulary.
         """
         body = 2 * self.n_layers * self.block_linear_params() * n_tokens
-        pairs = sum(range(start + 1, start + n_tokens + 1))
-        return body + self.n_layers * 4 * self.dim * pairs + 2 * self.vocab_size * self.dim * logit_rows
+        attention = self.n_layers * 4 * self.n_heads * self.head_dim * sum(range(start + 1, start + n_tokens + 1))
+        return body + attention + 2 * self.vocab_size * self.dim * logit_rows
 
 
 def _require(name: str, value: Any, kind: type, low: float, high: float) -> None:

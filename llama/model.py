@@ -52,15 +52,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
-    """Angle per position of each pair of head dimensions, fp32 [P]: theta^(-2i/D), rescaled for Llama 3.1 and 3.2.
+    """Angle per position of each pair of head dimensions, fp32 [P]: theta^(-2i/D), rescaled for longer texts.
 
-    Pairs that turn more than 4 times within the original context (8,192 positions) keep their frequency, those that
-    turn less than once are slowed down by `rope_scale_factor`, those between are interpolated. Computed in fp32 in this
-    order of operations because the released weights were trained with exactly those roundings: at position 100,000 one
-    unit in the last place of a frequency is 1e-5 rad.
+    `rope_linear_factor` slows all pairs down alike. With `use_scaled_rope`, of Llama 3.1 and 3.2, pairs that turn more
+    than 4 times within the original context (8,192 positions) keep their frequency, those that turn less than once are
+    slowed down by `rope_scale_factor`, those between are interpolated. Computed in fp32 in this order of operations
+    because the released weights were trained with exactly those roundings: at position 100,000 one unit in the last
+    place of a frequency is 1e-5 rad.
     """
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device="cpu").float() / args.head_dim
     freqs = 1.0 / (args.rope_theta**exponents)
+    if args.rope_linear_factor is not None:
+        return freqs / args.rope_linear_factor
     if not args.use_scaled_rope:
         return freqs
     wavelengths = 2 * math.pi / freqs

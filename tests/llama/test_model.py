@@ -218,6 +218,29 @@ def test_params_round_trip_and_stay_metas_where_the_shape_says_the_rest():
     assert PRESETS["tiny"].to_params()["rope_scale_factor"] == 32.0
 
 
+def test_heads_may_be_of_another_size_than_dim_over_their_number():
+    args = dataclasses.replace(SMALL, n_heads=6, n_kv_heads=2, head_dim=32, max_seq_len=8192)  # 192 wide over dim 64
+    assert ModelArgs.from_params(args.to_params()) == args
+    assert ModelArgs.from_params({**args.to_params(), "max_batch_size": 32}) == args  # a limit of Meta's cache
+    assert args.trained_context == 8192
+    model = random_model(args)
+    assert args.n_params() == sum(p.numel() for p in model.parameters())
+    tokens = random_tokens(2, 9)
+    cache = new_cache(model, 2, 9)
+    with torch.no_grad():
+        model(tokens[:, :8], None, cache)
+        stepped = model(tokens[:, 8:], torch.full((2, 1), 8), cache)
+        torch.testing.assert_close(stepped, model(tokens)[:, 8:], atol=1e-5, rtol=0)
+
+
+def test_linear_scaling_slows_every_pair_alike():
+    args = dataclasses.replace(SMALL, use_scaled_rope=False, rope_scale_factor=None)
+    slowed = dataclasses.replace(args, rope_linear_factor=4.0)
+    assert torch.equal(rope_frequencies(slowed), rope_frequencies(args) / 4)
+    with pytest.raises(ValueError, match="rope_linear_factor"):
+        dataclasses.replace(SMALL, rope_linear_factor=4.0)
+
+
 @pytest.mark.parametrize("preset", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
 def test_scaling_factor_follows_from_the_shape(preset):
     expected = {"llama3.2-1b": 32.0, "llama3.2-3b": 32.0, "llama3.1-8b": 8.0}[preset]

@@ -117,6 +117,7 @@ def supports(model: Transformer) -> bool:
     body = {type(m) for block in model.layers for m in block.modules() if type(m) in FORMATS}
     columns = max(FORMATS[layer].columns for layer in {*body, type(_head(model))})
     fits = len(body) == 1 and args.dim % columns == args.ffn_dim % columns == args.vocab_size % 16 == 0
+    fits = fits and args.n_heads * args.head_dim == args.dim
     fits = fits and args.head_dim % 32 == 0 and args.head_dim <= 256 and args.n_kv_heads * args.head_dim % 16 == 0
     return fits and n_values == args.n_params() and library() is not None  # a pruned one has fewer
 
