@@ -30,7 +30,7 @@ from llama.cli import option
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import confidence
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import TOKENIZER_PATHS, Tokenizer, find_tokenizer
 from reports import render, tables
 
 CONTEXT = 2048  # what papers on quantization use
@@ -144,7 +144,7 @@ def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
 
 def require_same_tokenizer(side: Side, path: Path) -> None:
     """Raise InputError where the second model brings a different tokenizer."""
-    for name in {layout.tokenizer for layout in checkpoint.LAYOUTS.values()}:
+    for name in TOKENIZER_PATHS:
         own = side.directory / name
         if own.is_file() and files.sha256(own) != files.sha256(path):
             raise InputError(f"--against: {own} is not the tokenizer in use; different tokens cannot be compared")

@@ -17,7 +17,6 @@ Left out on purpose: training state (training/snapshot.py), downloading.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -97,11 +96,7 @@ def save(
             raise InputError("a quantized model has no form in Hugging Face's layout; write that of the original")
         chosen = LAYOUTS["quantized"]
     with files.new_directory(directory) as scratch:
-        chosen.write(model, scratch)
-        if tokenizer_path is not None:
-            target = scratch / chosen.tokenizer
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(tokenizer_path, target)
+        chosen.write(model, scratch, tokenizer_path)
 
 
 def fingerprint(ckpt_dir: str | Path | Source) -> str:

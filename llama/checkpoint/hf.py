@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,7 +194,7 @@ def _config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def write(model: Transformer, directory: Path) -> None:
+def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
     """One file; a tied head is left out, as Hugging Face does."""
     names = _names(model.args)
     state = {
@@ -202,3 +203,6 @@ def write(model: Transformer, directory: Path) -> None:
     }
     files.write_json(directory / CONFIG, _config_of(model.args, next(model.parameters()).dtype))
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer_path is not None:
+        (directory / "original").mkdir()
+        shutil.copyfile(tokenizer_path, directory / "original/tokenizer.model")

@@ -18,9 +18,8 @@ class Layout(NamedTuple):
 
     is_here: Callable[[Path], bool]
     open: Callable[[Path], Source]
-    write: Callable[[Transformer, Path], None]
+    write: Callable[[Transformer, Path, Path | None], None]  # model, directory, tokenizer file or None
     marker: str  # what is_here goes by, for messages
-    tokenizer: str = "tokenizer.model"  # where it lies in the directory
 
 
 def _has_params(directory: Path, is_quantized: bool) -> bool:
@@ -31,9 +30,7 @@ def _has_params(directory: Path, is_quantized: bool) -> bool:
 LAYOUTS = {
     "meta": Layout(lambda d: _has_params(d, False), meta.MetaSource, meta.write, "params.json (Meta)"),
     "quantized": Layout(lambda d: _has_params(d, True), quantized.QuantizedSource, quantized.write, "params.json"),
-    "hf": Layout(
-        lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf.write, "config.json (HF)", "original/tokenizer.model"
-    ),
+    "hf": Layout(lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf.write, "config.json (HF)"),
 }
 
 

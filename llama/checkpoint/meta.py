@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +135,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def write(model: Transformer, directory: Path) -> None:
+def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
     """One shard, with the head under its own name even where it is the table: Meta's code needs the key."""
     state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     if model.args.tie_word_embeddings:
@@ -144,3 +145,5 @@ def write(model: Transformer, directory: Path) -> None:
         torch.save(state, directory / "consolidated.00.pth")
     except RuntimeError as error:  # how torch's writer reports that a write failed
         raise OSError(str(error)) from error
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")

@@ -3,6 +3,7 @@ a `.scales` beside each quantized `.weight`."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +60,11 @@ class QuantizedSource(Source):
         yield open_safetensors(self.where).get_tensor
 
 
-def write(model: Transformer, directory: Path) -> None:
+def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
     """Codes and scales as they are in memory."""
     params = {**model.args.to_params(), "quantization": quantization.quantization_of(model).to_params()}
     files.write_json(directory / meta.PARAMS, params)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")
