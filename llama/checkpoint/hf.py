@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from llama import files
 from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, open_safetensors
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
-from llama.device import dtype_name
 from llama.errors import InputError
-from llama.model import Transformer
 
 CONFIG = "config.json"
 # Meta's name <-> Hugging Face's, for everything outside and inside a block.
@@ -49,7 +44,7 @@ class HfSource(Source):
         with naming(directory / CONFIG):
             self.args = _args_of(files.read_json(directory / CONFIG))
         self.where = directory
-        self.names = _names(self.args)
+        self.names = names_of(self.args)
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(directory):
@@ -108,7 +103,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted({directory / name for name in listed.values()})
 
 
-def _names(args: ModelArgs) -> dict[str, str]:
+def names_of(args: ModelArgs) -> dict[str, str]:
+    """Meta's name of each weight -> Hugging Face's."""
     blocks = {
         f"layers.{i}.{meta}": f"model.layers.{i}.{hf}" for i in range(args.n_layers) for meta, hf in BLOCK.items()
     }
@@ -171,38 +167,3 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
     if "factor" not in rope:
         raise ValueError("rope_scaling: factor is missing")
     return {"rope_theta": theta, "use_scaled_rope": True, "rope_scale_factor": rope["factor"]}
-
-
-def _config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor, **ROPE_SCALING}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        **FIXED,
-        "hidden_size": args.dim,
-        "intermediate_size": args.ffn_dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size,
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": scaling if args.use_scaled_rope else None,
-        "max_position_embeddings": args.trained_context,
-        "tie_word_embeddings": args.tie_word_embeddings,
-        "torch_dtype": dtype_name(dtype),
-    }
-
-
-def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
-    """One file; a tied head is left out, as Hugging Face does."""
-    names = _names(model.args)
-    state = {
-        names[name]: swap_rotary_order(weight.detach().cpu(), name, model.args, to_hf=True).contiguous()
-        for name, weight in model.state_dict().items()
-    }
-    files.write_json(directory / CONFIG, _config_of(model.args, next(model.parameters()).dtype))
-    safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer_path is not None:
-        (directory / "original").mkdir()
-        shutil.copyfile(tokenizer_path, directory / "original/tokenizer.model")

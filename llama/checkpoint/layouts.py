@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama import files
-from llama.checkpoint import hf, meta, quantized
+from llama.checkpoint import hf, hf_files, meta, quantized
 from llama.checkpoint.source import Source
 from llama.errors import InputError
 from llama.model import Transformer
@@ -30,7 +30,7 @@ def _has_params(directory: Path, is_quantized: bool) -> bool:
 LAYOUTS = {
     "meta": Layout(lambda d: _has_params(d, False), meta.MetaSource, meta.write, "params.json (Meta)"),
     "quantized": Layout(lambda d: _has_params(d, True), quantized.QuantizedSource, quantized.write, "params.json"),
-    "hf": Layout(lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf.write, "config.json (HF)"),
+    "hf": Layout(lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf_files.write, "config.json (HF)"),
 }
 
 

@@ -1,0 +1,60 @@
+"""What is written for Hugging Face: config.json, model.safetensors and the tokenizer.
+
+Left out on purpose: several weight files with an index, uploading.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from llama import files
+from llama.checkpoint import hf
+from llama.config import ModelArgs
+from llama.device import dtype_name
+from llama.model import Transformer
+
+
+def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
+    """One file of weights; a tied head is left out, as Hugging Face does."""
+    names = hf.names_of(model.args)
+    state = {
+        names[name]: hf.swap_rotary_order(weight.detach().cpu(), name, model.args, to_hf=True).contiguous()
+        for name, weight in model.state_dict().items()
+    }
+    config = config_of(model.args, next(model.parameters()).dtype)
+    if tokenizer_path is not None:
+        (directory / "original").mkdir()
+        shutil.copyfile(tokenizer_path, directory / "original/tokenizer.model")
+    files.write_json(directory / hf.CONFIG, config)
+    safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json in the words of transformers 4, which 5 reads as well."""
+    scaling = None
+    if args.use_scaled_rope:
+        scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor, **hf.ROPE_SCALING}
+    elif args.rope_linear_factor is not None:
+        scaling = {"rope_type": "linear", "factor": args.rope_linear_factor}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        **hf.FIXED,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": args.trained_context,
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "torch_dtype": dtype_name(dtype),
+    }
