@@ -16,13 +16,14 @@ eager step through torch.compile first, which takes a minute and is therefore ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from llama import device as devices
 from llama.cache import KVCache
 from llama.errors import EnvironmentFailure
 from llama.kernels.cpu import decode_step, prefill
@@ -104,8 +105,21 @@ class Generation:
 
     model: Transformer
     cache: KVCache | None  # None: without it, whole sequences are all that can be computed
-    step: Step | None
+    kernel: Step | None  # that computes a step
     is_native: bool
+
+    def step(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """Logits [B, T, V] of the newest tokens at their positions, both [B, T]; writes the cache."""
+        with self._threads(tokens):
+            return self.kernel(tokens, pos)
+
+    def last_logits(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """Logits [B, V] at position `last` [B] of whole sequences [B, T]; fills the cache if any."""
+        with self._threads(tokens):
+            return self.model.logits(self.last_hidden(tokens, last))
+
+    def _threads(self, tokens: Tensor) -> AbstractContextManager[None]:
+        return devices.threads_for(2 * self.model.args.n_params() * tokens.numel(), tokens.device)
 
     def last_hidden(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.

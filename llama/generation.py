@@ -349,11 +349,11 @@ class Llama:
         """
         if batch.n_steps == 0:
             return
-        model, tokens, pos = self.model, batch.tokens, batch.last
+        tokens, pos = batch.tokens, batch.last
         sequences = torch.arange(len(tokens), device=self.device)
         has_cache = use_cache and batch.n_steps > 1  # nothing would read the cache after the only step
         with self.decoder.start(len(tokens), batch.max_len if has_cache else None) as run:
-            logits = model.logits(run.last_hidden(tokens[:, : batch.longest], pos))
+            logits = run.last_logits(tokens[:, : batch.longest], pos)
             for step in range(1, batch.n_steps + 1):
                 token = next_token(logits, *sampling)
                 yield token, logits
@@ -365,7 +365,7 @@ class Llama:
                 else:
                     tokens[sequences, pos] = token
                     length = -(-(batch.longest + step) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-                    logits = model.logits(run.last_hidden(tokens[:, :length], pos))
+                    logits = run.last_logits(tokens[:, :length], pos)
 
     def _prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of each prompt token given those before it, one prompt at a time, some positions at a time."""

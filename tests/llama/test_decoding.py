@@ -12,7 +12,7 @@ from conftest import SMALL, TINY, random_model
 from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from llama import Llama, Tokenizer, lora
+from llama import Llama, Tokenizer, Transformer, lora
 from llama.config import PRESETS
 from llama.decoding import CapturedStep, Decoder, EagerStep, _last_hidden
 from llama.errors import InputError
@@ -216,17 +216,32 @@ def test_captured_step_equals_eager():
     for _ in range(2):
         assert fast.generate(prompts, 20, 0, stop_tokens=[]) == slow.generate(prompts, 20, 0, stop_tokens=[])
     with fast.decoder.start(2, 22) as run, slow.decoder.start(2, 22) as plain:
-        step = run.step
+        step = run.kernel
         assert isinstance(step, CapturedStep)
         for n_tokens in (1, 4, 1):
             tokens = torch.arange(2 * n_tokens).view(2, n_tokens).cuda()
             pos = torch.arange(n_tokens).expand(2, -1).cuda()
             torch.testing.assert_close(step(tokens, pos), plain.step(tokens, pos), atol=1e-4, rtol=0)
     with fast.decoder.start(2, 22) as run:
-        assert run.step is step
+        assert run.kernel is step
     model.norm.weight = nn.Parameter(model.norm.weight * 2)
     with fast.decoder.start(2, 22) as run:
-        assert run.step is not step
+        assert run.kernel is not step
+
+
+@pytest.mark.parametrize(("preset", "batch_size", "n_threads"), [("tiny-draft", 2, 1), ("tiny", 20, 3)])
+def test_a_step_too_small_for_several_threads_runs_on_one(preset, batch_size, n_threads, monkeypatch):
+    """With the cache and without, for the prompt and for the tokens after it."""
+    usual, seen, forward = torch.get_num_threads(), [], Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda *args: (seen.append(torch.get_num_threads()), forward(*args))[1])
+    llama = Llama(random_model(PRESETS[preset]), None)
+    try:
+        torch.set_num_threads(3)
+        for use_cache in (True, False):
+            llama.generate([[1]] * batch_size, 3, 0, use_cache=use_cache)
+        assert set(seen) == {n_threads} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_unknown_decoding_is_refused():
@@ -297,13 +312,13 @@ def test_a_finished_generation_gives_its_prepared_step_back(prepared):
         pytest.skip("nothing is prepared")
     decoder = Decoder(random_model(), prepared)
     with decoder.start(2, 9) as first, decoder.start(2, 9) as second:
-        assert first.step is not second.step and first.cache is not second.cache
+        assert first.kernel is not second.kernel and first.cache is not second.cache
         first.cache.k.fill_(1)
     with decoder.start(2, 9) as third:
-        assert third.step is first.step and not third.cache.k.any()
+        assert third.kernel is first.kernel and not third.cache.k.any()
     decoder.model.norm.weight = nn.Parameter(decoder.model.norm.weight * 2)
     with decoder.start(2, 9) as fourth:
-        assert fourth.step is not first.step
+        assert fourth.kernel is not first.kernel
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -325,10 +340,10 @@ def test_the_kernels_are_chosen_once_a_generation_and_anew_for_changed_modules(m
     llama.generate([[1, 2, 3]], 9, 0, use_cache=use_cache)
     assert len(looks) == 1
     with llama.decoder.start(1, 9) as run:
-        assert type(run.step) is Step
+        assert type(run.kernel) is Step
     lora.apply(llama.model, lora.LoRAConfig(targets=("w2",)))
     with llama.decoder.start(1, 9) as run:
-        assert type(run.step) is EagerStep
+        assert type(run.kernel) is EagerStep
     with torch.no_grad():
         for module in lora.layers(llama.model).values():
             module.lora_B.fill_(1.0)
