@@ -175,6 +175,7 @@ def describe(llama: Llama, directory: Path) -> str:
     dtype += f" over int{config.bits} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
+    size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""
     is_embedded = directory == EMBEDDED
     line = f"embedded model, {size}; --ckpt_dir loads real weights\n" if is_embedded else f"{directory}, {size}\n"
     reason = quantization.slow_reason(llama.model)

@@ -151,6 +151,11 @@ class Decoder:
         return " and ".join(mode for mode, is_used in modes.items() if is_used) or "eager"
 
     @property
+    def why_slower(self) -> str | None:
+        """What the machine lacks for the fastest step of this model, where it could have it."""
+        return decode_step.why_not(self.model) if self.decoding == "auto" else None
+
+    @property
     def _is_native(self) -> bool:
         return self.decoding == "auto" and decode_step.supports(self.model)
 

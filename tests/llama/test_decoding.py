@@ -154,17 +154,44 @@ def test_generation_uses_the_native_step_by_default(monkeypatch):
     assert len(calls) == 9  # the first token comes from the prompts
 
 
-def test_without_a_compiler_generation_goes_on(monkeypatch):
+@pytest.fixture
+def fresh_kernels():
+    """Kernels are looked for anew in the test, and again after it."""
+    caches = native.load, native._cache_directory, decode_step.library
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def no_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    native.load.cache_clear()
-    decode_step.library.cache_clear()
-    try:
-        llama = Llama(random_model(PRESETS["tiny"]).bfloat16(), TOKENIZER)
-        assert llama.decoder.name == "eager"
-        assert len(llama.generate([[1, 2]], 3, 0, stop_tokens=[])[0][0]) == 3
-    finally:
-        native.load.cache_clear()
-        decode_step.library.cache_clear()
+
+
+def no_home_and_nothing_writable(monkeypatch):
+    def refuse(*_args, **_named):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    monkeypatch.setattr(native.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [(no_compiler, "no C compiler is installed"), (no_home_and_nothing_writable, "no directory can be written")],
+)
+def test_a_machine_that_cannot_compile_kernels_says_so_and_goes_on(monkeypatch, fresh_kernels, lack, said):
+    lack(monkeypatch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(native.sys, "platform", "linux")
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    llama = Llama(random_model(PRESETS["tiny"]).bfloat16(), TOKENIZER)
+    assert llama.decoder.name == "eager" and said in llama.decoder.why_slower
+    assert len(llama.generate([[1, 2]], 3, 0, stop_tokens=[])[0][0]) == 3
+    assert Llama(random_model(PRESETS["tiny"]), TOKENIZER).decoder.why_slower is None  # fp32 has no kernel to lack
 
 
 def test_kernels_are_compiled_once_and_outlive_an_unwritable_home(monkeypatch, tmp_path):

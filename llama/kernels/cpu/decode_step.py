@@ -102,6 +102,12 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def why_not(model: Transformer) -> str | None:
+    """What this machine lacks to run a model that its CPU has the instructions for; None where it lacks nothing."""
+    wants = torch.cpu._is_amx_tile_supported() and model.dtype is torch.bfloat16 and library() is None
+    return native.why_not.get("decode_step") if wants and model.norm.weight.device.type == "cpu" else None
+
+
 def supports(model: Transformer) -> bool:
     """Whether the kernel computes what `model` computes: its own modules, in main memory.
 

@@ -5,6 +5,7 @@ Without a compiler, or on a system that is not Linux on x86-64, there are none, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,16 +17,29 @@ import sys
 import tempfile
 from pathlib import Path
 
+why_not: dict[str, str] = {}  # by library: why this process has none
+
 
 @functools.cache
 def load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library made of `<name>.c` beside this file, or None where that fails.
+    """The library made of `<name>.c` beside this file, or None; `why_not` then has the reason.
 
     It shares PyTorch's OpenMP threads: libgomp.so.1 is in the process already, and a second pool would fight for cores.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
+    try:
+        return ctypes.CDLL(str(_compiled(name, flags)))
+    except OSError as error:
+        why_not[name] = error.strerror or str(error)
         return None
+
+
+def _compiled(name: str, flags: tuple[str, ...]) -> Path:
+    """The shared library, compiled now where the cache has none. Raises OSError where that cannot be done."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise OSError("the C kernels are for Linux on x86-64")
+    if compiler is None:
+        raise OSError("no C compiler is installed")
     source = Path(__file__).with_name(f"{name}.c")
     command = [compiler, "-O3", *flags, "-fopenmp", "-shared", "-fPIC"]
     content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
@@ -34,23 +48,21 @@ def load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     if not library.exists():
         scratch = library.with_suffix(f".{os.getpid()}")
         run = subprocess.run([*command, "-o", str(scratch), str(source)], capture_output=True)
-        if run.returncode:  # an old compiler that does not know the instructions
-            return None
+        if run.returncode:  # an old compiler that does not know the instructions, or a full disk
+            raise OSError(f"{compiler} cannot compile {source.name}")
         os.replace(scratch, library)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:
-        return None
+    return library
 
 
 @functools.cache
 def _cache_directory() -> Path:
-    """~/.cache/llama-kernels, or a folder of this process alone where that cannot be written."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
-    try:
+    """~/.cache/llama-kernels, else a folder of this process alone. Raises OSError where nothing can be written."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(directory, os.W_OK) and directory.stat().st_uid == os.getuid():
             return directory
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="llama-kernels-"))
+    try:
+        return Path(tempfile.mkdtemp(prefix="llama-kernels-"))
+    except OSError as error:
+        raise OSError("no directory can be written to compile the C kernels in") from error
