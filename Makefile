@@ -28,6 +28,7 @@ test-slow: .venv/dev.stamp
 	.venv/bin/python -m pytest -m slow
 
 .venv/bin/python:
+	@$(PYTHON) early.py
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/run.stamp: requirements.txt | .venv/bin/python

@@ -20,6 +20,8 @@ bits. lean: see llama/training/lean.py.
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 import itertools
 import os
 import tempfile

@@ -20,6 +20,8 @@ fp32.
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator

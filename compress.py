@@ -14,6 +14,8 @@ run, measured and given adapters, and its own weights stay. How it works: llama/
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 import copy
 import math
 from dataclasses import dataclass

@@ -12,6 +12,8 @@ once, before its first character.
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

@@ -13,6 +13,8 @@ the end adapter/ (in PEFT's format), merged/ (a checkpoint that inference.py tak
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 from pathlib import Path
 from typing import Any
 

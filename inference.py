@@ -11,6 +11,8 @@ python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a 
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -122,11 +122,15 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     A script with several commands gives a function for each by name; the first argument says which.
     """
     argv = sys.argv[1:]
+    if sys.stderr is None:  # closed by the caller; progress and errors have nowhere to go, which stops nothing
+        sys.stderr = io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character: no reason to abort
     debug = "--debug" in argv
     try:
+        if sys.stdout is None:
+            raise EnvironmentFailure("standard output is closed; there is nowhere to write to")
         flags = [arg for arg in argv if arg != "--debug"]
         call_command(main, flags) if isinstance(main, dict) else call(main, flags)
         sys.stdout.flush()

@@ -22,6 +22,7 @@ import safetensors
 from llama.errors import EnvironmentFailure, InputError
 
 MAX_JSON_BYTES = 64 << 20
+IS_WINDOWS = os.name == "nt"
 
 
 def require_new(directory: str | Path) -> Path:
@@ -62,13 +63,17 @@ def _cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
 def publish(scratch: Path, target: Path) -> None:
     """Give a complete file or directory its name, with its content on the disk first."""
     sync(scratch)
+    if IS_WINDOWS and target.is_dir():  # an empty one; only there it is in the way
+        target.rmdir()
     scratch.replace(target)
     sync(target.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of files in a directory, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of files in a directory, is on the disk; Windows waits for files alone."""
+    if IS_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

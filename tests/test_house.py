@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.stem != "early"]
 PACKAGES = ("llama", "data", "benchmarks", "reports")
-OURS = [*SCRIPTS, *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
+OURS = [ROOT / "early.py", *SCRIPTS, *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
 
 
 def name_of(path: Path) -> str:
@@ -41,6 +42,7 @@ NEVER = {
 }
 # All that a module imports of this repository. What stands here needs torch at most.
 ONLY = {
+    "early": (),
     "llama.config": (),
     "llama.model": ("llama.config",),
     "llama.sampling": (),
@@ -159,6 +161,24 @@ def test_nothing_happens_at_import(tmp_path):
     )
     run = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_a_start_that_fails_ends_in_one_line(script, tmp_path):
+    """Of each script, without its packages; and interrupted while the first of them loads."""
+    run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 3 and re.fullmatch(r"error: the package \w+ is not installed for .*\n", run.stderr)
+    for package in ("torch", "tqdm"):
+        (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (130, "error: interrupted\n")
+
+
+def test_an_old_python_is_named():
+    program = "import sys; sys.version_info = (3, 10, 13); import early"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (3, "error: Python 3.10 is too old; use 3.11 or newer\n")
 
 
 def test_config_needs_no_torch():

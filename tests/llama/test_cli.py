@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from conftest import ROOT
 
 from llama import cli
 from llama.cli import option
@@ -133,3 +139,21 @@ def test_a_parameter_without_a_value_is_a_flag_where_it_is_no_word_of_english(me
     with pytest.raises(InputError) as error:
         cli.call(main, [], "script.py")
     assert str(error.value) == shown
+
+
+def main(options: Options) -> None:
+    """A script, run by the test below."""
+    print("done")
+    print("progress", file=sys.stderr)
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "shown"),
+    [("", 0, "done\nprogress\n"), ("2>&-", 0, "done\n"), (">&-", 3, "error: standard output is closed; .*\n")],
+)
+def test_streams_that_the_caller_closed(closed, code, shown):
+    program = "from llama import cli; import test_cli; cli.run(test_cli.main)"
+    command = ["sh", "-c", f'"$0" "$@" {closed}', sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == code and re.fullmatch(shown, run.stdout + run.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -50,3 +51,29 @@ def test_the_writer_of_torch_reports_a_full_disk_as_a_runtime_error(model, tmp_p
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(EnvironmentFailure, match=r"cannot write .*file write failed; is the disk full"):
         checkpoint.save(model, tmp_path / "out")
+
+
+def test_windows_which_opens_no_directory_and_replaces_none(tmp_path, monkeypatch):
+    """Its rules, kept by a stand-in: a directory cannot be opened, nor be overwritten by a rename."""
+    usual, rename = os.open, Path.replace
+
+    def open_file(path, flags, *args, **named):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return usual(path, flags, *args, **named)
+
+    def replace(path, target):
+        if target.is_dir():
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(Path, "replace", replace)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EnvironmentFailure), files.new_directory(tmp_path / "new") as scratch:
+        (scratch / "file").write_text("x")
+    monkeypatch.setattr(files, "IS_WINDOWS", True)
+    for name in ("new", "empty"):
+        with files.new_directory(tmp_path / name) as scratch:
+            (scratch / "file").write_text("x")
+        assert (tmp_path / name / "file").read_text() == "x"

@@ -1,0 +1,36 @@
+"""Imported by every script before anything else: a start that fails ends in one line, too.
+
+An old Python, a package that is not installed, Ctrl-C while torch loads. From `cli.run` on, errors are llama/cli.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+OLDEST = (3, 11)
+
+
+def stop(line: str, code: int) -> None:
+    """End the process at once, with one line."""
+    if sys.stderr is not None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """In place of a traceback, where the cause is known."""
+    if issubclass(kind, KeyboardInterrupt):
+        stop("interrupted", 130)
+    if issubclass(kind, ModuleNotFoundError):
+        remedy = "type `. .venv/bin/activate` after `make run`, or `pip install -r requirements.txt`"
+        stop(f"the package {error.name} is not installed for {sys.executable}; {remedy}", 3)
+    sys.__excepthook__(kind, error, traceback)
+
+
+if "--debug" not in sys.argv:
+    sys.excepthook = report
+if sys.version_info < OLDEST:
+    found = ".".join(map(str, sys.version_info[:2]))
+    stop(f"Python {found} is too old; use {'.'.join(map(str, OLDEST))} or newer", 3)
