@@ -129,7 +129,9 @@ def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
     if options.against is None and options.against_dtype is None:
         return target, [first]
     other = dtype if options.against_dtype is None else devices.resolve(target, options.against_dtype)[1]
-    second = replace(first, dtype=other) if options.against is None else Side(Path(options.against), None, other)
+    second = (
+        replace(first, dtype=other) if options.against is None else Side(directory_of(options.against), None, other)
+    )
     return target, [first, second]
 
 

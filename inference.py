@@ -156,11 +156,12 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     """The draft of that name. Raises InputError, before its weights are read, for one that does not fit the model."""
     if name == "lookup":
         return PromptLookup()
-    check_vocabulary(checkpoint.read_args(name), llama.model.args)
-    own = [path for place in TOKENIZER_PATHS if (path := Path(name) / place).is_file()]
+    directory = directory_of(name)
+    check_vocabulary(checkpoint.read_args(directory), llama.model.args)
+    own = [path for place in TOKENIZER_PATHS if (path := directory / place).is_file()]
     if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
         raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
-    return ModelDraft(checkpoint.load(name, llama.model.dtype, llama.device, progress=True), decoding)
+    return ModelDraft(checkpoint.load(directory, llama.model.dtype, llama.device, progress=True), decoding)
 
 
 def encode(llama: Llama, text: str, options: Options) -> list[int]:
@@ -271,7 +272,7 @@ def cell_of(options: Options, llama: Llama) -> dict[str, Any]:
         cell["template"] = "chat" if options.chat else "alpaca"
     if options.draft is None:
         return {**cell, "what": "KV cache"}
-    draft = "lookup" if options.draft == "lookup" else name_of(Path(options.draft))
+    draft = "lookup" if options.draft == "lookup" else name_of(directory_of(options.draft))
     return {**cell, "what": "draft", "draft": draft, "draft_tokens": options.draft_tokens}
 
 

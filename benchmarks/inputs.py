@@ -25,10 +25,11 @@ def provide_weights(
 ) -> Path:
     """A directory for all cells: the user's, or random weights; in Hugging Face's layout where peers need it."""
     if ckpt_dir is not None:
-        checkpoint.read_args(ckpt_dir)
-        if not for_peers or (Path(ckpt_dir) / "config.json").exists():
-            return Path(ckpt_dir)
-        network = checkpoint.load(ckpt_dir, dtype)
+        directory = checkpoint.locate(ckpt_dir)
+        checkpoint.read_args(directory)
+        if not for_peers or (directory / "config.json").exists():
+            return directory
+        network = checkpoint.load(directory, dtype)
     else:
         args = PRESETS[model]
         print(f"writing random weights of {model} ({args.weight_bytes(dtype.itemsize) / 1e9:.1f} GB)", file=sys.stderr)

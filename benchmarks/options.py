@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import inputs, rows
 from benchmarks.rows import Row
-from llama import cli
+from llama import checkpoint, cli
 from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
@@ -60,7 +60,7 @@ class TableOptions(DeviceOptions):
     @property
     def label(self) -> str:
         """What rows call the model."""
-        return self.model if self.ckpt_dir is None else Path(self.ckpt_dir).name
+        return self.model if self.ckpt_dir is None else checkpoint.locate(self.ckpt_dir).name
 
     def provide_weights(self, folder: Path, dtype: torch.dtype) -> Path:
         """A checkpoint for all cells; `folder` is where random ones may be written."""

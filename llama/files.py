@@ -23,6 +23,12 @@ from llama.errors import EnvironmentFailure, InputError
 
 MAX_JSON_BYTES = 64 << 20
 IS_WINDOWS = os.name == "nt"
+# What lies where a file belongs that was not downloaded, by how it begins.
+STAND_INS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself; get that with `git lfs pull`",
+    b"<!doctype html": "a web page, saved in place of the file; log in there and download it again",
+    b"<html": "a web page, saved in place of the file; log in there and download it again",
+}
 
 
 def require_new(directory: str | Path) -> Path:
@@ -86,6 +92,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def head(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(256)
+    except OSError:
+        return b""
+
+
+def stand_in(path: Path) -> str | None:
+    """What a file is that others put where the real one belongs, and the remedy; by what it begins with."""
+    start = head(path).lstrip().lower()
+    return next((what for begin, what in STAND_INS.items() if start.startswith(begin)), None)
+
+
+def damaged(path: Path, expected: str) -> InputError:
+    """The refusal of a file that does not hold what its name says."""
+    return InputError(f"{path} is {stand_in(path) or f'truncated or no {expected}; download it again'}")
+
+
 def read_text(path: Path, newline: str | None = None) -> str:
     """The text of a UTF-8 file, without its byte-order mark; `newline` as for open(). Raises InputError for others."""
     try:
@@ -111,7 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        reason = stand_in(path)
+        raise InputError(f"{path} is {reason}" if reason else f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object")
     return content

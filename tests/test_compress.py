@@ -368,7 +368,7 @@ DAMAGE = {
     "layers": (lambda d: edit_params(d, n_layers=1000), r"layers\.999\.\S+: weight is missing"),
     "no field": (
         lambda d: (d / "params.json").write_text(json.dumps(SMALL.to_params())),
-        r"expected shards consolidated\.00\.pth",
+        r"but no consolidated\.\*\.pth",
     ),
     "no scales": (lambda d: edit_tensors(d, lambda s: s.pop(f"{WQ}.scales")), r"wq\.scales: weight is missing"),
     "extra": (lambda d: edit_tensors(d, lambda s: s.update({"output.weight": torch.ones(2)})), "unexpected weight"),
@@ -393,7 +393,7 @@ DAMAGE = {
         r"norm\.weight: holds torch\.int8",
     ),
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 9_000), "truncated or no safetensors"),
-    "no tensors": (lambda d: (d / "model.safetensors").unlink(), "truncated or no safetensors"),
+    "no tensors": (lambda d: (d / "model.safetensors").unlink(), "but no model.safetensors; download"),
 }  # fmt: skip
 
 

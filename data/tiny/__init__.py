@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from llama import files
+from llama import checkpoint, files
 
 EMBEDDED = Path(__file__).parent
 
 
 def directory_of(ckpt_dir: str | None) -> Path:
-    """The checkpoint directory that a user names; the embedded model's without one."""
-    return EMBEDDED if ckpt_dir is None else Path(ckpt_dir)
+    """The checkpoint directory, or GGUF file, that a user means; the embedded model's without one."""
+    return EMBEDDED if ckpt_dir is None else checkpoint.locate(ckpt_dir)
 
 
 def name_of(directory: Path) -> str:

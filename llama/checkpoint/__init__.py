@@ -4,7 +4,7 @@
     save(model, "converted", "hf", tokenizer_path)
 
     layouts.py      the table of layouts; meta.py, hf.py and quantized.py, a layout each
-    source.py       what all of them are read as
+    source.py       what all of them are read as; locate.py, where it is that a path leads to
 
 Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
 device, so nothing is allocated before the files are known to fit. The weights are memory-mapped and assigned block by
@@ -26,13 +26,24 @@ from tqdm import tqdm
 
 from llama import files, quantization
 from llama.checkpoint.layouts import LAYOUTS, open_source
+from llama.checkpoint.locate import locate
 from llama.checkpoint.source import Source, by_block
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 from llama.quantization import Quantization
 
-__all__ = ["LAYOUTS", "Source", "fingerprint", "load", "open_source", "read_args", "read_quantization", "save"]
+__all__ = [
+    "LAYOUTS",
+    "Source",
+    "fingerprint",
+    "load",
+    "locate",
+    "open_source",
+    "read_args",
+    "read_quantization",
+    "save",
+]
 
 ROWS = 4096  # converted at once: an fp32 copy of a whole 16-bit table would be a gigabyte
 

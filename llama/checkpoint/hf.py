@@ -15,6 +15,7 @@ from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGI
 from llama.errors import InputError
 
 CONFIG = "config.json"
+WEIGHTS = ("*.safetensors", "*.bin")
 # Meta's name <-> Hugging Face's, for everything outside and inside a block.
 TOP = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}
 BLOCK = {

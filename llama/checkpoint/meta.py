@@ -18,6 +18,7 @@ from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
 
 PARAMS = "params.json"
+WEIGHTS = ("consolidated.*.pth",)
 SHARDED_ON_INPUT = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
@@ -79,7 +80,7 @@ class MetaSource(Source):
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
         """Map the shards; a matrix of several is a copy, the rest lies in the files."""
-        shards = [_read_pth(path) for path in self.paths]
+        shards = [read_pth(path) for path in self.paths]
 
         def read(name: str) -> Tensor:
             parts = [shard[name] for shard in shards]
@@ -104,7 +105,7 @@ def _shard_paths(directory: Path) -> list[Path]:
 
 def _shard_shapes(paths: list[Path]) -> list[dict[str, tuple[int, ...]]]:
     """The shape of each tensor of each shard; all hold the same keys."""
-    shards = [{key: tuple(tensor.shape) for key, tensor in _read_pth(path).items()} for path in paths]
+    shards = [{key: tuple(tensor.shape) for key, tensor in read_pth(path).items()} for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if shard.keys() != shards[0].keys():
             odd = sorted(shard.keys() ^ shards[0].keys())[0]
@@ -112,8 +113,8 @@ def _shard_shapes(paths: list[Path]) -> list[dict[str, tuple[int, ...]]]:
     return shards
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    """Map one shard. Only tensors are unpickled; anything else in the file is refused before it runs."""
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """Map a file of torch.save. Only tensors are unpickled; anything else in it is refused before it runs."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         raise EnvironmentFailure(
             f"torch {torch.__version__} can be made to run code by a .pth file; install torch >= 2.10"
@@ -123,9 +124,11 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch raises a different type for each kind of damage; all mean the same to the user
-        foreign = type(error).__name__ == "UnpicklingError"
-        reason = "holds more than tensors and might run code" if foreign else "is truncated or no PyTorch checkpoint"
-        raise InputError(f"{path} {reason}; download it again from a source you trust") from error
+        if type(error).__name__ != "UnpicklingError" or files.stand_in(path):
+            raise files.damaged(path, "PyTorch checkpoint") from error
+        raise InputError(
+            f"{path} holds more than tensors and might run code; download it again from a source you trust"
+        ) from error
     plain = isinstance(state, dict) and all(
         isinstance(key, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
         for key, t in state.items()

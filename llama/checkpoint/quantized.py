@@ -21,6 +21,7 @@ from llama.errors import InputError
 from llama.model import Transformer
 from llama.quantization import Quantization
 
+WEIGHTS = ("model.safetensors",)
 STORED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}  # of codes, scales
 
 

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from llama import quantization
+from llama import files, quantization
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import Transformer
@@ -97,7 +97,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="pt")
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing, truncated or no safetensors file; download it again") from error
+        raise files.damaged(path, "safetensors file") from error
 
 
 @contextmanager

@@ -260,7 +260,7 @@ def put(key, value):
 
 META_DAMAGE = {
     "no params": (lambda d: (d / "params.json").unlink(), "neither params.json"),
-    "no shard": (lambda d: (d / "consolidated.00.pth").unlink(), "found none"),
+    "no shard": (lambda d: (d / "consolidated.00.pth").unlink(), "but no .*; download the weights"),
     "gap": (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), "without a gap"),
     "truncated": (lambda d: os.truncate(d / "consolidated.00.pth", 50_000), "truncated"),
     "empty": (lambda d: os.truncate(d / "consolidated.00.pth", 0), "truncated"),
@@ -338,10 +338,9 @@ def write_index(directory, file_name):
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 HF_DAMAGE = {
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "but no .*; download the weights"),
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 50_000), "truncated"),
     "no config": (lambda d: (d / "config.json").unlink(), "neither params.json"),
-    "both": (lambda d: (d / "params.json").write_text("{}"), "both"),
     "architecture": (lambda d: edit_config(d, model_type="mixtral"), r"config\.json:model_type"),
     "bias": (lambda d: edit_config(d, attention_bias=True), r"config\.json:attention_bias"),
     "head size": (lambda d: edit_config(d, head_dim=32), r"config\.json:head_dim"),
