@@ -125,7 +125,7 @@ def main(options: Options) -> None:
         "temperature": usual if options.temperature is None else options.temperature,
         "top_p": options.top_p,
         "top_k": options.top_k,
-        "stop_tokens": llama.tokenizer.chat_stop_tokens if options.chat else llama.tokenizer.stop_tokens,
+        "stop_tokens": llama.tokenizer.stop_tokens,
         "use_cache": options.use_cache,
         "speculation": speculation,
     }

@@ -133,7 +133,7 @@ def encode(
     for number, record in enumerate(records, first):
         name = f"record {number}"
         question = encode_prompt(tokenizer, record.instruction, record.input)
-        answer = tokenizer.encode(record.output, bos=False, eos=True)
+        answer = tokenizer.encode(record.output, bos=False, eos=True, continues=True)
         if len(question) >= max_seq_len or not record.output.strip():
             left_out.append(name)
             continue

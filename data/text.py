@@ -51,14 +51,15 @@ def read(path: Path, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Begin-of-text and the ids of a text of any length, cut nowhere.
+    """Begin-of-text, where texts have one, and the ids of a text of any length, cut nowhere.
 
     Meta's Llama 3 tokenizer, and so ours, cuts every 400,000 characters, also inside words: WikiText-2 would get four
     tokens more than the literature counts. Its pattern ends a piece before each line that is not empty, so line by
     line the ids are those of the whole.
     """
     pieces = LINE.split(text) if tokenizer.kind == "tiktoken" else [text]
-    return [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False))]
+    ids = tokenizer.encode("", bos=True, eos=False)
+    return ids + [token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False)]
 
 
 def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:

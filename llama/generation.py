@@ -148,7 +148,7 @@ class Llama:
 
         logprobs: also return the log-probability of each returned token under the model, before temperature and cuts
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
-        stop_tokens: default the end-of-text token. speculation: draft and verify (speculative.py); the same tokens at
+        stop_tokens: default the tokenizer's. speculation: draft and verify (speculative.py); the same tokens at
         temperature 0, tokens of the same distribution above. on_step: called with 1, 2, ... when the work for that many
         tokens per sequence has been given to the device. Raises InputError for prompts or settings out of range.
         """
@@ -215,7 +215,7 @@ class Llama:
         ids = [self.encode_prompt(prompt) for prompt in prompts]
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
         tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, echo, **options)
-        start = 1 if echo else 0  # leaves out the begin-of-text token, which the prompt did not spell
+        start = int(echo and self.tokenizer.adds_bos)  # leaves out the begin-of-text token, which no prompt spells
         return [
             {"generation": self.tokenizer.decode(drawn[start:]), **self._details(drawn, values and values[i])}
             for i, drawn in enumerate(tokens)
@@ -233,7 +233,6 @@ class Llama:
         """Answer dialogs (an optional system message, then user and assistant in turn) as the assistant."""
         ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
-        options.setdefault("stop_tokens", self.tokenizer.chat_stop_tokens)
         tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, **options)
         return [
             {

@@ -71,7 +71,7 @@ def test_compare_names_the_first_difference(tiny, monkeypatch):
     assert "MORE THAN ROUNDING" in text
     monkeypatch.setitem(agreement.ROUNDING_MARGIN, torch.float32, margin + 1)
     assert "within rounding" in agreement.verdict(tiny, prompt, right, wrong, [tiny.tokenizer.eos_id])
-    chat_stops = tiny.tokenizer.chat_stop_tokens
+    chat_stops = tiny.tokenizer.stop_tokens
     ended = agreement.verdict(tiny, prompt, right, [*right, 5], chat_stops)
     assert "first differ at token 9" in ended and "<|" in ended  # against the stop token that ended the shorter one
 

@@ -34,7 +34,8 @@ from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.model import Transformer
-from llama.tokenizer import LLAMA3_PATTERN, N_SPECIAL, Tokenizer
+from llama.tokenizer import Tokenizer
+from llama.vocabulary.ranks import LLAMA3_PATTERN, N_SPECIAL
 
 BATCH_SIZE = 16
 # Two phases: mostly stories, for grammar, then mostly questions and instructions, for facts. Each warms up and decays

@@ -223,8 +223,7 @@ def test_the_real_shape_generates_on_a_gpu(llama3_tokenizer):
 
 
 def test_stop_sets_by_kind_of_model(llama3_tokenizer):
-    assert llama3_tokenizer.stop_tokens == [128_001]
-    assert llama3_tokenizer.chat_stop_tokens == [128_001, 128_008, 128_009]
+    assert llama3_tokenizer.stop_tokens == [128_001, 128_008, 128_009]
 
 
 def test_seed_makes_sampling_repeatable(llama):

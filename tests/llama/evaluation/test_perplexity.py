@@ -93,7 +93,7 @@ def test_a_text_is_encoded_as_a_whole(tiny):
     rng, parts = random.Random(0), ["a", "B", "é", "7", ".", '"', " ", "  ", "\n", "\r\n", "\t", "\u3000", "'s"]
     for _ in range(200):
         text = "".join(rng.choices(parts, k=60))
-        whole = tiny.tokenizer.backend.model.encode_ordinary(text)
+        whole = tiny.tokenizer.vocabulary.model.encode_ordinary(text)
         assert data_text.encode(text, tiny.tokenizer) == [tiny.tokenizer.bos_id, *whole]
 
 

@@ -1,0 +1,254 @@
+"""The vocabulary of a tokenizer.json: byte-pair merges over bytes (Llama 3, SmolLM2) or over pieces (TinyLlama).
+
+The file is checked before the library sees it, part by part against lists of what is supported: the library panics on
+some broken files, and a part that it knows and we do not (lower-casing, dropout, truncation) would change ids or text.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llama import files
+from llama.errors import InputError
+
+MAX_WORDS = 1 << 20
+MAX_DEPTH = 4  # of sequences in sequences
+FIELDS = {"version", "truncation", "padding", "added_tokens", "model"}
+PARTS = {
+    "normalizer": {"NFC", "Prepend", "Replace", "Sequence"},
+    "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Sequence", "Split"},
+    "post_processor": {"ByteLevel", "Sequence", "TemplateProcessing"},
+    "decoder": {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"},
+}
+CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # what the parts of a Sequence are called
+AS_IF_ABSENT = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
+MODEL_FIELDS = {*AS_IF_ABSENT, "type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
+# Special tokens that end an answer or a text in every vocabulary that has them.
+ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes in order for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+BYTES = _byte_of_character()
+
+
+class HfVocabulary:
+    """`model` is a Tokenizer of the `tokenizers` library. eos_ids: the end-of-text token first, then other stops."""
+
+    kind = "hf"
+
+    def __init__(
+        self,
+        model: tokenizers.Tokenizer,
+        eos_ids: list[int],
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        adds_bos: bool = False,
+        template: str = "",
+    ) -> None:
+        model.encode_special_tokens = True  # spelled in a text, they stay text
+        model.no_truncation()
+        model.no_padding()
+        self.model, self.template = model, template
+        self.n_words = model.get_vocab_size()
+        added = model.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special}
+        self._added = {i: token.content.encode() for i, token in added.items()}
+        self.stop_ids = list(dict.fromkeys([*eos_ids, *(self.special[name] for name in ENDS if name in self.special)]))
+        self.bos_id, self.eos_id = bos_id, self.stop_ids[0]
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.adds_bos = adds_bos and bos_id is not None
+        decoders = _flat(_state(model.decoder))
+        self._is_byte_level = any(part["type"] == "ByteLevel" for part in decoders)
+        self.leading_space = any(
+            part.get("start") == 1 or part.get("prepend_scheme") in ("always", "first") for part in decoders
+        )
+        if model.model.unk_token in {model.id_to_token(i) for i in (*self.stop_ids, bos_id) if i is not None}:
+            model.model.unk_token = None  # no text may end a text: what has no token is left out, as without one
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        return (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The tokenizer without what puts a space before a text."""
+        parts = [*_flat(_state(self.model.normalizer)), *_flat(_state(self.model.pre_tokenizer))]
+        if not any(part["type"] in ("Prepend", "Metaspace") or part.get("add_prefix_space") for part in parts):
+            return self.model
+        content = json.loads(self.model.to_str())
+        model = tokenizers.Tokenizer.from_str(
+            json.dumps({**content, **{name: _unprefixed(content[name]) for name in ("normalizer", "pre_tokenizer")}})
+        )
+        model.encode_special_tokens = True
+        return model
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token]
+        piece = self.model.id_to_token(token)
+        if self._is_byte_level:
+            return bytes(map(BYTES.__getitem__, piece))
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a Sequence, of Sequences in it too; or the one part; or none."""
+    if part is None:
+        return []
+    inner = [child for name in CHILDREN for child in part.get(name, ())]
+    return [leaf for child in inner for leaf in _flat(child)] if part["type"] == "Sequence" else [part]
+
+
+def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        return {
+            name: [kept for child in value if (kept := _unprefixed(child))] if name in CHILDREN else value
+            for name, value in part.items()
+        }
+    changes = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return part | {name: value for name, value in changes.items() if name in part}
+
+
+def read(data: bytes, path: Path) -> HfVocabulary:
+    """The vocabulary, with its special ids from the files beside it. Raises InputError naming file and field."""
+    try:
+        text = data.decode()
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        _check(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; download it again") from error
+    try:
+        model = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: the tokenizers library cannot read it ({reason}); download it again") from error
+    wrong = [t["content"] for t in content["added_tokens"] if model.token_to_id(t["content"]) != t["id"]]
+    if wrong:
+        raise InputError(f"{path}:added_tokens: {wrong[0]!r} has a different id in model.vocab; download it again")
+    return HfVocabulary(model, **_special_ids(model, path, content))
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raise ValueError, which names the field, for what the library must not see or we do not support."""
+    _require_known("", content, FIELDS | PARTS.keys())
+    for name, supported in PARTS.items():
+        _check_part(name, content.get(name), supported)
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise ValueError("model: is missing")
+    if model.get("type") != "BPE":
+        raise ValueError(f"model.type: {model.get('type')!r} is not supported, only BPE")
+    _require_known("model.", model, MODEL_FIELDS)
+    for name, accepted in AS_IF_ABSENT.items():
+        if model.get(name) not in accepted:
+            raise ValueError(f"model.{name}: {model[name]!r} is not supported")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), content.setdefault("added_tokens", [])
+    for name, value, kind in (("vocab", vocab, dict), ("merges", merges, list), ("added_tokens", added, list)):
+        if not isinstance(value, kind) or len(value) > MAX_WORDS:
+            raise ValueError(f"{name}: must be a {kind.__name__} of at most {MAX_WORDS:,} entries")
+    for i, token in enumerate(added):
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise ValueError(f"added_tokens[{i}]: must be an object with content and id")
+    ids = {**vocab, **{token["content"]: token.get("id") for token in added}}
+    if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"vocab and added_tokens: {len(ids)} tokens must have the ids 0 to {len(ids) - 1}, each once")
+    for i, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) and half for half in pair):
+            raise ValueError(f"model.merges[{i}]: must be two pieces")
+        if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
+            raise ValueError(f"model.merges[{i}]: {pair[0]!r} and {pair[1]!r} are not pieces that make a piece")
+    kinds = [{part["type"] for part in _flat(content.get(name))} for name in ("pre_tokenizer", "decoder")]
+    if ("ByteLevel" in kinds[0]) != ("ByteLevel" in kinds[1]):
+        raise ValueError("pre_tokenizer and decoder: ByteLevel must be in both or in neither")
+    if "ByteLevel" in kinds[1] and any(not set(piece) <= BYTES.keys() for piece in vocab.keys() - _names(added)):
+        raise ValueError("model.vocab: holds pieces that are not spelled in bytes, unlike the pre_tokenizer's")
+
+
+def _names(added: list[dict[str, Any]]) -> set[str]:
+    return {token["content"] for token in added}
+
+
+def _require_known(place: str, content: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(name for name in content.keys() - known if content[name] is not None):
+        raise ValueError(f"{place}{unknown[0]}: is not supported")
+
+
+def _check_part(name: str, part: Any, supported: set[str], depth: int = 0) -> None:
+    if part is None:
+        return
+    if not isinstance(part, dict) or part.get("type") not in supported or depth > MAX_DEPTH:
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise ValueError(f"{name}: {kind!r} is not supported, only {', '.join(sorted(supported))}")
+    children = [child for key in CHILDREN for child in part.get(key, ())] if part["type"] == "Sequence" else []
+    for child in children:
+        _check_part(name, child, supported, depth + 1)
+
+
+def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of HfVocabulary that stand in the files beside tokenizer.json, and in its post-processor."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    near = {name: files.read_json(path.parent / name) if (path.parent / name).is_file() else {} for name in names}
+
+    def of_text(field: str) -> list[int]:
+        for name in names[:2]:
+            value = near[name].get(field)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str) and value:
+                if (token := model.token_to_id(value)) is not None:
+                    return [token]
+                if field != "pad_token":
+                    raise InputError(f"{path.parent / name}:{field}: {value!r} is not in {path.name}")
+        return []
+
+    def of_id(field: str) -> list[int]:
+        values = [near[name].get(field) for name in names[2:]]
+        flat = [i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None]
+        if any(type(i) is not int for i in flat):
+            raise InputError(f"{path.parent}: generation_config.json and config.json:{field}: must be ids")
+        return [i for i in flat if 0 <= i < model.get_vocab_size()]
+
+    parts = [part for processor in _flat(content.get("post_processor")) for part in processor.get("single", ())[:1]]
+    first = [model.token_to_id(part["SpecialToken"]["id"]) for part in parts if "SpecialToken" in part]
+    bos, eos, pad = [*first, *of_text("bos_token"), *of_id("bos_token_id")], of_text("eos_token"), of_text("pad_token")
+    eos = [*eos, *of_id("eos_token_id"), *(i for name in ENDS if (i := model.token_to_id(name)) is not None)]
+    if not eos:
+        raise InputError(f"{path.parent}: no file says which token ends a text; add eos_token to tokenizer_config.json")
+    adds_bos, template = near[names[0]].get("add_bos_token"), near[names[0]].get("chat_template")
+    return {
+        "eos_ids": eos,
+        "bos_id": bos[0] if bos else None,
+        "pad_id": [*pad, *of_id("pad_token_id"), eos[0]][0],
+        "adds_bos": adds_bos if isinstance(adds_bos, bool) else bool(first),
+        "template": _template(path.parent, template),
+    }
+
+
+def _template(directory: Path, template: Any) -> str:
+    """The text of a chat template: one, or a list of named ones, or a file of its own."""
+    if isinstance(template, list):
+        template = " ".join(str(entry.get("template")) for entry in template if isinstance(entry, dict))
+    file = directory / "chat_template.jinja"
+    return template if isinstance(template, str) else files.read_text(file) if file.is_file() else ""
