@@ -59,6 +59,26 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Give the name of a scratch file to write, which becomes `path` when the block ends without an error.
+
+    Raises InputError where `path` exists, EnvironmentFailure where it cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.exists():
+        raise InputError(f"{target} already exists; choose a new name or move it away")
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        publish(scratch, target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def _cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
     """safetensors and torch say no number."""
     is_space = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,7 +3,7 @@
     model = load("Llama3.2-1B", torch.bfloat16)
     save(model, "converted", "hf", tokenizer_path)
 
-    layouts.py      the table of layouts; meta.py, hf.py and quantized.py, a layout each
+    layouts.py      the table of layouts; meta.py, hf.py, gguf.py and quantized.py, a layout each
     source.py       what all of them are read as; locate.py, where it is that a path leads to
 
 Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
@@ -59,6 +59,7 @@ def load(
     Raises InputError naming file and field for anything missing, malformed, unexpected or not representable in `dtype`.
     """
     source = open_source(ckpt_dir)
+    dtype = dtype or source.dtype
     model = source.lay_out()
     names = list(model.state_dict())
     with tqdm(
@@ -92,21 +93,21 @@ def read_quantization(ckpt_dir: str | Path) -> Quantization | None:
 def save(
     model: Transformer,
     directory: str | Path,
-    layout: Literal["meta", "hf"] = "meta",
+    layout: Literal["meta", "hf", "gguf"] = "meta",
     tokenizer_path: Path | None = None,
 ) -> None:
     """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout, with its tokenizer if any.
 
-    A quantized model is written in the layout of quantized.py. The directory appears under its name only when
-    complete. Raises InputError where it already holds something or a quantized model should get Hugging Face's layout,
-    EnvironmentFailure where it cannot be written.
+    "gguf" is a file, which gets the name `directory`. A quantized model is written in the layout of quantized.py. What
+    is written appears under its name only when complete. Raises InputError where there is something already or a
+    quantized model should get a foreign layout, EnvironmentFailure where it cannot be written.
     """
     chosen = LAYOUTS[layout]
     if quantization.quantization_of(model) is not None:
-        if layout == "hf":
-            raise InputError("a quantized model has no form in Hugging Face's layout; write that of the original")
+        if layout != "meta":
+            raise InputError(f"a quantized model cannot be written as {layout}; write that of the original")
         chosen = LAYOUTS["quantized"]
-    with files.new_directory(directory) as scratch:
+    with (files.new_directory if chosen.weights else files.new_file)(directory) as scratch:
         chosen.write(model, scratch, tokenizer_path)
 
 

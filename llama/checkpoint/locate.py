@@ -37,7 +37,8 @@ def locate(ckpt_dir: str | Path) -> Path:
 
 
 def is_gguf(path: Path) -> bool:
-    return path.is_file() and files.head(path).startswith(GGUF_MAGIC)
+    """By content; one that is damaged by its name, so that it is the file that a message speaks of."""
+    return path.is_file() and (files.head(path).startswith(GGUF_MAGIC) or path.suffix == ".gguf")
 
 
 def _snapshot(repository: Path) -> Path:

@@ -31,6 +31,7 @@ class Source:
     where: Path  # of the weights, as messages name them
     shapes: dict[str, tuple[int, ...]]
     quantization: Quantization | None = None
+    dtype: torch.dtype | None = None  # of a model whose dtype nobody names; None: as stored
     codes: Mapping[str, torch.dtype] = MappingProxyType({})  # tensors that keep their dtype: codes and scales
 
     def open(self) -> AbstractContextManager[Callable[[str], Tensor]]:

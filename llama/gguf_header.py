@@ -1,0 +1,162 @@
+"""The head of a GGUF file: its metadata, and where each tensor lies.
+
+    GGUF | version | number of tensors, of fields | fields: key, type, value | tensors: name, dims, type, offset | data
+
+Read here and not through gguf.GGUFReader, which trusts the file: counts are not held against its size, a slice beyond
+its end is silently shorter, offsets overflow, and each string of a vocabulary becomes a few arrays (6 s and 1 GB
+for Llama 3's). What is read has been checked to lie in the file, and every number is bounded before it is used.
+
+Left out on purpose: big-endian files, version 1, arrays of arrays (llama.cpp reads none of them either).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from llama import files
+from llama.errors import InputError
+
+MAGIC = b"GGUF"
+SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # struct's codes by GGUF's types
+STRING, ARRAY = 8, 9
+MAX_COUNT = 1 << 16  # of fields and of tensors: 1,024 layers have 9,219
+MAX_ITEMS = 1 << 22  # of all arrays together: the largest vocabularies have 0.26 million words and twice as many merges
+MAX_NAME = 256
+
+
+class Stored(NamedTuple):
+    """A tensor in the file: `n_bytes` at `offset` from its start; the shape has rows first, as torch does."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+class Header(NamedTuple):
+    fields: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+def read(path: Path) -> Header:
+    """Raises InputError for a file that is damaged, hostile, or of a version that is not supported."""
+    if not files.head(path).startswith(MAGIC):
+        raise files.damaged(path, "GGUF file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _Reader(data, path).header()
+
+
+class _Reader:
+    """Walks through the head of one file."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path = data, path
+        self.at = 0
+        self.items = 0
+
+    def refuse(self, reason: str) -> InputError:
+        return InputError(f"{self.path}: {reason}; download it again, or convert the original anew")
+
+    def take(self, code: str) -> Any:
+        """The next number."""
+        if self.at + struct.calcsize(code) > len(self.data):
+            raise self.refuse("is truncated")
+        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
+        self.at += struct.calcsize(code)
+        return value
+
+    def text(self, longest: int | None = None) -> str:
+        """The next string; where `longest` is given, a name of at most so many bytes that can be shown in a line."""
+        size = self.take("Q")
+        if size > len(self.data) - self.at:
+            raise self.refuse(f"a text of {size} bytes at byte {self.at - 8} does not fit in the file")
+        raw = self.data[self.at : self.at + size]
+        self.at += size
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            raise self.refuse(f"the text at byte {self.at - size} is not UTF-8") from None
+        if longest is not None and not (0 < size <= longest and text.isprintable()):
+            raise self.refuse(f"{text[:40]!r} at byte {self.at - size} is no name")
+        return text
+
+    def header(self) -> Header:
+        self.at = 4
+        version = self.take("I")
+        if version >= 1 << 16:
+            raise InputError(f"{self.path}: is big-endian; convert the original for little-endian machines")
+        if version not in (2, 3):
+            raise InputError(f"{self.path}: is GGUF version {version}, supported are 2 and 3; take a newer conversion")
+        n_tensors, n_fields = self.take("Q"), self.take("Q")
+        if max(n_tensors, n_fields) > MAX_COUNT:
+            raise self.refuse(f"{n_tensors} tensors and {n_fields} fields cannot be")
+        fields: dict[str, Any] = {}
+        for _ in range(n_fields):
+            key = self.text(MAX_NAME)
+            if key in fields:
+                raise self.refuse(f"{key} is there twice")
+            fields[key] = self.value(key)
+        infos: dict[str, tuple[list[int], int, int]] = {}
+        for _ in range(n_tensors):
+            name, n_dims = self.text(MAX_NAME), self.take("I")
+            if name in infos or not 1 <= n_dims <= 4:
+                raise self.refuse(f"tensor {name} " + ("is there twice" if name in infos else f"has {n_dims} axes"))
+            infos[name] = ([self.take("Q") for _ in range(n_dims)], self.take("I"), self.take("Q"))
+        return Header(fields, self.locate(infos, fields.get("general.alignment", 32)))
+
+    def value(self, key: str) -> Any:
+        """The value of a field: a number, a string, or a list of either."""
+        kind = self.take("I")
+        if kind != ARRAY:
+            return self.item(kind, key)
+        kind, count = self.take("I"), self.take("Q")
+        self.items += count
+        if self.items > MAX_ITEMS or kind == ARRAY:
+            raise self.refuse(f"{key} is an array of {'arrays' if kind == ARRAY else f'{count} items'}")
+        if kind != STRING and kind < len(SCALARS):
+            code = f"<{count}{SCALARS[kind]}"
+            if struct.calcsize(code) > len(self.data) - self.at:
+                raise self.refuse(f"{key} is truncated")
+            numbers = list(struct.unpack_from(code, self.data, self.at))
+            self.at += struct.calcsize(code)
+            return numbers
+        return [self.item(kind, key) for _ in range(count)]
+
+    def item(self, kind: int, key: str) -> Any:
+        if kind >= len(SCALARS):
+            raise self.refuse(f"{key} has the unknown type {kind}")
+        if kind == STRING:
+            return self.text()
+        value = self.take(SCALARS[kind])
+        return float(str(np.float32(value))) if SCALARS[kind] == "f" else value  # 1e-05, not 9.999999747378752e-06
+
+    def locate(self, infos: dict[str, tuple[list[int], int, int]], alignment: Any) -> dict[str, Stored]:
+        """Hold sizes and offsets against the file; no two tensors may share a byte."""
+        if alignment not in (1 << bits for bits in range(3, 17)):
+            raise self.refuse(f"general.alignment: {alignment!r} is not a power of two from 8 to 65536")
+        start = math.ceil(self.at / alignment) * alignment
+        stored = {}
+        for name, (dims, kind, offset) in infos.items():
+            if kind not in set(GGMLQuantizationType):
+                raise InputError(f"{self.path}:{name}: has the type {kind}, which is unknown here; take another file")
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            n = math.prod(dims)
+            if n == 0 or dims[0] % block or n // block * block_bytes > len(self.data):
+                raise self.refuse(f"tensor {name} cannot have the shape {dims[::-1]}")
+            if offset % alignment or start + offset + n // block * block_bytes > len(self.data):
+                raise self.refuse(f"tensor {name} lies beyond the end of the file, or is not aligned")
+            at = start + offset
+            stored[name] = Stored(GGMLQuantizationType(kind), tuple(dims[::-1]), at, n // block * block_bytes)
+        in_order = sorted(stored.items(), key=lambda entry: entry[1].offset)
+        for (name, first), (other, second) in itertools.pairwise(in_order):
+            if first.offset + first.n_bytes > second.offset:
+                raise self.refuse(f"the tensors {name} and {other} overlap")
+        return stored
