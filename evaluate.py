@@ -26,7 +26,7 @@ from benchmarks.rows import Row, model_cell, record, require_writable
 from data import text
 from data.tiny import directory_of, has_tokenizer, name_of
 from data.tiny.sequences import SEQ_LEN, held_out
-from llama import checkpoint, cli, files, lora
+from llama import adapters, checkpoint, cli, files
 from llama import device as devices
 from llama.cli import option
 from llama.errors import InputError
@@ -45,8 +45,9 @@ class Side:
     """A model to measure, and the precision to measure it in."""
 
     directory: Path
-    adapter: Path | None
+    adapter: str | None
     dtype: torch.dtype
+    any_base: bool = False
 
     @property
     def cell(self) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Options(cli.Options):
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     adapter: str | None = option(None, cli.ADAPTER)
+    any_base: bool = option(False, cli.ANY_BASE)
     data: str | None = option(
         None,
         "a text file in UTF-8, scored as it is after one begin-of-text token; models with the embedded model's "
@@ -125,7 +127,7 @@ def main(options: Options) -> None:
 def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
     """Where to compute, and the one or two models."""
     target, dtype = devices.resolve(options.device, options.dtype)
-    first = Side(directory_of(options.ckpt_dir), options.adapter and Path(options.adapter), dtype)
+    first = Side(directory_of(options.ckpt_dir), options.adapter, dtype, options.any_base)
     if options.against is None and options.against_dtype is None:
         return target, [first]
     other = dtype if options.against_dtype is None else devices.resolve(target, options.against_dtype)[1]
@@ -174,7 +176,8 @@ def measure(
     baseline = stopwatch.memory_baseline(device)
     model = checkpoint.load(side.directory, side.dtype, device, progress=True)
     if side.adapter is not None:
-        lora.load(model, side.adapter, side.directory)
+        base = None if side.any_base else partial(checkpoint.fingerprint, side.directory)
+        adapters.load(model, side.adapter, base)
     perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
     work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, progress=True)
     result, spent = stopwatch.measure(work, device)

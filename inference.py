@@ -25,7 +25,7 @@ from data.alpaca import encode_prompt as encode_instruction
 from data.prompts import read as read_prompts
 from data.tiny import EMBEDDED, directory_of, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, checkpoint, cli, lora, quantization
+from llama import Llama, adapters, checkpoint, cli, quantization
 from llama import device as devices
 from llama.cli import option
 from llama.device import dtype_name
@@ -52,6 +52,7 @@ class Options(cli.Options):
     chat: bool = option(False, "send each prompt as a user's message to an instruction-tuned model")
     alpaca: bool = option(False, "put each prompt as an instruction into the template that finetuning.py trains on")
     adapter: str | None = option(None, cli.ADAPTER)
+    any_base: bool = option(False, cli.ANY_BASE)
     compare: bool = option(
         False, "generate with and without the cache, or the draft if any; show texts, times and memory side by side"
     )
@@ -147,7 +148,8 @@ def load(options: Options, directory: Path) -> Llama:
     names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding")
     llama = Llama.build(directory, path, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:
-        lora.load(llama.model, options.adapter, directory)
+        base = None if options.any_base else partial(checkpoint.fingerprint, directory)
+        adapters.load(llama.model, options.adapter, base)
         llama.model.eval()
     return llama
 
@@ -265,8 +267,8 @@ def show_comparison(llama: Llama, prompts: list[Prompt], settings: dict[str, Any
 
 def cell_of(options: Options, llama: Llama) -> dict[str, Any]:
     """What changes the figures of a comparison, apart from the prompt."""
-    adapter = None if options.adapter is None else Path(options.adapter)
-    model = model_cell(name_of(directory_of(options.ckpt_dir)), quantization.quantization_of(llama.model), adapter)
+    name = name_of(directory_of(options.ckpt_dir))
+    model = model_cell(name, quantization.quantization_of(llama.model), options.adapter)
     cell = {**model, "max_gen_len": options.max_gen_len, "decoding": llama.decoder.name}
     if options.chat or options.alpaca:
         cell["template"] = "chat" if options.chat else "alpaca"

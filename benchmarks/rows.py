@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llama import files, lora
+from llama import adapters
 from llama.device import device_name
 from llama.errors import InputError
 from llama.quantization import Quantization
@@ -106,7 +106,7 @@ def record(
     return Row(path.name, line + 1, data)
 
 
-def model_cell(name: str, quantization: Quantization | None, adapter: Path | None) -> dict[str, Any]:
+def model_cell(name: str, quantization: Quantization | None, adapter: str | None) -> dict[str, Any]:
     """What the cell of a row says of a model: its name, and where it has them the format of its weights and an adapter.
 
     An adapter is known by its content as well: every run of finetuning.py calls its own `adapter`.
@@ -117,7 +117,8 @@ def model_cell(name: str, quantization: Quantization | None, adapter: Path | Non
     if quantization is not None and quantization.group_size is not None:
         cell["group_size"] = quantization.group_size
     if adapter is not None:
-        cell |= {"adapter": adapter.resolve().name, "adapter_sha256": files.sha256(adapter / lora.WEIGHTS)}
+        names = [folder.resolve().name for folder in adapters.folders(adapter)]
+        cell |= {"adapter": ",".join(names), "adapter_sha256": adapters.fingerprint(adapter)}
     return cell
 
 

@@ -50,7 +50,11 @@ COLUMN = 38  # two of them and a rule fit a terminal of 80
 # The help of options that several scripts have.
 CKPT_DIR = "checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model"
 TOKENIZER_PATH = "tokenizer.model; default: the one in ckpt_dir"
-ADAPTER = "directory of a LoRA adapter for the model, from finetuning.py or PEFT"
+ADAPTER = "directory of a LoRA adapter for the model, from finetuning.py or PEFT; of several, one,two, the sum"
+ANY_BASE = (
+    "take an adapter for a model that it was not trained on, such as the original of its quantized base; names and "
+    "shapes must fit all the same"
+)
 DEVICE = "auto, cpu, cuda or cuda:N"
 DTYPE = "auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the GPU's native 16-bit type"
 SEEDS = {"least": 0, "below": 1 << 63}  # that torch and random take alike

@@ -3,52 +3,46 @@
     config = LoRAConfig(r=16, alpha=32, dropout=0.05, targets=("wq", "wv"))
     apply(model, config)          # swaps the projections in, freezes everything else
     ...                           # train
-    save(model, config, "adapter", base)
     merge(model); remove(model)   # a plain model again, with the update inside its weights
 
 A starts random and B at zero, so an adapted model starts as its base, to the bit. Adapters are fp32 over a base of any
-dtype, because updates of 16-bit weights are mostly lost to rounding. On disk they have PEFT's format, both ways.
+dtype, because updates of 16-bit weights are mostly lost to rounding. Adapters on disk: adapters.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import files
-from llama.checkpoint import Source, fingerprint, hf
-from llama.checkpoint.source import open_safetensors
+from llama.checkpoint import hf
 from llama.errors import InputError
 from llama.frozen import FrozenLinear
 from llama.model import Transformer
 from llama.surgery import plain_linear, replace_modules
 
-# Each projection that can be adapted, and what it is called inside a block: by Meta and by Hugging Face.
+# Each projection that can be adapted, and what it is called inside a block.
 META_NAMES = {name.split(".")[1]: name for name in hf.BLOCK if not name.endswith("norm.weight")}
-HF_NAMES = {target: hf.BLOCK[name].removesuffix(".weight") for target, name in META_NAMES.items()}
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-UNSUPPORTED = (  # options of PEFT that change the result
-    "use_rslora use_dora fan_in_fan_out lora_bias use_qalora modules_to_save rank_pattern alpha_pattern "
-    "layers_to_transform target_parameters trainable_token_indices exclude_modules"
-).split()
-PREFIX = "base_model.model.model"  # of every tensor name in PEFT's files
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which projections are adapted and how. Raises InputError naming the field where a value is impossible."""
+    """Which projections are adapted and how. Raises InputError naming the field where a value is impossible.
+
+    modules: name, rank and alpha of each adapted projection, where they are not the same in all layers, as in adapters
+    from elsewhere; without, `targets` says which.
+    """
 
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("wq", "wv")
+    modules: tuple[tuple[str, int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= 1 << 16:
@@ -60,6 +54,13 @@ class LoRAConfig:
         if not self.targets or len(set(self.targets)) < len(self.targets) or set(self.targets) - set(META_NAMES):
             names = ",".join(map(str, self.targets))
             raise InputError(f"targets={names} is not a choice of {','.join(META_NAMES)}, each once")
+
+    def of(self, name: str) -> LoRAConfig | None:
+        """What holds for the projection of that name; None where it is not adapted."""
+        if not self.modules:
+            return self if name.split(".")[-1] in self.targets else None
+        found = (replace(self, r=r, alpha=alpha, modules=()) for module, r, alpha in self.modules if module == name)
+        return next(found, None)
 
 
 class LoRALinear(nn.Module):
@@ -104,10 +105,10 @@ def apply(model: Transformer, config: LoRAConfig, seed: int = 0) -> list[str]:
     generator = None
     if model.tok_embeddings.weight.device.type != "meta":
         generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, FrozenLinear))}
+    configs = {linear: of for name, linear in linears.items() if (of := config.of(name)) is not None}
     return replace_modules(
-        model,
-        lambda name, module: name.split(".")[-1] in config.targets and isinstance(module, (nn.Linear, FrozenLinear)),
-        lambda linear: LoRALinear(linear, config, generator),
+        model, lambda _, module: module in configs, lambda linear: LoRALinear(linear, configs[linear], generator)
     )
 
 
@@ -170,107 +171,6 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-# Files, in PEFT's format
-
-
-def save(model: Transformer, config: LoRAConfig, directory: str | Path, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as a new directory that `peft` and `load` read.
-
-    base: checkpoint.fingerprint of the checkpoint under the adapters, which goes into the file's metadata.
-    """
-    tensors = {}
-    for name, tensor in state_dict(model).items():
-        _, layer, _, target, matrix = name.split(".")
-        if matrix == "lora_B":  # its rows are those of the projection
-            tensor = hf.swap_rotary_order(tensor, META_NAMES[target], model.args, to_hf=True)
-        tensors[f"{PREFIX}.layers.{layer}.{HF_NAMES[target]}.{matrix}.weight"] = tensor.cpu().contiguous()
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": [HF_NAMES[target].split(".")[1] for target in config.targets],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    with files.new_directory(directory) as scratch:
-        files.write_json(scratch / CONFIG, settings)
-        safetensors.torch.save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "base_sha256": base})
-
-
-def load(model: Transformer, directory: str | Path, base: str | Path | Source | None = None) -> LoRAConfig:
-    """Apply the adapter in a directory that `save` or `peft` wrote, and return its configuration.
-
-    base: the checkpoint that `model` was loaded from. Where the file says what it was trained on, and only there, the
-    weights of `base` are hashed, seconds for a large model: with the wrong ones an adapter gives fluent nonsense.
-    Raises InputError naming file and field for anything missing, unexpected, of a wrong shape, not finite or not
-    supported.
-    """
-    folder = Path(directory)
-    config = _read_config(folder / CONFIG)
-    path = folder / WEIGHTS
-    with open_safetensors(path) as file:
-        trained_on = (file.metadata() or {}).get("base_sha256")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle)
-    if base is not None and trained_on is not None and trained_on != (actual := fingerprint(base)):
-        raise InputError(
-            f"{path}: was trained on a different base model (sha256 {trained_on[:12]}, this is {actual[:12]})"
-        )
-    expected = _expected(model, config)
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise InputError(f"{path}:{name}: {'is missing' if name in expected else 'is not expected'} for {CONFIG}")
-    for name, (_, _, shape) in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(f"{path}:{name}: has shape {list(tensors[name].shape)}, expected {list(shape)}")
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-            raise InputError(f"{path}:{name}: holds values that are not finite numbers")
-    apply(model, config)
-    adapted = layers(model)
-    for name, (module, matrix, _) in expected.items():
-        tensor = tensors[name]
-        if matrix == "lora_B":
-            tensor = hf.swap_rotary_order(tensor, META_NAMES[module.split(".")[-1]], model.args, to_hf=False)
-        getattr(adapted[module], matrix).data.copy_(tensor)
-    return config
-
-
-def _read_config(path: Path) -> LoRAConfig:
-    content = files.read_json(path)
-    for name, only in {"peft_type": "LORA", "bias": "none"}.items():
-        if content.get(name) != only:
-            raise InputError(f"{path}:{name}: {content.get(name)!r} is not supported, only {only!r}")
-    for name in UNSUPPORTED:
-        if content.get(name):
-            raise InputError(f"{path}:{name}: {content[name]!r} is not supported, only None")
-    targets = content.get("target_modules")
-    by_hf_name = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
-    if not isinstance(targets, list) or not all(isinstance(t, str) and t in by_hf_name for t in targets):
-        raise InputError(f"{path}:target_modules: {targets!r} is not a list of {', '.join(by_hf_name)}")
-    ours = sorted((by_hf_name[target] for target in targets), key=list(META_NAMES).index)  # PEFT writes a set
-    try:
-        return LoRAConfig(content.get("r"), content.get("lora_alpha"), content.get("lora_dropout"), tuple(ours))
-    except InputError as error:
-        raise InputError(f"{path}:{error}") from None
-
-
-def _expected(model: Transformer, config: LoRAConfig) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """PEFT's name of each tensor, and to which module and matrix of what shape it belongs."""
-    tensors = {}
-    for layer in range(model.args.n_layers):
-        for target in config.targets:
-            module = f"layers.{layer}.{META_NAMES[target].removesuffix('.weight')}"
-            linear = model.get_submodule(module)
-            shapes = {"lora_A": (config.r, linear.in_features), "lora_B": (linear.out_features, config.r)}
-            for matrix, shape in shapes.items():
-                name = f"{PREFIX}.layers.{layer}.{HF_NAMES[target]}.{matrix}.weight"
-                tensors[name] = (module, matrix, shape)
-    return tensors
-
-
 def trainable_share(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters and all parameters, adapters included; a tied table counts once."""
     # int4 holds two parameters in a byte
@@ -279,4 +179,4 @@ def trainable_share(model: nn.Module) -> tuple[int, int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -29,7 +29,7 @@ from conftest import SMALL, TINY, random_model
 from tqdm import tqdm
 
 import finetuning
-from llama import checkpoint, cli, lora
+from llama import adapters, checkpoint, cli
 from llama.training import memory, snapshot, verdict
 from llama.training.options import TrainingOptions
 
@@ -117,9 +117,9 @@ def digest(root: Path) -> str:
     Of the adapter its tensors: safetensors writes the entries of its metadata in any order.
     """
     last = snapshot.listed(root / "snapshots")[-1]
-    files = [root / "loss.jsonl", root / "adapter" / lora.CONFIG, *sorted(last.glob("*.safetensors"))]
+    files = [root / "loss.jsonl", root / "adapter" / adapters.CONFIG, *sorted(last.glob("*.safetensors"))]
     content = [path.name.encode() + path.read_bytes() for path in files]
-    adapter = safetensors.torch.load_file(root / "adapter" / lora.WEIGHTS)
+    adapter = safetensors.torch.load_file(root / "adapter" / adapters.WEIGHTS)
     content += [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(adapter.items())]
     state = snapshot.load(last).state
     del state["figures"]

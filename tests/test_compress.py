@@ -27,7 +27,7 @@ import inference
 from benchmarks.hardware import decode_bytes
 from data.tiny.corpus import SAMPLE_PROMPTS
 from data.tiny.sequences import SEQ_LEN, held_out
-from llama import Llama, checkpoint, cli, lora, quantization
+from llama import Llama, adapters, checkpoint, cli, lora, quantization
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
@@ -297,10 +297,10 @@ def test_finetuning_over_a_quantized_base(tmp_path, monkeypatch, capsys, name):
     assert (root / "adapter").is_dir() and not (root / "merged").exists()
     adapted = checkpoint.load(base, torch.float32)
     base_logits = adapted(TOKENS)
-    lora.load(adapted, root / "adapter", base)
+    adapters.load(adapted, root / "adapter", lambda: checkpoint.fingerprint(base))
     assert not torch.equal(adapted.eval()(TOKENS), base_logits)
     with pytest.raises(InputError, match="different base model"):
-        lora.load(checkpoint.load(tmp_path / "base"), root / "adapter", tmp_path / "base")
+        adapters.load(checkpoint.load(tmp_path / "base"), root / "adapter", lambda: "0" * 64)
     flags = [
         f"--ckpt_dir={base}",
         f"--adapter={root / 'adapter'}",

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 import finetuning
 import inference
 from data import alpaca
-from llama import checkpoint, cli, files, lora, quantization
+from llama import adapters, checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
@@ -164,7 +164,7 @@ def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):
     wanted = run.model.eval()(tokens).detach()
     plain = checkpoint.load(base / "base")
     assert (plain(tokens) - wanted).abs().max() > 0.1
-    lora.load(plain, root / "adapter", base / "base")
+    adapters.load(plain, root / "adapter", lambda: checkpoint.fingerprint(base / "base"))
     hf = LlamaForCausalLM.from_pretrained(root / "merged-hf", dtype=torch.float32)
     checkpoint.save(checkpoint.load(base / "base"), tmp_path / "hf", "hf")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -663,7 +663,7 @@ def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
     model = checkpoint.load(base / "base")
     config = lora.LoRAConfig(r=4, alpha=8.0, dropout=0.0)
     lora.apply(model, config, seed=3)
-    lora.save(model, config, work / "adapter", "")
+    adapters.save(model, config, work / "adapter", "")
     checkpoint.save(checkpoint.load(base / "base"), work / "hf", "hf")
     theirs = LlamaForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, work / "adapter", is_trainable=True).train()

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llama import Llama, Tokenizer, checkpoint, files, lora, order, pruning
+from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import confidence
@@ -388,7 +388,7 @@ class Run:
         """Write adapter and merged models, where a run that was resumed after its end has none yet; say where."""
         options, lines, adapter = self.options, [], self.root / "adapter"
         if options.lora and not adapter.exists():
-            lora.save(self.model, options.lora_config, adapter, self.base)
+            adapters.save(self.model, options.lora_config, adapter, self.base)
         if options.lora and options.export != "none":
             lost = lora.merge(self.model)
             lora.remove(self.model)

@@ -1,19 +1,14 @@
-"""Adapters: nothing at the start, exactly (alpha / r) B A afterwards, and the same in PEFT's files and code."""
+"""Adapters: nothing at the start, exactly (alpha / r) B A afterwards."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 import math
 
-import peft
 import pytest
-import safetensors.torch
 import torch
 from conftest import SMALL, random_model
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from llama import Transformer, checkpoint, lora
 from llama.config import PRESETS
@@ -25,7 +20,6 @@ ALL = tuple(lora.META_NAMES)
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-BASE = "f" * 64  # stands for a fingerprint
 SMALL_LORA = LoRAConfig(r=4, dropout=0.0)
 
 
@@ -164,154 +158,3 @@ def test_an_adapted_model_is_not_adapted_again_nor_a_misspelt_target_accepted():
 def test_bad_configurations_name_the_field(field, value):
     with pytest.raises(InputError, match=f"^{field}="):
         LoRAConfig(**{field: value})
-
-
-# Files
-
-
-def hf_model(model: Transformer, folder) -> LlamaForCausalLM:
-    checkpoint.save(model, folder, "hf")
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("targets", [("wq", "wv"), ALL])
-def test_adapters_round_trip_and_load_in_peft(tmp_path, monkeypatch, targets):
-    monkeypatch.setattr(lora, "fingerprint", lambda base: base)
-    config = LoRAConfig(r=4, alpha=10.0, dropout=0.1, targets=targets)
-    model, base = adapted(config), random_model()
-    lora.save(model, config, tmp_path / "adapter", BASE)
-    again = random_model()
-    assert lora.load(again, tmp_path / "adapter", BASE) == config
-    for name, tensor in lora.state_dict(model).items():
-        assert torch.equal(tensor, lora.state_dict(again)[name])
-    theirs = peft.PeftModel.from_pretrained(hf_model(base, tmp_path / "hf"), tmp_path / "adapter").eval()
-    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), rtol=0, atol=1e-5)
-    # and what peft writes of it is, tensor for tensor, what we wrote
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, written = (safetensors.torch.load_file(tmp_path / n / lora.WEIGHTS) for n in ("adapter", "theirs"))
-    assert ours.keys() == written.keys() and all(torch.equal(ours[name], written[name]) for name in ours)
-    third = random_model()
-    assert lora.load(third, tmp_path / "theirs") == config
-    assert all(torch.equal(t, lora.state_dict(third)[name]) for name, t in lora.state_dict(model).items())
-
-
-def test_an_adapter_file_holds_what_it_should(tmp_path):
-    model = adapted()
-    lora.save(model, SMALL_LORA, tmp_path / "a", BASE)
-    tensors = safetensors.torch.load_file(tmp_path / "a" / lora.WEIGHTS)
-    assert len(tensors) == 2 * 2 * SMALL.n_layers
-    n_values = sum(t.numel() for t in tensors.values())
-    assert n_values == lora.trainable_share(model)[0]
-    assert 4 * n_values < (tmp_path / "a" / lora.WEIGHTS).stat().st_size < 4 * n_values + 6000  # and a header
-    with safetensors.safe_open(tmp_path / "a" / lora.WEIGHTS, "pt") as file:
-        assert file.metadata()["base_sha256"] == BASE
-    lora.load(random_model(), tmp_path / "a")
-    lora.save(model, SMALL_LORA, tmp_path / "b", BASE)
-    with pytest.raises(InputError, match="already exists"):
-        lora.save(model, SMALL_LORA, tmp_path / "b", BASE)
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "fingerprint", lambda base: base)
-    other = random_model(seed=1)
-    lora.save(adapted(), SMALL_LORA, tmp_path / "a", BASE)
-    with pytest.raises(InputError, match="different base") as error:
-        lora.load(other, tmp_path / "a", "e" * 64)
-    assert BASE[:12] in str(error.value) and "e" * 12 in str(error.value)
-    assert not lora.layers(other)
-
-
-def test_a_fingerprint_is_that_of_the_values(tmp_path):
-    """One for both layouts and for all stored dtypes that hold the values; another one for any other value."""
-    model = random_model().to(torch.bfloat16)
-    found = []
-    for layout in ("meta", "hf"):
-        for dtype in (torch.bfloat16, torch.float32):
-            directory = tmp_path / f"{layout}-{dtype}"
-            checkpoint.save(model.to(dtype), directory, layout)
-            found.append(checkpoint.fingerprint(directory))
-    assert len(set(found)) == 1
-    model.norm.weight.data[3] += 1
-    checkpoint.save(model, tmp_path / "other")
-    assert checkpoint.fingerprint(tmp_path / "other") != found[0]
-    with pytest.raises(InputError, match="does not exist"):
-        checkpoint.fingerprint(tmp_path / "none")
-
-
-CONFIG_FAULTS = {
-    "peft_type": "IA3",
-    "bias": "all",
-    "use_rslora": True,
-    "use_dora": True,
-    "modules_to_save": ["lm_head"],
-    "rank_pattern": {"q_proj": 8},
-    "target_modules": ["q_proj", "lm_head"],
-    "r": 0,
-    "lora_alpha": None,
-    "lora_dropout": "x",
-}
-
-
-@pytest.mark.parametrize("field", CONFIG_FAULTS)
-def test_unsupported_adapter_configurations_are_named(tmp_path, field):
-    lora.save(adapted(), SMALL_LORA, tmp_path / "a", "")
-    path = tmp_path / "a" / lora.CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: CONFIG_FAULTS[field]}))
-    model = random_model()
-    with pytest.raises(InputError, match=f"{lora.CONFIG}:{field.removeprefix('lora_')}|{lora.CONFIG}:{field}"):
-        lora.load(model, tmp_path / "a")
-    assert not lora.layers(model)
-
-
-def tensor_faults() -> dict:
-    first = f"{lora.PREFIX}.layers.0.self_attn.q_proj.lora_A.weight"
-
-    def change(name, make):
-        return lambda tensors: {**tensors, name: make(tensors.get(name))}
-
-    return {
-        "missing": (lambda t: {k: v for k, v in t.items() if k != first}, "is missing"),
-        "extra": (change("x.lora_A.weight", lambda _: torch.zeros(1)), "is not expected"),
-        "renamed": (lambda t: {k.replace("q_proj", "k_proj"): v for k, v in t.items()}, "is not expected|is missing"),
-        "rank": (change(first, lambda t: t[:2].contiguous()), r"has shape \[2, 64\], expected \[4, 64\]"),
-        "NaN": (change(first, lambda t: t * math.nan), "not finite"),
-        "integers": (change(first, lambda t: t.long()), "not finite numbers"),
-    }
-
-
-@pytest.mark.parametrize("case", tensor_faults())
-def test_damaged_adapters_are_refused(tmp_path, case):
-    change, message = tensor_faults()[case]
-    lora.save(adapted(), SMALL_LORA, tmp_path / "a", "")
-    path = tmp_path / "a" / lora.WEIGHTS
-    tensors = {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
-    safetensors.torch.save_file(change(tensors), path)
-    model = random_model()
-    with pytest.raises(InputError, match=message):
-        lora.load(model, tmp_path / "a")
-    assert not lora.layers(model)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="truncated"):
-        lora.load(model, tmp_path / "a")
-
-
-def test_gradients_equal_those_of_peft(tmp_path):
-    """The same adapters, one backward pass: the gradients of A and B, dropout off."""
-    model, config = adapted(), LoRAConfig(r=4, dropout=0.0)
-    lora.save(model, config, tmp_path / "a", "")
-    theirs = peft.PeftModel.from_pretrained(
-        hf_model(random_model(), tmp_path / "hf"), tmp_path / "a", is_trainable=True
-    )
-    model(TOKENS).logsumexp(-1).sum().backward()
-    theirs(TOKENS).logits.logsumexp(-1).sum().backward()
-    wanted = copy.deepcopy(model)
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in wanted.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = gradients[name]
-    lora.save(wanted, config, tmp_path / "gradients", "")
-    ours = safetensors.torch.load_file(tmp_path / "gradients" / lora.WEIGHTS)
-    found = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    assert ours.keys() == found.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], found[name], rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ from benchmarks.rows import Row
 from data import text as data_text
 from data.tiny.sequences import held_out
 from data.tiny.train import loss_of
-from llama import Transformer, checkpoint, cli, lora
+from llama import Transformer, adapters, checkpoint, cli, lora
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, NonFinite
@@ -381,7 +381,7 @@ def save_adapter(model: Transformer, directory, base: str) -> None:
     lora.apply(adapted, lora.LoRAConfig(r=2))
     for module in lora.layers(adapted).values():
         torch.nn.init.normal_(module.lora_B, std=0.1)
-    lora.save(adapted, lora.LoRAConfig(r=2), directory, base)
+    adapters.save(adapted, lora.LoRAConfig(r=2), directory, base)
 
 
 def test_an_adapter_against_its_base(small, tmp_path, monkeypatch, capsys):
@@ -392,7 +392,7 @@ def test_an_adapter_against_its_base(small, tmp_path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, *flags, f"--adapter={tmp_path}/a", f"--results={tmp_path}/r")
     assert code == 0 and "| m with adapter, float32 |" in out and "| m, float32 |" in out
     ours, theirs = newest(tmp_path / "r", 2)
-    lora.load(model, tmp_path / "a")
+    adapters.load(model, tmp_path / "a")
     ids = [256, *(small / "text.txt").read_bytes()]
     assert value(ours, "loss_nats") == perplexity.evaluate(model, ids, 32).loss != value(theirs, "loss_nats")
     code, _, err = call(monkeypatch, capsys, *flags, f"--adapter={tmp_path}/foreign")
