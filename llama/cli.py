@@ -38,13 +38,14 @@ import sys
 import textwrap
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import fire
 import torch
 
-from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinite, Stopped
+from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinite, Notice, Stopped
 
 COLUMN = 38  # two of them and a rule fit a terminal of 80
 # The help of options that several scripts have.
@@ -132,6 +133,7 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character: no reason to abort
     debug = "--debug" in argv
+    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     try:
         if sys.stdout is None:
             raise EnvironmentFailure("standard output is closed; there is nowhere to write to")
@@ -216,6 +218,13 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}", 3
     return f"unexpected {type(error).__name__}: {error}; this is a bug, --debug shows where", 1
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    if category is Notice:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        usual(message, category, *place)
 
 
 def _report(line: str, code: int) -> int:

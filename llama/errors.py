@@ -23,3 +23,7 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+class Notice(UserWarning):
+    """What a user should know although all goes on; `cli.py` makes it a line on stderr."""

@@ -1,18 +1,23 @@
-"""Hugging Face's layout: config.json and model.safetensors, or several files with an index."""
+"""Hugging Face's layout: config.json and model.safetensors, or several files, or the older pytorch_model.bin."""
 
 from __future__ import annotations
 
+import itertools
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from llama import files
+from llama.checkpoint import hf_config
+from llama.checkpoint.locate import remedy
+from llama.checkpoint.meta import read_pth
 from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, open_safetensors
-from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
-from llama.errors import InputError
+from llama.config import ModelArgs
+from llama.errors import InputError, Notice
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -29,13 +34,13 @@ BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-ROPE_SCALING = {
-    "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
-    "high_freq_factor": ROPE_HIGH_FREQ_FACTOR,
-    "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
-}
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
+
+
+# Parts of a name that torch's wrappers put in: compiled, sharded and checkpointed modules, anywhere in it.
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER_WRAPPERS = ("module.", "base_model.model.")  # before every name: of data-parallel and PEFT models
+QUANTIZED_KEYS = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|(weight\.)?(absmax|SCB))")
 
 
 class HfSource(Source):
@@ -43,65 +48,109 @@ class HfSource(Source):
 
     def __init__(self, directory: Path) -> None:
         with naming(directory / CONFIG):
-            self.args = _args_of(files.read_json(directory / CONFIG))
+            self.args = hf_config.args_of(files.read_json(directory / CONFIG))
         self.where = directory
         self.names = names_of(self.args)
-        self.file_of: dict[str, Path] = {}
+        self.keys: dict[str, tuple[Path, str]] = {}  # where each weight is stored
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(directory):
-            self._list(path)
+        stored = [(path, key, shape) for path in _weight_files(directory) for key, shape in _shapes(path).items()]
+        plain = _plain_names([key for _, key, _ in stored])
+        meta_names = {hf: meta for meta, hf in self.names.items()}
+        for (path, key, shape), hf_name in zip(stored, plain, strict=True):
+            name = meta_names.get(hf_name, hf_name)
+            if QUANTIZED_KEYS.fullmatch(key):
+                raise InputError(
+                    f"{path}:{key}: the weights are quantized; take the original model, or a GGUF file of it"
+                )
+            if name in self.names and hf_name not in meta_names:
+                raise InputError(f"{path}:{key}: unexpected weight; it has Meta's name in an HF checkpoint")
+            if name in self.keys:
+                raise InputError(f"{path}:{key}: also in {self.keys[name][0].name}; a weight may stand once")
+            self.keys[name], self.shapes[name] = (path, key), shape
+        if not self.args.tie_word_embeddings and HEAD not in self.shapes and EMBEDDING in self.shapes:
+            raise InputError(
+                f"{directory} holds no {TOP[HEAD]}, and its {CONFIG} does not tie the head; set tie_word_embeddings "
+                "there to true if the head is the embedding table, else this is half a model"
+            )
         if self.has_other_head():
             raise InputError(f"{self.where}: {CONFIG} ties the head, but lm_head differs from embed_tokens")
 
-    def _list(self, path: Path) -> None:
-        """Take in the names and shapes of a file."""
-        meta_names = {hf: meta for meta, hf in self.names.items()}
-        with open_safetensors(path) as file:
-            for key in file.keys():  # noqa: SIM118 (a handle, not a dictionary)
-                name = meta_names.get(key, key)
-                if name in self.names and key not in meta_names:
-                    raise InputError(f"{path}:{key}: unexpected weight; it has Meta's name in an HF checkpoint")
-                if name in self.file_of:
-                    raise InputError(f"{path}:{key}: also in {self.file_of[name].name}; a weight may stand once")
-                self.file_of[name] = path
-                self.shapes[name] = tuple(file.get_slice(key).get_shape())
-
     def place(self, name: str) -> str:
-        return super().place(self.names.get(name, name))
+        return super().place(self.keys[name][1] if name in self.keys else self.names.get(name, name))
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
         """Map each file when it is first read; wq and wk are copies, the rest lies in the files."""
-        handles: dict[Path, Any] = {}
+        readers: dict[Path, Callable[[str], Tensor]] = {}
 
         def read(name: str) -> Tensor:
-            path = self.file_of[name]
+            path, key = self.keys[name]
             if name.endswith(ROTATED):  # copied, so read through a mapping of its own, which then ends with its pages
-                with open_safetensors(path) as file:
-                    return swap_rotary_order(file.get_tensor(self.names[name]), name, self.args, to_hf=False)
-            if path not in handles:
-                handles[path] = open_safetensors(path)
-            return handles[path].get_tensor(self.names[name])
+                return swap_rotary_order(_reader(path)(key), name, self.args, to_hf=False)
+            if path not in readers:
+                readers[path] = _reader(path)
+            return readers[path](key)
 
         yield read
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        single = directory / "model.safetensors"
-        if not single.exists():
-            raise InputError(f"{directory} holds neither model.safetensors nor its .index.json")
-        return [single]
+    """The files that hold the weights: one, those that an index lists, or numbered ones; safetensors before .bin."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        whole, index = directory / f"{stem}{suffix}", directory / f"{stem}{suffix}.index.json"
+        numbered = sorted(directory.glob(f"{stem}-*-of-*{suffix}"))
+        if whole.is_file():
+            if index.exists() and set(_listed(index)) != {whole.name}:
+                warnings.warn(f"{whole} is read; {index.name} beside it lists other files", Notice, stacklevel=2)
+            return [whole]
+        if index.exists():
+            for name in _listed(index):
+                if Path(name).name != name or not name.endswith(suffix):
+                    raise InputError(
+                        f"{index}:weight_map: {name!r} is not a plain {suffix} file name in this directory"
+                    )
+                if not (directory / name).is_file():
+                    raise InputError(f"{index}:weight_map: {name} does not exist; download it")
+            return [directory / name for name in _listed(index)]
+        if numbered:
+            total = numbered[-1].stem.rpartition("-")[2]
+            for path, number in itertools.zip_longest(numbered, range(1, int(total) + 1) if total.isdigit() else ()):
+                if path is None or number is None or path.name != f"{stem}-{number:05d}-of-{total}{suffix}":
+                    raise InputError(f"{directory}: expected {stem}-00001-of-{total}{suffix}, 00002, ... to {total}")
+            return numbered
+    raise InputError(
+        f"{directory} holds no weights of a name that is known, such as model.safetensors; {remedy(directory)}"
+    )
+
+
+def _listed(index: Path) -> list[str]:
+    """The names of files in an index, each once."""
     listed = files.read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise InputError(f"{index}:weight_map: must map weights to files")
-    for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}:weight_map: {name!r} is not a plain .safetensors file name in this directory")
-        if not (directory / name).is_file():
-            raise InputError(f"{index}:weight_map: {name} does not exist; download it")
-    return sorted({directory / name for name in listed.values()})
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise InputError(f"{index}:weight_map: must map weights to names of files")
+    return sorted(set(listed.values()))
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if path.suffix == ".bin":
+        return {key: tuple(tensor.shape) for key, tensor in read_pth(path).items()}
+    with open_safetensors(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (a handle)
+
+
+def _reader(path: Path) -> Callable[[str], Tensor]:
+    """What reads a tensor of a file, which stays mapped as long as this lives."""
+    return read_pth(path).__getitem__ if path.suffix == ".bin" else open_safetensors(path).get_tensor
+
+
+def _plain_names(keys: list[str]) -> list[str]:
+    """Keys without what wrappers added, and with the `model.` that those of a bare LlamaModel lack."""
+    keys = [WRAPPERS.sub("", key) for key in keys]
+    while prefix := next((p for p in OUTER_WRAPPERS if keys and all(key.startswith(p) for key in keys)), None):
+        keys = [key.removeprefix(prefix) for key in keys]
+    if not any(key.startswith("model.") for key in keys) and "embed_tokens.weight" in keys:
+        keys = [key if key == TOP[HEAD] else f"model.{key}" for key in keys]
+    return keys
 
 
 def names_of(args: ModelArgs) -> dict[str, str]:
@@ -122,49 +171,3 @@ def swap_rotary_order(weight: Tensor, name: str, args: ModelArgs, to_hf: bool) -
         return weight
     pair = (args.head_dim // 2, 2) if to_hf else (2, args.head_dim // 2)
     return weight.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2)
-
-
-def _args_of(config: dict[str, Any]) -> ModelArgs:
-    """ModelArgs of a config.json. Raises ValueError for an architecture or option that this code would not honour."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
-        if name not in config:
-            raise ValueError(f"{name}: is missing")
-    for name, only in FIXED.items():
-        if config.get(name, only) != only:
-            raise ValueError(f"{name}: {config[name]!r} is not supported, only {only!r}")
-    ffn = config["intermediate_size"]
-    args = ModelArgs(
-        dim=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config.get("num_key_value_heads"),
-        vocab_size=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        **_rope_of(config),
-    )
-    if not isinstance(ffn, int) or not 0 < ffn < 1 << 20:
-        raise ValueError(f"intermediate_size: {ffn!r} is not a size")
-    args = args.with_ffn_dim(ffn)
-    if config.get("head_dim") not in (None, args.head_dim):
-        raise ValueError(f"head_dim: {config['head_dim']!r} is not supported, only hidden_size / num_attention_heads")
-    return args
-
-
-def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps everything under `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling: {rope!r} is not an object")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'llama3'")
-    for name, only in ROPE_SCALING.items():
-        if rope.get(name) != only:
-            raise ValueError(f"rope_scaling: {name} {rope.get(name)!r} is not supported, only {only}")
-    if "factor" not in rope:
-        raise ValueError("rope_scaling: factor is missing")
-    return {"rope_theta": theta, "use_scaled_rope": True, "rope_scale_factor": rope["factor"]}

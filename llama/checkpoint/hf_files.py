@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from llama import files
-from llama.checkpoint import hf
+from llama.checkpoint import hf, hf_config
 from llama.config import ModelArgs
 from llama.device import dtype_name
 from llama.model import Transformer
@@ -38,12 +38,12 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     """A config.json in the words of transformers 4, which 5 reads as well."""
     scaling = None
     if args.use_scaled_rope:
-        scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor, **hf.ROPE_SCALING}
+        scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor, **hf_config.ROPE_SCALING}
     elif args.rope_linear_factor is not None:
         scaling = {"rope_type": "linear", "factor": args.rope_linear_factor}
     return {
         "architectures": ["LlamaForCausalLM"],
-        **hf.FIXED,
+        **hf_config.FIXED,
         "hidden_size": args.dim,
         "intermediate_size": args.ffn_dim,
         "num_hidden_layers": args.n_layers,

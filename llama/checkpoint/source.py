@@ -21,7 +21,7 @@ from llama.quantization import Quantization
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Tables that follow from the configuration; old checkpoints carry them, no model needs them.
-DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
 
 
 class Source:

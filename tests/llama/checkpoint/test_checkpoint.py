@@ -333,6 +333,7 @@ def edit_tensors(directory, change):
 
 
 def write_index(directory, file_name):
+    (directory / "model.safetensors").rename(directory / "model-00001-of-2.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file_name}}))
 
 
@@ -343,7 +344,10 @@ HF_DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), "neither params.json"),
     "architecture": (lambda d: edit_config(d, model_type="mixtral"), r"config\.json:model_type"),
     "bias": (lambda d: edit_config(d, attention_bias=True), r"config\.json:attention_bias"),
-    "head size": (lambda d: edit_config(d, head_dim=32), r"config\.json:head_dim"),
+    "head size": (
+        lambda d: edit_config(d, head_dim=32),
+        r"q_proj\.weight: has shape \[64, 64\], the config says \[128, 64\]",
+    ),
     "ffn": (lambda d: edit_config(d, intermediate_size=-1), r"config\.json:intermediate_size"),
     "no size": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), r"config\.json:hidden_size"),
     "rope type": (lambda d: edit_config(d, rope_scaling={"type": "yarn"}), r"config\.json:rope_scaling.*yarn"),
@@ -362,8 +366,8 @@ HF_DAMAGE = {
         r"model\.embed_tokens\.weight: weight is missing",
     ),
     "Meta's name": (lambda d: edit_tensors(d, lambda s: s.update({"norm.weight": torch.ones(64)})), "Meta's name"),
-    "list": (lambda d: edit_config(d, hidden_size=[64]), r"config\.json:dim"),
-    "index of lists": (lambda d: write_index(d, [1]), "not a plain .safetensors file name"),
+    "list": (lambda d: edit_config(d, hidden_size=[64]), r"config\.json:hidden_size"),
+    "index of lists": (lambda d: write_index(d, [1]), "must map weights to names"),
     "outside": (lambda d: write_index(d, "../secret.safetensors"), "not a plain .safetensors file name"),
     "absolute": (lambda d: write_index(d, "/etc/passwd"), "not a plain .safetensors file name"),
     "absent shard": (lambda d: write_index(d, "model-00002-of-2.safetensors"), "does not exist"),
