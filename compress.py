@@ -7,6 +7,7 @@
     python compress.py prune --method=dimensions --share=0.5 --iterative    # cut a little, fine-tune, cut again
     python compress.py prune --method=magnitude --share=0.5                 # half of each matrix becomes zero
     python compress.py prune --ckpt_dir=Llama-3.2-1B --data=train.txt --share=0.25 --iterative
+    python compress.py merge --ckpt_dir=Llama-3.2-1B --adapter=runs/finetuning/adapter      # one checkpoint of the two
 
 What comes out is a checkpoint directory like any other, which every script here takes as --ckpt_dir; a quantized one is
 run, measured and given adapters, and its own weights stay. How it works: llama/quantization.py, llama/pruning.py.
@@ -19,13 +20,14 @@ import early  # noqa: F401 (first of all: a start that fails ends in one line)
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import text
 from data.tiny import EMBEDDED, directory_of, has_tokenizer
-from llama import Transformer, checkpoint, cli, files, pruning, quantization
+from llama import Transformer, adapters, checkpoint, cli, files, lora, pruning, quantization
 from llama import device as devices
 from llama.cli import option
 from llama.errors import InputError, NonFinite
@@ -240,7 +242,52 @@ def shrink(model: Transformer, options: PruneOptions, source: text.Text, limit: 
     return kept
 
 
-COMMANDS = {"quantize": quantize, "prune": prune}
+@dataclass(frozen=True)
+class MergeOptions(cli.Options):
+    """Write a checkpoint with the update of one adapter, or of several, inside its weights."""
+
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    adapter: str | None = option(None, cli.ADAPTER)
+    any_base: bool = option(False, cli.ANY_BASE)
+    dtype: str = option(
+        "auto",
+        "auto keeps that of the weights; float32 loses nothing of a small update",
+        choices=("auto", *devices.DTYPES),
+    )
+    to: str | None = option(
+        None,
+        "layout: meta, hf or gguf, of which out_dir names the file; default: hf for a base of that layout, else meta",
+        choices=("meta", "hf", "gguf"),
+    )
+    out_dir: str = option("runs/merged", "directory of the checkpoint; must be new")
+
+
+def merge(options: MergeOptions) -> None:
+    directory, target = directory_of(options.ckpt_dir), files.require_new(options.out_dir)
+    if options.adapter is None:
+        raise InputError("--adapter is missing; name the directory of an adapter, or of several with commas between")
+    source = checkpoint.open_source(directory)
+    if source.quantization is not None:
+        raise InputError(
+            f"{directory} is quantized; merge into the original, with --any_base where that was not trained on"
+        )
+    tokenizer = tokenizer_file(options.tokenizer_path, directory)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = checkpoint.load(source, dtype, progress=True)
+    base = None if options.any_base else partial(checkpoint.fingerprint, source)
+    adapters.load(model, options.adapter, base)
+    lost = lora.merge(model)
+    lora.remove(model)
+    layout = options.to or ("hf" if isinstance(source, checkpoint.LAYOUTS["hf"].open) else "meta")
+    checkpoint.save(model, target, layout, tokenizer)
+    print(f"{shown(directory)} with {options.adapter}: {size_line(model, model.dtype)}, in {target}")
+    if lost > 0.01:
+        name = devices.dtype_name(model.dtype)
+        print(f"{lost:.0%} of the update was lost to rounding in {name}; --dtype=float32 keeps it")
+
+
+COMMANDS = {"quantize": quantize, "prune": prune, "merge": merge}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

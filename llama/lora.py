@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.checkpoint import hf
-from llama.errors import InputError
+from llama.errors import InputError, NonFinite
 from llama.frozen import FrozenLinear
 from llama.model import Transformer
 from llama.surgery import plain_linear, replace_modules
@@ -123,8 +123,8 @@ def merge(model: Transformer) -> float:
 
     The sum is made in fp32 and rounded once to the dtype of the weight. Returns the share of the update that this
     rounding loses, |rounded - exact| / |update| over all weights (Frobenius norms): small in fp32; near or above 1
-    where a 16-bit base swallows a small update. Raises ValueError where there is nothing to merge or a sum is not
-    finite, InputError for a quantized base; then no weight has changed.
+    where a 16-bit base swallows a small update. Raises ValueError where there is nothing to merge, NonFinite where a
+    sum is not finite, InputError for a quantized base; then no weight has changed.
     """
     adapted = layers(model)
     require_mergeable(model)
@@ -136,7 +136,7 @@ def merge(model: Transformer) -> float:
         exact = module.weight.to(update.dtype) + update
         merged[name] = exact.to(module.weight.dtype)
         if not merged[name].isfinite().all():
-            raise ValueError(f"{name}: the merged weight is not finite in {module.weight.dtype}; nothing was merged")
+            raise NonFinite(f"{name}: the merged weight is not finite in {module.weight.dtype}; nothing was merged")
         # What the weight really changed by, against what it should have: exact - weight would round as well.
         gap = (merged[name].double() - module.weight.double()) - update.double()
         lost += gap.square().sum().item()

@@ -168,6 +168,9 @@ REFUSED = {
         ["--ckpt_dir={quantized}", "--out_dir={new}", "--export=meta"],
         "an adapter cannot be merged into the quantized weights",
     ),
+    "nothing to merge": (["merge", "--out_dir={new}"], "--adapter is missing"),
+    "merging into codes": (["merge", "--out_dir={new}", "--ckpt_dir={quantized}", "--adapter=x"], "merge into the"),
+    "no adapter": (["merge", "--out_dir={new}", "--adapter={new}"], "adapter_config.json is not a file"),
     "all weights": (["--ckpt_dir={quantized}", "--out_dir={new}", "--lora=False"], "codes cannot be trained"),
 }  # fmt: skip
 
@@ -198,7 +201,7 @@ def test_help_names_the_commands_and_their_flags(monkeypatch, capsys):
 
 def test_hugging_faces_layout_is_refused(plain, tmp_path):
     model = checkpoint.load(quantized(plain, tmp_path / "q", CONFIGS["int8"]))
-    with pytest.raises(InputError, match="no form in Hugging Face's layout"):
+    with pytest.raises(InputError, match="cannot be written as hf"):
         checkpoint.save(model, tmp_path / "hf", "hf")
     checkpoint.save(model, tmp_path / "again")
     assert same_weights(model, checkpoint.load(tmp_path / "again"))
@@ -310,6 +313,35 @@ def test_finetuning_over_a_quantized_base(tmp_path, monkeypatch, capsys, name):
     ]
     code, _, err = call(monkeypatch, capsys, inference, *flags)
     assert code == 0, err
+
+
+def adapter_for(base: Path, target: Path) -> Path:
+    """An adapter with a small update, trained on `base` by what it says."""
+    model = checkpoint.load(base, torch.float32)
+    lora.apply(model, config := LoRAConfig(r=4))
+    for module in lora.layers(model).values():
+        torch.nn.init.normal_(module.lora_B, std=0.003, generator=torch.Generator().manual_seed(1))
+    adapters.save(model, config, target, checkpoint.fingerprint(base), str(base))
+    return target
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], torch.bfloat16), (["--to=hf", "--dtype=float32"], torch.float32)])
+def test_adapters_of_a_quantized_base_merge_into_its_original(plain, tmp_path, monkeypatch, capsys, flags, dtype):
+    """Behind the flag; the sum of two; in the layout and dtype that are asked for, else those of the base."""
+    small = quantized(plain, tmp_path / "q", CONFIGS["int8"])
+    adapter = f"{adapter_for(plain, tmp_path / 'a')},{adapter_for(small, tmp_path / 'b')}"
+    flags = ["merge", f"--ckpt_dir={plain}", f"--adapter={adapter}", f"--out_dir={tmp_path / 'out'}", *flags]
+    code, _, err = call(monkeypatch, capsys, compress, *flags)
+    assert code == 2 and "/q', sha256" in err and "--any_base=True uses it" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    code, out, err = call(monkeypatch, capsys, compress, *flags, "--any_base")
+    assert code == 0 and ("lost to rounding" in out) == (dtype is torch.bfloat16), err
+    merged, model = checkpoint.load(tmp_path / "out"), checkpoint.load(plain, dtype)
+    adapters.load(model, adapter)
+    lora.merge(model)
+    lora.remove(model)
+    assert merged.dtype is dtype and same_weights(merged, model)
+    assert (tmp_path / "out" / "config.json").exists() == ("--to=hf" in flags)
 
 
 # A draft

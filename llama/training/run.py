@@ -412,5 +412,5 @@ def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:
     if options.export != "none":
         raise InputError(
             f"export={options.export}: an adapter cannot be merged into the quantized weights of {directory}; use "
-            "export=none, the adapter is kept"
+            "export=none, the adapter is kept, and compress.py merges it into the original"
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from llama import Transformer, checkpoint, lora
 from llama.config import PRESETS
-from llama.errors import InputError
+from llama.errors import InputError, NonFinite
 from llama.lora import LoRAConfig, LoRALinear
 from llama.surgery import replace_modules
 
@@ -120,7 +120,7 @@ def test_a_merge_that_is_not_finite_changes_nothing():
     model = adapted()
     before = bytes_of(model)
     list(lora.layers(model).values())[-1].lora_A.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"layers\.3\.attention\.wv: .* not finite"):
+    with pytest.raises(NonFinite, match=r"layers\.3\.attention\.wv: .* not finite"):
         lora.merge(model)
     assert bytes_of(model) == before
 
