@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import SMALL, random_model
+from conftest import ROOT, SMALL, TINY, random_model
 from support import same_weights
 
 from llama import Llama, ModelArgs, checkpoint
+from llama.errors import InputError, Notice
+from llama.model import rope_table
 
 UNTIED = dataclasses.replace(SMALL, tie_word_embeddings=False)
 TOKENS = torch.randint(SMALL.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -33,6 +38,7 @@ def their_logits(directory, tokens):
     settings = json.loads((directory / "config.json").read_text())
     heads = settings.pop("num_attention_heads")
     config = LlamaConfig(**settings, num_attention_heads=1)
+    config.return_dict = True  # without, its own causal model cannot call its base model
     config.num_attention_heads = heads  # so, for it refuses some numbers of heads that it can compute with
     theirs = LlamaForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
     with torch.no_grad():
@@ -71,3 +77,233 @@ def test_real_widths_equal_transformers(tmp_path, name):
     assert cached == uncached
     narrow = Llama(loaded.bfloat16(), None, 64, 4, decoding="auto")
     assert len(narrow.generate(prompts, 6, 0)[0][1]) == 6  # whichever kernels the machine has
+
+
+# A different value for each field of a configuration whose default says too little about what else it may be.
+SIZES = {
+    "hidden_size": 72,
+    "intermediate_size": 97,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 513,
+    "tie_word_embeddings": False,
+}
+OTHER_VALUES = SIZES | {
+    "hidden_act": "gelu",
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "rope_theta": 10_000.0,
+    "model_type": "mistral",
+    "dtype": "float16",
+    "architectures": ["LlamaModel"],
+    "eos_token_id": [2, 7],
+    "layer_types": ["full_attention", "sliding_attention"],
+    "per_layer_config": {"1": {"rms_norm_eps": 1.0}},
+    "id2label": {"0": "a"},
+    "label2id": {"a": 0},
+    "problem_type": "regression",
+    "torch_dtype": "bfloat16",
+    "partial_rotary_factor": 0.5,
+}
+OLDER = ("rope_scaling", "rope_theta", "torch_dtype", "partial_rotary_factor", "sliding_window", "layer_types")
+
+
+def another(value):
+    if isinstance(value, bool):
+        return not value
+    if value is None:
+        return 3
+    return f"{value}x" if isinstance(value, str) else value + (1 if isinstance(value, int) else 0.25)
+
+
+def test_every_field_of_a_config_is_honoured_or_refused(tmp_path):
+    """What loads computes what transformers computes with that config; what does not is named by its field."""
+    from transformers import LlamaConfig
+
+    base = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    config = LlamaConfig(**base, num_key_value_heads=2, tie_word_embeddings=True).to_dict()
+    model = random_model(
+        ModelArgs(64, 2, 4, 2, vocab_size=512, norm_eps=1e-6, tie_word_embeddings=True).with_ffn_dim(96)
+    )
+    checkpoint.save(model, tmp_path / "m", "hf")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert_logits_equal(tmp_path / "m")
+    refused = set()
+    for name in dict.fromkeys([*config, *OLDER, *OTHER_VALUES]):
+        value = OTHER_VALUES[name] if name in OTHER_VALUES else another(config.get(name))
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, name: value}))
+        try:
+            checkpoint.load(tmp_path / "m")
+        except InputError as error:
+            refused.add(name)
+            assert f"config.json:{name}: " in str(error) or (name in SIZES and "config" in str(error)), name
+        else:
+            assert_logits_equal(tmp_path / "m")
+    others = "hidden_act attention_bias mlp_bias model_type rope_scaling partial_rotary_factor sliding_window"
+    others += " chunk_size_feed_forward is_encoder_decoder layer_types per_layer_config"
+    assert refused == {*SIZES, *others.split()}
+
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPES = {
+    "5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    "4": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "first": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    "linear": {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear in 5": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
+    "both": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "default"}},
+    "none": {"rope_theta": 1e5, "rope_scaling": None},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_of_every_version_equals_transformers(saved, name):
+    """Also where the two kinds of scaling act: at positions beyond 8,192."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = json.loads((saved / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("rope")} | ROPES[name]
+    (saved / "config.json").write_text(json.dumps(config))
+    pos = torch.tensor([[0, 5_000, 20_000, 100_000]])
+    cos, _ = LlamaRotaryEmbedding(LlamaConfig(**config))(torch.zeros(1), pos)
+    table = rope_table(pos, checkpoint.load(saved).rope_freqs)[:, :, 0, :, 0]
+    torch.testing.assert_close(table, cos[..., : table.shape[-1]], atol=1e-6, rtol=0)
+
+
+OTHER_MODELS = {
+    "vision": (
+        {"model_type": "mllama", "vision_config": {}},
+        "this is a 'mllama' model of images and text",
+    ),
+    "mistral": ({"model_type": "mistral", "sliding_window": None}, "model_type: this is a 'mistral' model; supported"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config: .*'gptq'.*GGUF file"),
+    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'.*original model"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: type 'yarn' is not supported"),
+    "longrope": ({"rope_parameters": {"rope_type": "longrope"}, "rope_scaling": None}, "rope_parameters: .*'longrope'"),
+    "two types": ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2}}, "contradicts rope_type"),
+    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+    "other factors": (
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}},
+        "low_freq_factor 2.0",
+    ),
+    "more": (
+        {"rope_scaling": {"rope_type": "default", "attention_factor": 2.0}},
+        "attention_factor 2.0 is not supported",
+    ),
+    "own field": ({"logit_scale": 0.0625}, r"config\.json:logit_scale: 0\.0625 is unknown .*delete the field"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_are_named_by_what_they_are(saved, name):
+    changes, message = OTHER_MODELS[name]
+    edit_config(saved, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_people_find_in_a_config_does_no_harm(saved, model):
+    """Fields seen in published configs, on or off."""
+    edit_config(
+        saved,
+        **{"_name_or_path": "x", "unsloth_version": "2025.1", "pretraining_tp": 2, "auto_map": {"AutoModel": "x.Y"}},
+        **{"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {}, "sliding_window": None},
+        **{"eos_token_id": [1, 2], "bos_token_id": None, "quantization_config": None, "temperature": 0.6},
+        **{"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish"},
+    )
+    assert same_weights(model, checkpoint.load(saved))
+
+
+def by_file(state, names):
+    """The weights dealt out to files."""
+    return {name: dict(list(state.items())[i :: len(names)]) for i, name in enumerate(names)}
+
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+BINS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+
+
+def renamed(change):
+    return lambda state: {change(key): weight for key, weight in state.items()}
+
+
+def with_more(state):
+    """The tied head and the tables that old versions stored as well."""
+    tables = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    head = {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    return state | {name: torch.ones(8) for name in tables} | head
+
+
+WHOLE, BIN = ["model.safetensors"], ["pytorch_model.bin"]
+# How the same weights are written: names of files, whether there is an index, and what became of the names of weights.
+FORMS = {
+    "shards with an index": (SHARDS, True, dict),
+    "shards without an index": (SHARDS, False, dict),
+    "one shard": (["model-00001-of-00001.safetensors"], False, dict),
+    "bin": (BIN, False, dict),
+    "bins with an index": (BINS, True, dict),
+    "bins without an index": (BINS, False, dict),
+    "compiled": (SHARDS, True, renamed("_orig_mod.{}".format)),
+    "compiled, data-parallel": (BIN, False, renamed("module._orig_mod.{}".format)),
+    "layers compiled": (WHOLE, False, renamed(lambda key: key.replace(".self", "._orig_mod.self"))),
+    "PEFT's wrapper": (WHOLE, False, renamed("base_model.model.{}".format)),
+    "bare LlamaModel": (WHOLE, False, renamed(lambda key: key.removeprefix("model."))),
+    "what old versions stored": (WHOLE, False, with_more),
+    "the same in a bin": (BIN, False, with_more),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_the_same_weights(saved, model, name):
+    names, has_index, rename = FORMS[name]
+    state = rename(safetensors.torch.load_file(saved / "model.safetensors"))
+    (saved / "model.safetensors").unlink()
+    for file, part in by_file(state, names).items():
+        torch.save(part, saved / file) if file.endswith(".bin") else safetensors.torch.save_file(part, saved / file)
+    if has_index:
+        listed = {key: file for file, part in by_file(state, names).items() for key in part}
+        stem = names[0].partition("-")[0]
+        index = f"{stem}.{names[0].rpartition('.')[2]}.index.json"
+        (saved / index).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    assert same_weights(model, checkpoint.load(saved))
+    assert checkpoint.fingerprint(saved) == checkpoint.fingerprint(saved / names[0])
+
+
+def test_a_stale_index_is_a_warning(saved, model):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00030.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(Notice, match=r"model\.safetensors is read; model\.safetensors\.index\.json beside it"):
+        assert same_weights(model, checkpoint.load(saved))
+
+
+def test_a_warning_is_one_line_on_stderr(saved):
+    (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    options = [f"--ckpt_dir={saved}", f"--tokenizer_path={TINY / 'tokenizer.model'}", "--prompt=x"]
+    run = subprocess.run([sys.executable, "inference.py", *options], cwd=ROOT, capture_output=True, text=True)
+    lines = run.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["warning", "error"] and run.returncode == 2
+
+
+def test_missing_numbered_files_are_named(saved):
+    (saved / "model.safetensors").rename(saved / "model-00002-of-00003.safetensors")
+    with pytest.raises(InputError, match=r"expected model-00001-of-00003\.safetensors, 00002, \.\.\. to 00003"):
+        checkpoint.load(saved)
+
+
+def test_a_model_without_a_head_is_not_completed(saved):
+    edit_config(saved, tie_word_embeddings=False)
+    with pytest.raises(InputError, match=r"no lm_head\.weight, and its config\.json does not tie the head"):
+        checkpoint.load(saved)
+
+
+def test_quantized_weights_are_seen_without_a_config_that_says_so(saved):
+    state = safetensors.torch.load_file(saved / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(4, 4, dtype=torch.int32)
+    safetensors.torch.save_file(state, saved / "model.safetensors")
+    with pytest.raises(InputError, match="qweight: the weights are quantized; take the original"):
+        checkpoint.load(saved)
