@@ -1,16 +1,20 @@
 # make run   generate text with the embedded model and compare the KV cache on and off
 # make reports  from the measured rows: the tables and charts of the documents, the results page, the course reports
 # make page  the results page alone, reports/index.html
+# make model fetch a small trained model, SmolLM2-135M-Instruct, into models/
 # make test  lint, check formatting, run the tests
 # make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
 # Each sets up a virtual environment in .venv first; delete it to start over.
 
 PYTHON ?= python3
 
-.PHONY: run reports page test test-slow
+.PHONY: run model reports page test test-slow
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
+
+model: .venv/run.stamp
+	.venv/bin/python -m data.model
 
 reports: page .venv/dev.stamp
 	.venv/bin/python -m reports.build readme
