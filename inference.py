@@ -4,6 +4,7 @@ python inference.py                                        # the embedded model 
 python inference.py --compare                              # cache on and off, side by side
 python inference.py --compare --results=reports/results/comparison.jsonl     # and keep it for the report
 python inference.py --prompt="The fox saw" --stream
+python inference.py --chat                                 # a conversation, here or one message per line from a pipe
 python inference.py --draft=lookup --compare               # with a draft and without, side by side
 python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
 python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a colour."
@@ -13,7 +14,11 @@ from __future__ import annotations
 
 import early  # noqa: F401 (first of all: a start that fails ends in one line)
 
-from collections.abc import Iterator
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +33,12 @@ from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, adapters, checkpoint, cli, quantization
 from llama import device as devices
 from llama.cli import option
+from llama.conversation import Conversation
 from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import verdict
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
+from llama.stops import StopStrings, cut
 from llama.tokenizer import TOKENIZER_PATHS, StreamDecoder, Tokenizer, find_tokenizer
 
 SAMPLE_CHATS = (
@@ -49,7 +56,9 @@ class Options(cli.Options):
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     prompt: str | None = option(None, "prompt; default: sample prompts")
     prompt_file: str | None = option(None, "a file of prompts, one per line, or a JSON list of strings")
-    chat: bool = option(False, "send each prompt as a user's message to an instruction-tuned model")
+    chat: bool = option(
+        False, "send each prompt as a user's message to an instruction-tuned model; without a prompt, a conversation"
+    )
     alpaca: bool = option(False, "put each prompt as an instruction into the template that finetuning.py trains on")
     adapter: str | None = option(None, cli.ADAPTER)
     any_base: bool = option(False, cli.ANY_BASE)
@@ -71,7 +80,12 @@ class Options(cli.Options):
     )
     top_p: float = option(0.9, "sample only from the most probable tokens that together reach this share")
     top_k: int | None = option(None, "sample only from this many most probable tokens; default: no cut")
-    max_gen_len: int = option(64, "tokens to generate at most, for each prompt")
+    min_p: float = option(0.0, "sample only from tokens at least this many times as probable as the most probable one")
+    repetition_penalty: float = option(1.0, "above 1, tokens that the text holds already become less probable")
+    stop: str | None = option(None, "end a text before this string; several are separated by a comma")
+    max_gen_len: int | None = option(
+        None, "tokens to generate at most, for each prompt; default: 64, and in a conversation what max_seq_len leaves"
+    )
     max_seq_len: int = option(2048, "prompt and generated tokens together; a longer prompt is refused")
     max_batch_size: int = option(32, "prompts in one call")
     seed: int = option(1, "seed of sampling; the same seed and settings give the same text")
@@ -94,8 +108,16 @@ class Options(cli.Options):
             raise InputError("--draft_tokens needs --draft, a checkpoint directory or lookup")
         if self.chat and self.alpaca:
             raise InputError("--chat and --alpaca are two templates; choose one")
+        if self.is_conversation and (self.draft is not None or not self.use_cache):
+            refused = "--use_cache=False" if self.draft is None else f"--draft={self.draft}"
+            raise InputError(f"{refused}: a conversation keeps the cache of one model; give --prompt or --prompt_file")
         if self.prompt is not None and self.prompt_file is not None:
             raise InputError("--prompt and --prompt_file exclude each other")
+
+    @property
+    def is_conversation(self) -> bool:
+        """With messages from the terminal or a pipe."""
+        return self.chat and not self.compare and self.prompt is None and self.prompt_file is None
 
 
 @dataclass(frozen=True)
@@ -119,17 +141,11 @@ def main(options: Options) -> None:
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = None if draft is None else Speculation(draft, options.draft_tokens)
     print(describe(llama, directory))
+    if options.is_conversation:
+        settings = settings_of(options, llama, speculation)
+        return converse(llama, settings | {"max_gen_len": options.max_gen_len or options.max_seq_len})
     prompts = [Prompt(text, encode(llama, text, options)) for text in texts]
-    usual = 0.0 if options.compare else 0.6
-    settings = {
-        "max_gen_len": options.max_gen_len,
-        "temperature": usual if options.temperature is None else options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "stop_tokens": llama.tokenizer.stop_tokens,
-        "use_cache": options.use_cache,
-        "speculation": speculation,
-    }
+    settings = settings_of(options, llama, speculation)
     if options.compare:
         comparisons = show_comparison(llama, prompts, settings)
         if options.results is not None:
@@ -140,6 +156,20 @@ def main(options: Options) -> None:
         show_batch(llama, prompts, settings)
     if speculation is not None:
         print(describe_draft(speculation.counts))
+
+
+def settings_of(options: Options, llama: Llama, speculation: Speculation | None) -> dict[str, Any]:
+    """The keyword arguments of `generate` and `stream`."""
+    usual = 0.0 if options.compare else 0.6
+    names = ("top_p", "top_k", "min_p", "repetition_penalty", "use_cache")
+    return {
+        "max_gen_len": 64 if options.max_gen_len is None else options.max_gen_len,
+        "temperature": usual if options.temperature is None else options.temperature,
+        "stop_tokens": llama.tokenizer.stop_tokens,
+        "stop": () if options.stop is None else tuple(options.stop.split(",")),
+        "speculation": speculation,
+        **{name: getattr(options, name) for name in names},
+    }
 
 
 def load(options: Options, directory: Path) -> Llama:
@@ -192,7 +222,7 @@ def show_batch(llama: Llama, prompts: list[Prompt], settings: dict[str, Any]) ->
     work = partial(llama.generate, [prompt.ids for prompt in prompts], **settings)
     (outputs, _), spent = stopwatch.measure(work, llama.device)
     for prompt, ids in zip(prompts, outputs, strict=True):
-        print(f"> {prompt.text}\n{llama.tokenizer.decode(ids).strip()}\n")
+        print(f"> {prompt.text}\n{cut(llama.tokenizer.decode(ids), settings['stop']).strip()}\n")
     print(speed(sum(map(len, outputs)), spent, settings["use_cache"]))
 
 
@@ -200,19 +230,80 @@ def show_stream(llama: Llama, prompts: list[Prompt], settings: dict[str, Any]) -
     """Generate prompt by prompt, each character as soon as it is complete."""
     for prompt in prompts:
         print(f"> {prompt.text}")
-        work = partial(print_stream, llama, llama.stream(prompt.ids, **settings))
+        work = partial(print_stream, llama, llama.stream(prompt.ids, **settings), settings["stop"])
         count, spent = stopwatch.measure(work, llama.device)
         print(f"\n{speed(count, spent, settings['use_cache'])}\n")
 
 
-def print_stream(llama: Llama, tokens: Iterator[int]) -> int:
-    decoder = StreamDecoder(llama.tokenizer)
+def print_stream(llama: Llama, tokens: Iterator[int], stop_strings: Sequence[str]) -> int:
+    decoder, stop = StreamDecoder(llama.tokenizer), StopStrings(stop_strings)
     count = 0
     for token in tokens:
-        print(decoder.push(token), end="", flush=True)
+        print(stop.push(decoder.push(token)), end="", flush=True)
         count += 1
-    print(decoder.flush(), end="", flush=True)
+    print(stop.push(decoder.flush()) + stop.flush(), end="", flush=True)
     return count
+
+
+def converse(llama: Llama, settings: dict[str, Any]) -> None:
+    """Answer messages until /quit or the end of the input: typed ones, or those of a pipe, one per line."""
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    if is_typed:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # arrow keys and history in input(); Windows has its own
+        print("/reset begins anew, /system TEXT does so with instructions, /quit ends; Ctrl-C ends an answer\n")
+    with llama.start_session() as session:
+        conversation, system = Conversation(llama, session, settings), None
+        for line in messages(is_typed):
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return
+            if command in ("/reset", "/system"):
+                system = rest.strip() or None if command == "/system" else system
+                conversation.reset(system)
+                print("[a new conversation]\n")
+            elif command.startswith("/"):
+                print(f"[{command} is unknown; there are /reset, /system TEXT and /quit]\n")
+            else:
+                say(conversation, line)
+
+
+def messages(is_typed: bool) -> Iterator[str]:
+    """What is typed, line by line, or comes from a pipe; a second Ctrl-C where nothing is being said ends it."""
+    was_interrupted = False
+    while True:
+        try:
+            line = input("> " if is_typed else "").strip()
+            was_interrupted = False
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if was_interrupted or not is_typed:
+                raise
+            was_interrupted = True
+            print("\n[/quit or Ctrl-D ends]")
+            continue
+        if line:
+            if not is_typed:
+                print(f"> {line}")
+            yield line
+
+
+def say(conversation: Conversation, message: str) -> None:
+    """Print an answer as it comes, and how fast that was."""
+    start, first = time.perf_counter(), None
+    try:
+        for piece in conversation.answer(message):
+            first = first or time.perf_counter() - start
+            print(piece, end="", flush=True)
+        if conversation.is_full:
+            print(f"\n[max_seq_len={conversation.llama.max_seq_len} tokens are reached; /reset begins anew]", end="")
+    except KeyboardInterrupt:
+        print("\n[stopped]", end="")
+    except InputError as error:
+        return print(f"[{error}: /reset]\n")
+    seconds, n = time.perf_counter() - start, conversation.n_drawn
+    print(f"\n[{n} tokens, {n / seconds:.1f} tokens/s, first after {first or seconds:.2f} s]\n")
 
 
 def speed(n_tokens: int, spent: stopwatch.Measurement, use_cache: bool) -> str:

@@ -118,6 +118,15 @@ class Generation:
         with self._threads(tokens):
             return self.model.logits(self.last_hidden(tokens, last))
 
+    def more_logits(self, tokens: Tensor, start: int) -> Tensor:
+        """Logits [B, V] after `tokens` [B, T], which stand at `start` and behind the positions that the cache holds."""
+        for first in range(0, tokens.shape[1], PREFILL_TOKENS):
+            part = tokens[:, first : first + PREFILL_TOKENS]
+            pos = torch.arange(part.shape[1], device=part.device) + start + first
+            with self._threads(part):
+                h = self.model.hidden(part, pos.expand_as(part), self.cache)
+        return self.model.logits(h[:, -1])
+
     def _threads(self, tokens: Tensor) -> AbstractContextManager[None]:
         return devices.threads_for(2 * self.model.args.n_params() * tokens.numel(), tokens.device)
 
@@ -134,6 +143,36 @@ class Generation:
             part = self.cache and self.cache.part(start, stop)
             states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
         return torch.cat(states)
+
+
+class Session:
+    """A generation that stays open from prompt to prompt: what its cache holds of a new one is not computed again.
+
+    The positions after the tokens that both have in common are taken back, which costs nothing: they are overwritten.
+    """
+
+    def __init__(self, run: Generation) -> None:
+        self.run = run
+        self.tokens: list[int] = []  # whose keys and values are in the cache
+        self.n_computed = 0  # tokens that went through the network, in all
+
+    def last_logits(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """Logits [1, V] at the end of a prompt [1, T]."""
+        prompt, known = tokens[0].tolist(), 0
+        while known < min(len(self.tokens), len(prompt) - 1) and self.tokens[known] == prompt[known]:
+            known += 1
+        self.tokens = self.tokens[:known]
+        logits = self.run.more_logits(tokens[:, known:], known) if known else self.run.last_logits(tokens, last)
+        self.tokens = prompt
+        self.n_computed += len(prompt) - known
+        return logits
+
+    def step(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """Logits [1, 1, V] of the newest token [1, 1] at its position."""
+        logits = self.run.step(tokens, pos)
+        self.tokens = [*self.tokens[: pos.item()], tokens.item()]
+        self.n_computed += 1
+        return logits
 
 
 class Decoder:

@@ -12,6 +12,7 @@ Left out on purpose: files (checkpoint/), sampling (sampling.py), how a decode s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,11 +22,12 @@ from torch import Tensor
 from llama import checkpoint
 from llama import device as devices
 from llama.config import ModelArgs
-from llama.decoding import DECODING, Decoder
+from llama.decoding import DECODING, Decoder, Session
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
-from llama.sampling import Sampling, next_token
+from llama.sampling import Sampling, next_token, penalize
 from llama.speculative import Speculation, before_stop
+from llama.stops import TokenStop
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 # Steps from one check of whether all sequences have stopped to the next. Each makes the host wait for a GPU.
@@ -68,6 +70,13 @@ class _Batch:
         self.last = torch.tensor(lengths).to(device) - 1  # position of each sequence's newest token
         # The token sampled last is never fed back, so it needs no slot.
         self.max_len = max(total - 1, self.longest)
+
+    def seen(self, vocab_size: int) -> Tensor:
+        """Which tokens each prompt holds, [B, V]."""
+        seen = torch.zeros(len(self.prompts), vocab_size, dtype=torch.bool, device=self.tokens.device)
+        for row, prompt in zip(seen, self.prompts, strict=True):
+            row[torch.tensor(prompt, device=row.device)] = True
+        return seen
 
 
 class Llama:
@@ -140,7 +149,10 @@ class Llama:
         top_k: int | None = None,
         use_cache: bool = True,
         seed: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop_tokens: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
         speculation: Speculation | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -148,16 +160,19 @@ class Llama:
 
         logprobs: also return the log-probability of each returned token under the model, before temperature and cuts
         (0.0 for the first token of a prompt, which nothing predicts). echo: return prompt and continuation.
-        stop_tokens: default the tokenizer's. speculation: draft and verify (speculative.py); the same tokens at
-        temperature 0, tokens of the same distribution above. on_step: called with 1, 2, ... when the work for that many
-        tokens per sequence has been given to the device. Raises InputError for prompts or settings out of range.
+        min_p, repetition_penalty: see sampling.py. stop_tokens: default the tokenizer's. stop: strings; a text
+        that holds one ends with the token that completes it. speculation: draft and verify (speculative.py); the same
+        tokens at temperature 0, tokens of the same distribution above. on_step: called with 1, 2, ... when the work for
+        that many tokens per sequence has been given to the device. Raises InputError for prompts or settings out of
+        range.
         """
         batch = self._batch(prompt_tokens, max_gen_len)
-        sampling = self._sampling(temperature, top_p, top_k, seed)
+        sampling = self._sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         stops = self.stop_tokens if stop_tokens is None else list(stop_tokens)
+        watches = [TokenStop(self.tokenizer, stop) for _ in prompt_tokens] if stop else []
         prompt_logprobs = self._prompt_logprobs(prompt_tokens) if logprobs and echo else [[] for _ in prompt_tokens]
         if speculation is None:
-            drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, logprobs, on_step)
+            drawn, drawn_logprobs = self._run(batch, sampling, use_cache, stops, watches, logprobs, on_step)
         else:
             if on_step is not None:
                 raise InputError("on_step counts tokens per sequence, which differ with speculative decoding")
@@ -165,9 +180,12 @@ class Llama:
             for i, tokens, values in self._rounds(batch, sampling, use_cache, stops, logprobs, speculation):
                 drawn[i] += tokens
                 drawn_logprobs[i] += values
+                if watches and [watches[i].push(token) for token in tokens] and all(w.length for w in watches):
+                    break
         tokens_out, logprobs_out = [], []
         for i, prompt in enumerate(prompt_tokens):
             length = before_stop(drawn[i][: batch.budgets[i]], stops)
+            length = min(length, watches[i].length or length) if watches else length
             tokens_out.append((list(prompt) if echo else []) + drawn[i][:length])
             logprobs_out.append(prompt_logprobs[i] + drawn_logprobs[i][:length])
         return tokens_out, logprobs_out if logprobs else None
@@ -183,23 +201,53 @@ class Llama:
         top_k: int | None = None,
         use_cache: bool = True,
         seed: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop_tokens: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
         speculation: Speculation | None = None,
+        session: Session | None = None,
     ) -> Iterator[int]:
-        """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn."""
+        """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn.
+
+        session: of `start_session`; what it has in its cache of a prompt is not computed again.
+        """
         batch = self._batch([prompt], max_gen_len)
-        sampling = self._sampling(temperature, top_p, top_k, seed)
+        sampling = self._sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         stops = self.stop_tokens if stop_tokens is None else list(stop_tokens)
-        if speculation is not None:
-            for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation):
-                yield from tokens
-            return
-        for drawn, logits in self._steps(batch, sampling, use_cache):
-            self._require_finite(_is_finite(logits))
-            token = drawn.item()
+        watch = TokenStop(self.tokenizer, stop) if stop else None
+        for token in self._drawn(batch, sampling, use_cache, stops, speculation, session):
             if token in stops:
                 return
             yield token
+            if watch is not None and watch.push(token):
+                return
+
+    def _drawn(
+        self,
+        batch: _Batch,
+        sampling: Sampling,
+        use_cache: bool,
+        stops: list[int],
+        speculation: Speculation | None,
+        session: Session | None,
+    ) -> Iterator[int]:
+        """The tokens of a single prompt."""
+        if speculation is not None:
+            if session is not None:
+                raise InputError("a session keeps its cache from prompt to prompt, a draft does not; leave one out")
+            for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation):
+                yield from tokens
+            return
+        for drawn, logits in self._steps(batch, sampling, use_cache, session):
+            self._require_finite(_is_finite(logits))
+            yield drawn.item()
+
+    @contextmanager
+    def start_session(self) -> Iterator[Session]:
+        """A session of up to max_seq_len tokens, for one text or dialog that goes on."""
+        with self.decoder.start(1, self.max_seq_len) as run:
+            yield Session(run)
 
     def text_completion(
         self,
@@ -275,7 +323,15 @@ class Llama:
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
         return _Batch(prompts, max_gen_len, self.max_seq_len, pad_id, self.device)
 
-    def _sampling(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampling:
+    def _sampling(
+        self,
+        temperature: float,
+        top_p: float,
+        top_k: int | None,
+        min_p: float,
+        repetition_penalty: float,
+        seed: int | None,
+    ) -> Sampling:
         """The settings, checked: each defines a distribution. Below 1e-6 a temperature is 0 in all but name."""
         if not (temperature == 0 or 1e-6 <= temperature <= 100):  # also refuses NaN
             raise InputError(f"temperature={temperature} is out of range; use 0 (greedy), or 1e-6 to 100")
@@ -283,10 +339,14 @@ class Llama:
             raise InputError(f"top_p={top_p} is out of range; use a share above 0, up to 1 (no cut)")
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k={top_k} is out of range; use at least 1, or leave it out (no cut)")
+        if not 0 <= min_p <= 1:
+            raise InputError(f"min_p={min_p} is out of range; use a share of 0 (no cut) to 1")
+        if not 0.01 <= repetition_penalty <= 100:
+            raise InputError(f"repetition_penalty={repetition_penalty} is out of range; use 0.01 to 100, 1 for none")
         if seed is not None:
             _check_seed(seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
-        return Sampling(temperature, top_p, top_k, generator)
+        return Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generator)
 
     def _run(
         self,
@@ -294,6 +354,7 @@ class Llama:
         sampling: Sampling,
         use_cache: bool,
         stops: list[int],
+        watches: list[TokenStop],
         logprobs: bool,
         on_step: Callable[[int], None] | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
@@ -310,6 +371,9 @@ class Llama:
                 values.append(logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
             finite = finite & _is_finite(logits)
             done = done | torch.isin(tokens, stop_ids) | (budgets <= step)
+            if watches:  # text, which the host alone can look at
+                ended = [watch.push(token) for watch, token in zip(watches, tokens.tolist(), strict=True)]
+                done = done | torch.tensor(ended, device=self.device)
             if step % STOP_CHECK_EVERY[self.device.type] == 0 and (done.all() | ~finite):
                 break
         self._require_finite(finite)
@@ -328,6 +392,8 @@ class Llama:
         """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities."""
         if not use_cache:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
+        if sampling.repetition_penalty != 1:
+            raise InputError("repetition_penalty changes with every token, and a draft proposes several; leave one out")
         speculation.check(self.decoder, self.max_seq_len)
         rounds = speculation.rounds(self.decoder, batch.prompts, batch.budgets, sampling, stops, logprobs)
         for tokens, values, logits in rounds:
@@ -340,7 +406,9 @@ class Llama:
             remedy = "the weights are damaged" if dtype == "float32" else "try dtype=float32"
             raise NonFinite(f"the model's logits are not finite in {dtype}; {remedy}")
 
-    def _steps(self, batch: _Batch, sampling: Sampling, use_cache: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def _steps(
+        self, batch: _Batch, sampling: Sampling, use_cache: bool, session: Session | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the next token of every sequence [B] and the logits [B, V] it was drawn from, `n_steps` times.
 
         With the cache a step computes one position per sequence; without, the whole text so far. Either way only the
@@ -350,14 +418,19 @@ class Llama:
             return
         tokens, pos = batch.tokens, batch.last
         sequences = torch.arange(len(tokens), device=self.device)
-        has_cache = use_cache and batch.n_steps > 1  # nothing would read the cache after the only step
-        with self.decoder.start(len(tokens), batch.max_len if has_cache else None) as run:
+        penalty = sampling.repetition_penalty
+        seen = None if penalty == 1 else batch.seen(self.model.args.vocab_size)
+        has_cache = session is not None or (use_cache and batch.n_steps > 1)  # nothing reads it after the only step
+        slots = batch.max_len if has_cache else None
+        with self.decoder.start(len(tokens), slots) if session is None else nullcontext(session) as run:
             logits = run.last_logits(tokens[:, : batch.longest], pos)
             for step in range(1, batch.n_steps + 1):
-                token = next_token(logits, *sampling)
+                token = next_token(logits if seen is None else penalize(logits, seen, penalty), sampling)
                 yield token, logits
                 if step == batch.n_steps:
                     return
+                if seen is not None:
+                    seen[sequences, token] = True
                 pos = (pos + 1).clamp_(max=batch.max_len - 1)  # a sequence past its end stays in its last slot, unread
                 if has_cache:
                     logits = run.step(token[:, None], pos[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""From logits to a token. All decoding (cached or not, batched, speculative) shares these three functions."""
+"""From logits to a token. All decoding (cached or not, batched, speculative) shares these functions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,36 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn: `next_token(logits, *sampling)`."""
+    """How tokens are drawn. min_p and repetition_penalty are what transformers calls so."""
 
-    temperature: float
-    top_p: float
-    top_k: int | None
-    generator: torch.Generator
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    generator: torch.Generator | None = None
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distribution [..., V] for logits [..., V]."""
+        return logits_to_probs(logits, self.temperature, self.top_p, self.top_k, self.min_p)
 
 
-def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [B, V] in which the tokens that a sequence holds already, `seen` [B, V], are less probable.
+
+    A positive logit is divided by `penalty`, a negative one multiplied (Keskar et al. 2019).
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def logits_to_probs(
+    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0.0
+) -> Tensor:
     """The distribution that a token is drawn from: fp32 [..., V], each summing to 1.
 
     softmax(logits / temperature), then only the top_k most probable tokens, then only the nucleus: the smallest set of
-    most probable tokens whose probabilities reach top_p (Holtzman et al. 2020). Exactly one-hot at temperature 0.
+    most probable tokens whose probabilities reach top_p (Holtzman et al. 2020), then only those that are at least min_p
+    times as probable as the most probable one (Nguyen et al. 2024). Exactly one-hot at temperature 0.
     """
     logits = logits.float()
     if temperature == 0:
@@ -37,6 +54,8 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0
         before = ordered.cumsum(-1) - ordered  # mass of the tokens that are more probable: 0 for the first, so it stays
         ordered = torch.where(before >= top_p * total, 0.0, ordered)
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+    if min_p > 0:
+        probs = torch.where(probs < min_p * probs.amax(-1, keepdim=True), 0.0, probs)
     return probs / probs.sum(-1, keepdim=True)
 
 
@@ -50,10 +69,8 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return (probs / noise.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(-1)
 
 
-def next_token(
-    logits: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None = None
-) -> Tensor:
+def next_token(logits: Tensor, sampling: Sampling) -> Tensor:
     """The next token for logits [..., V], int64 [...]; the most probable one at temperature 0."""
-    if temperature == 0:  # what draw() would give for a one-hot distribution, without V random numbers
+    if sampling.temperature == 0:  # what draw() would give for a one-hot distribution, without V random numbers
         return logits.max(-1).indices  # a third of argmax's time on a CPU in 16 bits
-    return draw(logits_to_probs(logits, temperature, top_p, top_k), generator)
+    return draw(sampling.probs(logits), sampling.generator)

@@ -36,7 +36,7 @@ from llama.decoding import Decoder, Generation
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.quantization import Int4Linear, Int8Linear
-from llama.sampling import Sampling, draw, logits_to_probs, next_token
+from llama.sampling import Sampling, draw, next_token
 
 MOST_DRAFT_TOKENS = 8  # beyond which a chosen k does not go: E(0.8, 8) is already 87 % of E(0.8, infinity)
 PROBE_EVERY = 16  # rounds of plain decoding until a draft token is tried again
@@ -380,12 +380,12 @@ def verify(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling) -> list[l
     """
     drafted, q_BkV = proposal
     if sampling.temperature == 0 or not any(drafted):
-        choices = next_token(logits_BTV, *sampling).tolist()
+        choices = next_token(logits_BTV, sampling).tolist()
         return [chosen[: n_equal(chosen, tokens) + 1] for chosen, tokens in zip(choices, drafted, strict=True)]
     tokens_Bk, device = _padded(drafted).to(logits_BTV.device), logits_BTV.device
     counts = torch.tensor([len(tokens) for tokens in drafted], device=device)
     proposed_Bk = torch.arange(tokens_Bk.shape[1], device=device) < counts[:, None]
-    p_BTV = logits_to_probs(logits_BTV, sampling.temperature, sampling.top_p, sampling.top_k)
+    p_BTV = sampling.probs(logits_BTV)
     if q_BkV is None:
         q_BkV = F.one_hot(tokens_Bk, p_BTV.shape[-1]).to(p_BTV.dtype)
     q_BkV = torch.where(proposed_Bk[..., None], q_BkV, 0.0)
@@ -412,8 +412,8 @@ def prefill(run: Generation, prompts: Sequence[Sequence[int]]) -> Tensor:
 def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """A draft's next token [B, 1] and the distribution [B, 1, V] it was drawn from, None at temperature 0."""
     if sampling.temperature == 0:
-        return next_token(logits, *sampling), None
-    probs = logits_to_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+        return next_token(logits, sampling), None
+    probs = sampling.probs(logits)
     if not probs.isfinite().all():
         raise NonFinite("the draft's logits are not finite; its weights are damaged, or dtype=float32 helps")
     return draw(probs, sampling.generator), probs

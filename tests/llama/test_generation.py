@@ -51,7 +51,7 @@ def test_cache_on_equals_off_over_a_thousand_tokens(tiny):
 def test_cache_on_equals_off_per_step_logits(device):
     """The logits of the whole vocabulary at each step, within 1e-5."""
     llama = Llama(random_model(PRESETS["tiny"], std=0.05).to(device), TOKENIZER)
-    sampling = llama._sampling(0, 1.0, None, None)
+    sampling = llama._sampling(0, 1.0, None, 0.0, 1.0, None)
     runs = []
     for use_cache in (True, False):
         batch = _Batch(ragged_prompts(4, 30), 20, 300, TOKENIZER.pad_id, device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from llama.sampling import draw, logits_to_probs, next_token
+from llama.sampling import Sampling, draw, logits_to_probs, next_token, penalize
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +27,7 @@ def test_temperature_zero_is_exactly_one_hot(dtype):
         probs = logits_to_probs(x, temperature=0, **options)
         assert torch.equal(probs.sum(-1), torch.ones(8)) and set(probs.unique().tolist()) == {0.0, 1.0}
         assert torch.equal(probs.argmax(-1), x.argmax(-1))
-        assert torch.equal(draw(probs), next_token(x, 0, 0.9, None))
+        assert torch.equal(draw(probs), next_token(x, Sampling(temperature=0)))
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 100.0])
@@ -54,6 +55,20 @@ def test_top_k_then_top_p():
     torch.testing.assert_close(logits_to_probs(x, top_k=99), x.exp())
     # the nucleus is taken of what top_k left: 4/7 alone reaches 0.5 of it
     torch.testing.assert_close(logits_to_probs(x, top_k=2, top_p=0.5), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_min_p_and_the_repetition_penalty_are_those_of_transformers():
+    x, ids = logits(20, 40, seed=1), torch.randint(40, (20, 12), generator=torch.Generator().manual_seed(2))
+    for min_p in (0.02, 0.1, 0.5, 1.0):
+        theirs = transformers.MinPLogitsWarper(min_p=min_p)(ids, x / 0.7).softmax(-1)
+        torch.testing.assert_close(logits_to_probs(x, temperature=0.7, min_p=min_p), theirs)
+    theirs = transformers.TopPLogitsWarper(0.9)(ids, transformers.TopKLogitsWarper(9)(ids, x))
+    theirs = transformers.MinPLogitsWarper(min_p=0.2)(ids, theirs).softmax(-1)
+    torch.testing.assert_close(logits_to_probs(x, top_k=9, top_p=0.9, min_p=0.2), theirs)
+    seen = torch.zeros(20, 40, dtype=torch.bool).scatter_(1, ids, True)
+    for penalty in (0.5, 1.3, 10.0):
+        theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, x.clone())
+        torch.testing.assert_close(penalize(x, seen, penalty), theirs)
 
 
 def test_draw_has_the_right_distribution():

@@ -358,7 +358,7 @@ def test_what_verify_draws_has_the_targets_distribution(draft, temperature, top_
     """100,000 rounds of two draft tokens over 16 words: each of the three positions, given that it was reached."""
     n = 100_000
     generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(temperature, top_p, top_k, generator)
+    sampling = Sampling(temperature, top_p, top_k, generator=generator)
     logits_TV = 2 * torch.randn(3, 16, generator=generator)
     p_TV = logits_to_probs(logits_TV, *sampling[:3])
     q_logits = {"equal": logits_TV[:2], "disjoint": -30 * (p_TV[:2] > 0).float()}
@@ -460,7 +460,7 @@ def test_a_useless_draft_costs_next_to_nothing(llama):
 
 
 def test_lookup_proposes_what_followed_before():
-    greedy = Sampling(0, 1, None, torch.Generator())
+    greedy = Sampling(0, generator=torch.Generator())
 
     def proposed(text: list[int], limit: int) -> list[int]:
         with PromptLookup().start([text], 0, greedy) as propose:
