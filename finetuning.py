@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rows as row_files
-from data import alpaca
+from data import dataset
 from data.tiny import EMBEDDED, directory_of, name_of
-from llama import checkpoint, cli, files, order
+from llama import checkpoint, cli, files
 from llama.errors import InputError
 from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -89,7 +89,8 @@ def train(run: Run, stop: StopSignal) -> None:
 def main(options: TrainingOptions) -> None:
     """A whole run: from the start, or from its newest snapshot, to the exported model."""
     if options.show_data is not None:
-        print_samples(options, options.show_data)
+        tokenizer = Tokenizer(tokenizer_file(options))
+        print("\n".join(dataset.show(data_file(options), tokenizer, options.max_seq_len, options.show_data)))
         return
     if not options.resume:
         require_free(options.root)
@@ -129,41 +130,15 @@ def data_file(options: TrainingOptions) -> Path:
 
 
 def read_data(options: TrainingOptions) -> tuple[Tokenizer, Data]:
-    """The tokenizer, and the records as samples, of which a seeded choice is held out."""
+    """The tokenizer, and what is trained on."""
     tokenizer, path = Tokenizer(tokenizer_file(options)), data_file(options)
-    samples, cut, left_out = alpaca.encode(tokenizer, alpaca.read(path), options.max_seq_len)
-    if len(samples) <= options.held_out:
-        raise InputError(
-            f"data={path}: {len(samples)} records have an answer within max_seq_len={options.max_seq_len}; "
-            f"held_out={options.held_out} leaves none of them to train on"
-        )
-    chosen = set(order.epoch_order(len(samples), options.seed, 0)[: options.held_out])
-    held_out = [samples[i] for i in sorted(chosen)]
-    training = [sample for i, sample in enumerate(samples) if i not in chosen]
+    found = dataset.load(path, tokenizer, options.max_seq_len, options.held_out, options.seed, INSTRUCTIONS)
+    training = found.training
     sequences = pack(training, options.max_seq_len) if options.packing else [[sample] for sample in training]
-    count = f"{len(sequences)} sequences" if options.packing else f"{len(training)} records"
-    summary = f"{count}, {len(held_out)} held out{about_lengths(cut, left_out)}"
-    questions = {instruction: alpaca.encode_prompt(tokenizer, instruction) for instruction in INSTRUCTIONS}
-    return tokenizer, Data(sequences, held_out, questions, files.sha256(path), summary)
-
-
-def print_samples(options: TrainingOptions, n_shown: int) -> None:
-    """Print the first samples as the model will see them."""
-    tokenizer, path = Tokenizer(tokenizer_file(options)), data_file(options)
-    records = alpaca.read(path)
-    samples, cut, left_out = alpaca.encode(tokenizer, records[:n_shown], options.max_seq_len)
-    for sample in samples:
-        print("\n".join(alpaca.show(sample, tokenizer)), end="\n\n")
-    print(f"{len(samples)} of {len(records)} records of {path}{about_lengths(cut, left_out)}")
-
-
-def about_lengths(cut: list[str], left_out: list[str]) -> str:
-    """What did not fit into max_seq_len, by name."""
-    parts = []
-    for names, what in ((cut, "cut at max_seq_len"), (left_out, "left out, without an answer or room for one")):
-        if names:
-            parts.append(f"; {len(names)} {what} ({', '.join(names[:5])}{', ...' if names[5:] else ''})")
-    return "".join(parts)
+    count = f"{len(training)} samples"
+    count += f" in {len(sequences)} sequences" if options.packing else ""
+    summary = f"{found.what}: {count}, {len(found.held_out)} held out{found.notes}"
+    return tokenizer, Data(sequences, found.held_out, found.questions, files.sha256(path), summary)
 
 
 # Figures

@@ -20,7 +20,7 @@ from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-from data import alpaca
+from data import alpaca, records
 from llama import cli, files
 from llama.cli import option
 from llama.errors import EnvironmentFailure, InputError
@@ -46,9 +46,11 @@ class Options(cli.Options):
 def main(options: Options) -> None:
     out, subset = Path(options.out), Path(options.subset_out)
     fetch(options.url, out, options.sha256, timeout=options.timeout)
-    records = alpaca.read(out)
-    print(f"{out}: {len(records):,} records, {out.stat().st_size:,} bytes, sha256 {options.sha256.lower()}")
-    chosen = [asdict(record) for record in choose(records, options.n, options.seed)]
+    found = records.read(out).records
+    if not isinstance(found[0], alpaca.Record):
+        raise InputError(f"{out} holds {found[0].kind}, not Alpaca records; check the address and the hash")
+    print(f"{out}: {len(found):,} records, {out.stat().st_size:,} bytes, sha256 {options.sha256.lower()}")
+    chosen = [asdict(record) for record in choose(found, options.n, options.seed)]
     subset.parent.mkdir(parents=True, exist_ok=True)
     subset.write_text(json.dumps(chosen, indent=1) + "\n", encoding="ascii")
     print(f"{subset}: {options.n:,} of them, chosen with seed {options.seed}")
@@ -56,7 +58,7 @@ def main(options: Options) -> None:
 
 def choose(records: list[alpaca.Record], n: int, seed: int) -> list[alpaca.Record]:
     """`n` different records with an answer, in the order of the source. Raises InputError where there are fewer."""
-    answered = [record for record in records if record.output.strip()]
+    answered = [record for record in records if record.instruction.strip() and record.output.strip()]
     if n > len(answered):
         raise InputError(f"n={n}: there are only {len(answered):,} records with an answer; choose fewer")
     return [answered[i] for i in sorted(random.Random(seed).sample(range(len(answered)), n))]

@@ -1,25 +1,27 @@
-"""Prompts from a file: one per line, or a JSON list of strings."""
+"""Prompts from a file: one per line, a JSON list of strings, or records with a field for the prompt."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from llama import files
+from data import records
 from llama.errors import InputError
+
+FIELDS = (("prompt",), ("instruction",), ("text",))
 
 
 def read(path: Path) -> list[str]:
-    """The prompts; a .json file holds a list. Raises InputError for a file that cannot be read or holds none."""
-    content = files.read_text(path)
-    try:
-        prompts = json.loads(content) if path.suffix == ".json" else content.split("\n")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-        raise InputError(f"{path} must hold a JSON list of strings")
-    if path.suffix != ".json":
-        prompts = [line for line in prompts if line.strip()]
-    if not prompts:
-        raise InputError(f"{path} holds no prompt")
+    """The prompts. Raises InputError for a file that cannot be read or holds none."""
+    _, found = records.entries(path, FIELDS)
+    if isinstance(found, str):
+        return [line for line in found.replace("\r\n", "\n").split("\n") if line.strip()]
+    prompts = []
+    for number, entry in enumerate(found, 1):
+        where = f"{path}:record {number}"
+        if isinstance(entry, str):
+            entry = {"prompt": entry}
+        names = [name for (name,) in FIELDS if name in records.require_object(where, entry)]
+        if not names:
+            raise InputError(f"{where} has the fields {records.listed(entry)}; expected {records.expected(FIELDS)}")
+        prompts.append(records.value_of(where, entry, names[0]))
     return prompts

@@ -4,7 +4,7 @@
     text.samples(0)          # those of the first optimizer step
     text.loss(model)         # nats per token on the part that is not trained on
 
-A sample is one of data/alpaca.py whose prompt is its first token: what trains on records trains on text.
+A sample is one of data/samples.py whose prompt is its first token: what trains on records trains on text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.alpaca import Sample
+from data.samples import Sample
 from data.tiny.sequences import SEQ_LEN, held_out, sequences
 from llama import files, order
 from llama.errors import InputError
@@ -58,8 +58,16 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
     line the ids are those of the whole.
     """
     pieces = LINE.split(text) if tokenizer.kind == "tiktoken" else [text]
-    ids = tokenizer.encode("", bos=True, eos=False)
-    return ids + [token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False)]
+    ids = [token for piece in pieces for token in tokenizer.encode(piece, bos=False, eos=False)]
+    return tokenizer.encode("", bos=True, eos=False) + ids
+
+
+def blocks(ids: list[int], length: int, name: str = "token") -> list[Sample]:
+    """Samples of `length` ids, the last of fewer; each but the first begins with the last id of the one before.
+
+    So each id but the very first is a label once.
+    """
+    return [_sample(f"{name} {start}", ids[start : start + length]) for start in range(0, len(ids) - 1, length - 1)]
 
 
 def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
@@ -74,8 +82,7 @@ def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, s
     if len(training) < context or n_validation < 2:
         least = int(context / (1 - VALIDATION_SHARE)) + 1
         raise InputError(f"data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
-    starts = range(0, len(training) - context + 1, context)
-    samples = [_sample(f"token {start}", training[start : start + context]) for start in starts]
+    samples = blocks(training, context)
     return Text(
         lambda step: [samples[i] for i in order.indices(len(samples), step, batch_size, seed)],
         ids[len(ids) - n_validation :],
@@ -95,4 +102,4 @@ def of_embedded_model(tokenizer: Tokenizer, batch_size: int, seed: int) -> Text:
 
 
 def _sample(name: str, ids: list[int]) -> Sample:
-    return Sample(name, tuple(ids), 1)
+    return Sample(name, tuple(ids), (range(1, len(ids)),))

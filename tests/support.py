@@ -12,7 +12,7 @@ from conftest import SMALL, random_model
 
 from benchmarks import stopwatch
 from benchmarks.rows import Row, read_folder
-from data.alpaca import Sample
+from data.samples import Sample
 from llama import KVCache, ModelArgs, Transformer, lora
 from llama.config import PRESETS
 from llama.kernels.cpu import decode_step
@@ -99,7 +99,8 @@ def samples(n: int, seed: int = 0, longest: int = 40, vocab: int = SMALL.vocab_s
     made = []
     for i in range(n):
         n_prompt, n_answer = rng.randint(1, 9), rng.randint(1, longest)
-        made.append(Sample(f"record {i}", tuple(rng.randrange(vocab) for _ in range(n_prompt + n_answer)), n_prompt))
+        ids = tuple(rng.randrange(vocab) for _ in range(n_prompt + n_answer))
+        made.append(Sample(f"record {i}", ids, (range(n_prompt, len(ids)),)))
     return made
 
 

@@ -25,7 +25,8 @@ from transformers import LlamaForCausalLM
 
 import finetuning
 import inference
-from data import alpaca
+from data import records
+from data.samples import encode
 from llama import adapters, checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
@@ -668,7 +669,8 @@ def test_twenty_steps_equal_transformers_and_peft(base, tmp_path):
     theirs = LlamaForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, work / "adapter", is_trainable=True).train()
     tokenizer = Tokenizer(TINY / "tokenizer.model")
-    samples, _, _ = alpaca.encode(tokenizer, alpaca.read(ROOT / "data" / "alpaca_200.json")[:24], 256)
+    found = records.read(ROOT / "data" / "alpaca_200.json").records[:24]
+    samples, _, _ = encode(tokenizer, found, 256)
     rows = [[sample] for sample in samples]
     settings = Settings(optimizer="adamw", lr=1e-2, weight_decay=0.01, clip_norm=1.0)
     trainer = Trainer(model, settings, 20)
@@ -699,7 +701,7 @@ def test_a_newcomers_path(tmp_path):
     run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     trained = run([sys.executable, "finetuning.py", f"--out_dir={root}", "--max_steps=2", "--device=cpu"])
     assert trained.returncode == 0, trained.stderr
-    assert "180 records, 20 held out" in trained.stdout
+    assert "180 samples, 20 held out" in trained.stdout
     asked = run(
         [sys.executable, "inference.py", f"--ckpt_dir={root / 'merged'}", "--alpaca", "--prompt=Name a colour."]
     )

@@ -13,7 +13,7 @@ from llama import order
 
 
 class Sample(Protocol):
-    """Token ids of prompt and answer, end to end; the first `n_prompt` of them are the prompt. data.alpaca.Sample."""
+    """Token ids, and the ranges of them that are answers. data.samples.Sample."""
 
     @property
     def name(self) -> str: ...
@@ -22,7 +22,7 @@ class Sample(Protocol):
     def tokens(self) -> Sequence[int]: ...
 
     @property
-    def n_prompt(self) -> int: ...
+    def answers(self) -> Sequence[range]: ...
 
 
 @dataclass
@@ -61,8 +61,9 @@ def collate(sequences: Sequence[Sequence[Sample]], pad_id: int = 0) -> Batch:
         pos: list[int] = []
         for sample in sequence:
             start = number * width + len(ids)
-            where += range(start + sample.n_prompt - 1, start + len(sample.tokens) - 1)
-            labels += sample.tokens[sample.n_prompt :]
+            for answer in sample.answers:
+                where += range(start + answer.start - 1, start + answer.stop - 1)
+                labels += sample.tokens[answer.start : answer.stop]
             ids += sample.tokens
             pos += range(len(sample.tokens))
         padding = width - len(ids)

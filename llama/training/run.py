@@ -5,7 +5,7 @@
     snapshots/      see snapshot.py
     adapter/ merged/ merged-hf/ summary.json    at the end
 
-Left out on purpose: the loop (finetuning.py), the step (step.py), where samples come from (data/alpaca.py).
+Left out on purpose: the loop (finetuning.py), the step (step.py), where samples come from (data/dataset.py).
 """
 
 from __future__ import annotations
@@ -170,16 +170,17 @@ class Run:
         self.trainer = Trainer(self.model, options, self.total)
         max_seq_len = options.max_seq_len + verdict.ANSWER_LEN
         self.llama = Llama(self.model, tokenizer, max_seq_len=max_seq_len, decoding="eager")
-        asked = data.held_out[:MAX_ASKED]
-        self.prompts = [*data.questions.values(), *(list(sample.tokens[: sample.n_prompt]) for sample in asked)]
-        self.references = [tokenizer.decode(sample.tokens[sample.n_prompt : -1]).strip() for sample in asked]
+        asked = [(sample.tokens, sample.answers[0]) for sample in data.held_out]
+        asked = [(tokens, answer) for tokens, answer in asked if answer.start > 1][:MAX_ASKED]  # texts ask nothing
+        self.prompts = [*data.questions.values(), *(list(tokens[: answer.start]) for tokens, answer in asked)]
+        self.references = [tokenizer.decode(tokens[answer.start : answer.stop - 1]).strip() for tokens, answer in asked]
 
     def _plan_memory(self, args: checkpoint.ModelArgs, dtype: torch.dtype) -> list[int]:
         """The layers to recompute; also estimates the peak of a step on the longest samples."""
         options = self.options
         tokens = max(sum(len(sample.tokens) for sample in sequence) for sequence in self.data.sequences)
         labels = max(
-            sum(len(sample.tokens) - sample.n_prompt for sample in sequence) for sequence in self.data.sequences
+            sum(len(answer) for sample in sequence for answer in sample.answers) for sequence in self.data.sequences
         )
         size = options.batch_size
         shape = memory.Shape(size, tokens, size * labels, min(2, options.accumulation))

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data import alpaca, download
+from data import alpaca, download, records
 from llama import cli
 from llama.errors import EnvironmentFailure, InputError
 
@@ -34,7 +34,7 @@ BODIES = {
     "/not-a-list": b'{"instruction": "a", "output": "b"}',
     "/not-an-object": b'[{"instruction": "a", "output": "b"}, 3]',
     "/no-output": b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
-    "/wrong-input": b'[{"instruction": "a", "output": "b", "input": null}]',
+    "/wrong-input": b'[{"instruction": "a", "output": "b", "input": 3}]',
 }
 PLACES = {
     "/to-a-file": "file:///etc/hostname",
@@ -154,7 +154,7 @@ def test_the_file_arrives_byte_equal_with_a_choice_of_it(server, call, tmp_path)
     assert (tmp_path / "out.json").read_bytes() == CONTENT
     assert f"out.json: 40 records, {len(CONTENT):,} bytes, sha256 {SHA256}\n" in out
     assert "subset.json: 7 of them, chosen with seed 3\n" in out
-    chosen = download.choose(alpaca.read(tmp_path / "out.json"), 7, 3)
+    chosen = download.choose(records.read(tmp_path / "out.json").records, 7, 3)
     subset = (tmp_path / "subset.json").read_text()
     assert subset == json.dumps([dataclasses.asdict(record) for record in chosen], indent=1) + "\n"
     code, out, err = call("/good", "--seed=3")
@@ -163,16 +163,16 @@ def test_the_file_arrives_byte_equal_with_a_choice_of_it(server, call, tmp_path)
 
 
 def test_the_choice_is_a_pure_function_in_the_order_of_the_source():
-    records = [alpaca.Record(**record) for record in RECORDS]
+    made = [alpaca.Record(**record) for record in RECORDS]
     random.seed(5)
-    chosen = download.choose(records, 7, 1)
+    chosen = download.choose(made, 7, 1)
     random.seed(6)
-    assert download.choose(records, 7, 1) == chosen != download.choose(records, 7, 2)
-    indices = [records.index(record) for record in chosen]
+    assert download.choose(made, 7, 1) == chosen != download.choose(made, 7, 2)
+    indices = [made.index(record) for record in chosen]
     assert len(set(indices)) == 7 and indices == sorted(indices)
-    assert download.choose(records, 40, 1) == records
+    assert download.choose(made, 40, 1) == made
     with pytest.raises(InputError, match="n=41: there are only 40 records"):
-        download.choose(records, 41, 1)
+        download.choose(made, 41, 1)
 
 
 @pytest.mark.parametrize("path", ["/cut-once", "/stall-once"])
@@ -254,7 +254,7 @@ BAD = {
     "/cut-always": (3, r"cut off after 3,000 of [\d,]+ bytes; .* to continue", 3),
     "/cut-always-stall --timeout=0.5": (3, r"timed out; check the network", 3),
     "/not-json": (2, r"out\.json is not valid JSON: ", 1),
-    "/not-a-list": (2, r"out\.json must hold a JSON list of records", 1),
+    "/not-a-list": (2, "--n=7: there are only 1 records with an answer", 1),
     "/not-an-object": (2, r"out\.json:record 2 must be an object", 1),
     "/no-output": (2, r"out\.json:record 2:output: is missing", 1),
     "/wrong-input": (2, r"out\.json:record 1:input: must be a text", 1),

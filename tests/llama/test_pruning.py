@@ -25,7 +25,7 @@ from llama.errors import InputError, NonFinite
 from llama.tokenizer import Tokenizer
 from llama.training import snapshot, verdict
 from llama.training import step as training
-from llama.training.batch import Batch, collate
+from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
 
 FFN = SMALL.ffn_dim  # 192
@@ -293,15 +293,14 @@ def test_rows_train_on_every_next_token_and_never_on_what_validates(base):
     source = text.from_file(base / "text.txt", tokenizer, 64, 4, seed=1)
     n_training = len(ids) - len(source.validation)
     assert source.validation == ids[n_training:] and 0 < len(source.validation) <= 0.1 * len(ids)
-    starts = set()
-    for number in range(n_training // 64 // 4):
-        batch = collate([[sample] for sample in source.samples(number)])
-        assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels) and len(batch.labels) == 4 * 63
-        for name, row in zip(batch.names, batch.tokens.tolist(), strict=True):
-            start = int(name.split()[1])
-            assert row == ids[start : start + 64] and start + 64 <= n_training
-            starts.add(start)
-    assert len(starts) == n_training // 64 // 4 * 4  # no row twice in an epoch
+    trained = []
+    for number in range(-(-n_training // 63 // 4)):
+        for sample in source.samples(number):
+            start = int(sample.name.split()[1])
+            assert list(sample.tokens) == ids[start : min(start + 64, n_training)]
+            assert sample.answers == (range(1, len(sample.tokens)),)
+            trained += range(start + 1, start + len(sample.tokens))
+    assert sorted(trained) == list(range(1, n_training))  # each token once in an epoch
     with pytest.raises(InputError, match="it takes at least 100001"):
         text.from_file(base / "text.txt", tokenizer, 90_000, 4, seed=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.alpaca import Sample
+from data.samples import Sample
 from llama import order
 from llama.training import batch as batching
 
@@ -13,7 +13,7 @@ from llama.training import batch as batching
 def test_packed_rows_hold_every_sample_once():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 60, (50,), generator=generator).tolist()
-    samples = [Sample(str(i), tuple(range(1, n + 1)), 1) for i, n in enumerate(lengths)]
+    samples = [Sample(str(i), tuple(range(1, n + 1)), (range(1, n),)) for i, n in enumerate(lengths)]
     rows = batching.pack(samples, 64)
     assert sorted((s for row in rows for s in row), key=lambda s: int(s.name)) == samples
     assert max(sum(len(s.tokens) for s in row) for row in rows) <= 64
@@ -27,7 +27,7 @@ def test_packed_rows_hold_every_sample_once():
 @pytest.mark.parametrize("n", range(1, 11))
 @pytest.mark.parametrize("accumulation", [1, 3, 8])
 def test_an_epoch_is_every_row_once_and_windows_do_not_span_epochs(n, accumulation):
-    rows = [[Sample(str(i), (1, 2, 3), 1)] for i in range(n)]
+    rows = [[Sample(str(i), (1, 2, 3), (range(1, 3),))] for i in range(n)]
     per_epoch = order.steps_per_epoch(n, accumulation)
     assert per_epoch == -(-n // accumulation)
     orders = []

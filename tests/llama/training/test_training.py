@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import random
+import textwrap
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetuning
 from data import alpaca
-from data.alpaca import Record, Sample
+from data.alpaca import Record
+from data.samples import Sample, encode
 from llama import Llama, Transformer
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
@@ -86,7 +88,7 @@ def test_no_more_logits_are_held_than_a_chunk():
 def test_known_loss_of_two_micro_batches(normalization, weights):
     """Constant losses a and b of micro-batches with 1 and 99 labels: (1 a + 99 b) / 100, or (a + b) / 2."""
     model = random_model()
-    window = batches([[Sample("a", (5, 6), 1)], [Sample("b", (7, *range(1, 100)), 1)]])
+    window = batches([[Sample("a", (5, 6), (range(1, 2),))], [Sample("b", (7, *range(1, 100)), (range(1, 100),))]])
     means = [F.cross_entropy(model(b.tokens)[0, :-1], b.tokens[0, 1:]).item() for b in window]
     report = Trainer(model, Settings(loss_normalization=normalization), 1).step(window)
     assert report.loss == pytest.approx(sum(w * m for w, m in zip(weights, means, strict=True)) / 100, rel=1e-5)
@@ -177,7 +179,7 @@ class BareRun:
 
 def train_ours(model: Transformer, tokenizer, n_steps: int) -> tuple[list[float], list[list[int]]]:
     """Losses on RECORDS, and which of them each step took."""
-    encoded, _, _ = alpaca.encode(tokenizer, RECORDS, 512)
+    encoded, _, _ = encode(tokenizer, RECORDS, 512)
     sequences = [[sample] for sample in encoded]
     windows = [batching.window(sequences, step, 1, 3, 7, tokenizer.pad_id) for step in range(n_steps)]
     run = BareRun(model, TrainingOptions(lr=0.3), windows)
@@ -215,7 +217,7 @@ def test_fifty_steps_equal_a_plain_loop(tiny):
 
 
 NORMALIZED = 'if options.loss_normalization == "tokens"'
-WHERE = "sample.n_prompt - 1, start + len(sample.tokens) - 1"
+WHERE = "start + answer.start - 1, start + answer.stop - 1"
 # What is wrong: where, the code, and what the bug makes of it.
 MUTATIONS = {
     "labels are not shifted": (batching, "collate", WHERE, WHERE.replace(" - 1", "")),
@@ -225,8 +227,8 @@ MUTATIONS = {
         "labels += sample.tokens[",
         "labels += (0, *sample.tokens[:-1])[",
     ),
-    "the end token is dropped": (alpaca, "encode", "bos=False, eos=True", "bos=False, eos=False"),
-    "the prompt is trained too": (alpaca, "encode", "len(question)))", "1))"),
+    "the end token is dropped": (alpaca.Record, "parts", "bos=False, eos=True", "bos=False, eos=False"),
+    "the prompt is trained too": (alpaca.Record, "parts", "(question, False)", "(question, True)"),
     "no token begins the text": (alpaca, "encode_prompt", "bos=True", "bos=False"),
     "micro-batches are averaged": (finetuning, "train", NORMALIZED, "if False"),
     "gradients are cleared in the loop": (finetuning, "train", "scaler.scale(", "optimizer.zero_grad(); scaler.scale("),
@@ -243,9 +245,9 @@ MUTATIONS = {
 def test_the_comparison_notices_every_known_bug(tiny, right, monkeypatch, name):
     """The bugs of public solutions, put in one by one: each must show in the test above, within one epoch."""
     owner, function, old, new = MUTATIONS[name]
-    source = inspect.getsource(getattr(owner, function))
+    source = textwrap.dedent(inspect.getsource(getattr(owner, function)))
     assert source.count(old) == 1
-    scope = dict(vars(owner))
+    scope = dict(vars(inspect.getmodule(owner)))
     exec(source.replace(old, new), scope)
     monkeypatch.setattr(owner, function, scope[function])
     losses, _ = train_ours(reader(tiny.tokenizer), tiny.tokenizer, len(right))
@@ -370,7 +372,7 @@ def test_weights_that_are_not_finite_are_not_saved():
 
 def test_a_window_without_labels_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="no label"):
-        Trainer(random_model(), Settings(), 1).step(batches([[Sample("a", (1, 2), 2)]]))
+        Trainer(random_model(), Settings(), 1).step(batches([[Sample("a", (1, 2), ())]]))
 
 
 def test_trained_weights_are_fp32():
@@ -670,7 +672,7 @@ def test_end_of_text_is_learned(tiny):
     """Four samples, trained for a while: greedy generation gives the answers and stops by itself."""
     args = type(SMALL)(**{**vars(SMALL), "vocab_size": tiny.tokenizer.n_words})
     model = random_model(args, std=0.02)
-    encoded, _, _ = alpaca.encode(tiny.tokenizer, RECORDS[:4], 512)
+    encoded, _, _ = encode(tiny.tokenizer, RECORDS[:4], 512)
     trainer = Trainer(model, Settings(optimizer="adamw", lr=3e-3), 200)
     window = [batching.collate([[sample] for sample in encoded], tiny.tokenizer.pad_id)]
     for _ in range(120):
