@@ -189,7 +189,7 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     if name == "lookup":
         return PromptLookup()
     directory = directory_of(name)
-    check_vocabulary(checkpoint.read_args(directory), llama.model.args)
+    check_vocabulary(checkpoint.read_args(directory), llama.n_words)
     own = [path for place in TOKENIZER_PATHS if (path := directory / place).is_file()]
     if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
         raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")

@@ -136,6 +136,11 @@ class Llama:
     def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
+    @property
+    def n_words(self) -> int:
+        """Ids that may be drawn: those of the tokenizer, though the model's tables may have more rows."""
+        return self.model.args.vocab_size if self.tokenizer is None else self.tokenizer.n_words
+
     @torch.no_grad()  # not inference_mode: a model that samples between training steps must still be able to train
     def generate(
         self,
@@ -318,8 +323,8 @@ class Llama:
                     f"prompt {i} has {len(prompt)} tokens, outside 1 to max_seq_len={self.max_seq_len}; "
                     "shorten it or raise max_seq_len"
                 )
-            if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
-                raise InputError(f"prompt {i} holds a token outside the vocabulary of {self.model.args.vocab_size}")
+            if not 0 <= min(prompt) <= max(prompt) < self.n_words:
+                raise InputError(f"prompt {i} holds a token outside the vocabulary of {self.n_words}")
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
         return _Batch(prompts, max_gen_len, self.max_seq_len, pad_id, self.device)
 
@@ -346,7 +351,7 @@ class Llama:
         if seed is not None:
             _check_seed(seed)
         generator = self._generator if seed is None else torch.Generator(self.device).manual_seed(seed)
-        return Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generator)
+        return Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generator, self.n_words)
 
     def _run(
         self,
@@ -394,7 +399,7 @@ class Llama:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         if sampling.repetition_penalty != 1:
             raise InputError("repetition_penalty changes with every token, and a draft proposes several; leave one out")
-        speculation.check(self.decoder, self.max_seq_len)
+        speculation.check(self.decoder, self.max_seq_len, self.n_words)
         rounds = speculation.rounds(self.decoder, batch.prompts, batch.budgets, sampling, stops, logprobs)
         for tokens, values, logits in rounds:
             self._require_finite(_is_finite(logits))

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn. min_p and repetition_penalty are what transformers calls so."""
+    """How tokens are drawn. min_p and repetition_penalty are what transformers calls so.
+
+    Only ids below `n_words` are: a table may be padded, or extended for words to come, beyond the tokenizer's.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -17,10 +20,11 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
+    n_words: int | None = None  # None: all
 
     def probs(self, logits: Tensor) -> Tensor:
-        """The distribution [..., V] for logits [..., V]."""
-        return logits_to_probs(logits, self.temperature, self.top_p, self.top_k, self.min_p)
+        """The distribution [..., n_words] for logits [..., V]."""
+        return logits_to_probs(logits[..., : self.n_words], self.temperature, self.top_p, self.top_k, self.min_p)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -72,5 +76,5 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def next_token(logits: Tensor, sampling: Sampling) -> Tensor:
     """The next token for logits [..., V], int64 [...]; the most probable one at temperature 0."""
     if sampling.temperature == 0:  # what draw() would give for a one-hot distribution, without V random numbers
-        return logits.max(-1).indices  # a third of argmax's time on a CPU in 16 bits
+        return logits[..., : sampling.n_words].max(-1).indices  # a third of argmax's time on a CPU in 16 bits
     return draw(sampling.probs(logits), sampling.generator)

@@ -64,8 +64,8 @@ Proposer = Callable[[list[list[int]], list[int]], Proposal]
 class Draft:
     """What proposes tokens. One without a model fits every target and costs nothing."""
 
-    def check(self, target: Transformer) -> None:
-        """Raise InputError where it does not fit this target."""
+    def check(self, target: Transformer, n_words: int) -> None:
+        """Raise InputError where it does not fit this target, of which ids below `n_words` are drawn."""
 
     def cost(self, target: Decoder) -> float:
         """c: the time of one draft token for each text, as a share of the target's decode step."""
@@ -84,9 +84,9 @@ class ModelDraft(Draft):
     def __init__(self, model: Transformer, decoding: str = "auto") -> None:
         self.decoder = Decoder(model, decoding)
 
-    def check(self, target: Transformer) -> None:
+    def check(self, target: Transformer, n_words: int) -> None:
         """Raise InputError for a different vocabulary or device, or a step that cannot take several tokens."""
-        check_vocabulary(self.decoder.model.args, target.args)
+        check_vocabulary(self.decoder.model.args, n_words)
         devices = [model.tok_embeddings.weight.device for model in (self.decoder.model, target)]
         if devices[0] != devices[1]:
             raise InputError(f"the draft is on {devices[0]}, the model on {devices[1]}; put both on one device")
@@ -166,7 +166,7 @@ class PromptLookup(Draft):
             raise InputError(f"min_ngram {min_ngram} and max_ngram {max_ngram}: expected 1 <= min_ngram <= max_ngram")
         self.sizes = range(max_ngram, min_ngram - 1, -1)
 
-    def check(self, target: Transformer) -> None:
+    def check(self, target: Transformer, n_words: int) -> None:
         """It fits every model."""
 
     def cost(self, target: Decoder) -> float:
@@ -277,14 +277,14 @@ class Speculation:
         self.draft, self.draft_tokens = draft, draft_tokens
         self.counts = Counts()
 
-    def check(self, decoder: Decoder, max_seq_len: int) -> None:
+    def check(self, decoder: Decoder, max_seq_len: int, n_words: int) -> None:
         """Raise InputError where this draft or length cannot work for the model behind `decoder`."""
         if self.draft_tokens is not None and self.draft_tokens >= max_seq_len:
             raise InputError(
                 f"draft_tokens={self.draft_tokens} leaves no room in max_seq_len={max_seq_len}; lower it or raise that"
             )
         _check_decoding(decoder)
-        self.draft.check(decoder.model)
+        self.draft.check(decoder.model, n_words)
 
     @torch.no_grad()
     def rounds(
@@ -458,11 +458,11 @@ def _verify_cost(target: Transformer) -> float:
     return VERIFY_COST[kind if device == "cpu" and kind in VERIFY_COST else device]
 
 
-def check_vocabulary(draft: ModelArgs, target: ModelArgs) -> None:
-    """Raise InputError for a draft whose ids cannot be the target's."""
-    if draft.vocab_size != target.vocab_size:
+def check_vocabulary(draft: ModelArgs, n_words: int) -> None:
+    """Raise InputError for a draft whose ids cannot be the target's; its table may be padded in a different way."""
+    if not n_words <= draft.vocab_size <= n_words * 9 // 8:
         raise InputError(
-            f"the draft has a vocabulary of {draft.vocab_size}, the model of {target.vocab_size}; "
+            f"the draft has a vocabulary of {draft.vocab_size}, the model of {n_words}; "
             "a draft must have been trained with the model's tokenizer"
         )
 

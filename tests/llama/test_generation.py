@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llama.config import PRESETS
 from llama.device import resolve
 from llama.errors import InputError, NonFinite
 from llama.generation import STOP_CHECK_EVERY, _Batch
+from llama.speculative import ModelDraft, PromptLookup, Speculation
 from llama.tokenizer import StreamDecoder
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
@@ -32,6 +34,37 @@ def ragged_prompts(n: int = 16, longest: int = 200, seed: int = 0) -> list[list[
     rng = random.Random(seed)
     lengths = [1, longest] + [rng.randint(1, longest) for _ in range(n - 2)]
     return [[rng.randrange(TOKENIZER.n_words) for _ in range(length)] for length in lengths]
+
+
+def widened(model: Transformer, n: int) -> Transformer:
+    """The same network with `n` more rows in its tables, of which some would win against every word."""
+    args = dataclasses.replace(model.args, vocab_size=model.args.vocab_size + n)
+    wide = Transformer(args).to(model.dtype).eval()
+    rows = 100 * torch.randn(n // 2, args.dim, dtype=model.dtype, generator=torch.Generator().manual_seed(3))
+    table = torch.cat([model.tok_embeddings.weight, rows, -rows])
+    wide.load_state_dict({**model.state_dict(), "tok_embeddings.weight": table})
+    return wide
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_rows_beyond_the_tokenizer_are_never_drawn(temperature):
+    """A padded or extended table gives the text of the plain one: cached, uncached, streamed, with any draft."""
+    plain = random_model(dataclasses.replace(PRESETS["tiny-draft"], n_layers=2), std=0.3).double()
+    padded = widened(plain, 64)
+    prompts, options = [[5, 6, 7], [9]], {"max_gen_len": 12, "temperature": temperature, "seed": 4}
+    expected, _ = Llama(plain, TOKENIZER, 64).generate(prompts, **options)
+    extra, _ = Llama(padded, None, 64).generate(prompts, **options)
+    assert max(map(max, extra)) >= TOKENIZER.n_words  # they would win
+    llama = Llama(padded, TOKENIZER, 64)
+    assert llama.generate(prompts, **options)[0] == expected
+    assert llama.generate(prompts, **options, use_cache=False)[0] == expected
+    alone, _ = Llama(plain, TOKENIZER, 64).generate(prompts[:1], **options)
+    assert list(llama.stream(prompts[0], **options)) == alone[0]
+    for draft in (PromptLookup(), ModelDraft(plain), ModelDraft(padded), ModelDraft(widened(plain, 16))):
+        tokens, _ = llama.generate(prompts, **options, speculation=Speculation(draft, 3))
+        assert tokens == expected if temperature == 0 else max(map(max, tokens)) < TOKENIZER.n_words
+    with pytest.raises(InputError, match="token outside the vocabulary of 4096"):
+        llama.generate([[4096]], 1)
 
 
 @pytest.mark.slow

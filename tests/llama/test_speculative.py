@@ -57,7 +57,7 @@ class Scripted:
         self.right, self.calls = right, 0
         self.texts = [[*prompt, *answer, *[0] * 9] for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def check(self, target):
+    def check(self, target, n_words):
         pass
 
     def cost(self, target):
