@@ -4,6 +4,7 @@
     python finetuning.py --preset=learn                # settings that change what the model answers
     python finetuning.py --ckpt_dir=Llama-3.2-1B --dtype=float16 --lean       # in a fifth more than the weights need
     python finetuning.py --resume                      # continue where a run stopped, to the same bytes
+    python finetuning.py --adapter=runs/finetuning/adapter --out_dir=runs/more    # go on from an adapter
     python finetuning.py --show_data=3                 # print samples, the trained tokens in brackets
 
 The whole training loop is `train`, below. What it calls stands in llama/training: step.py has the parts of a step,
@@ -167,7 +168,7 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
 def cell_of(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     """What changes the figures of a run; rarer settings and the data only where they are not those of the preset."""
     directory = directory_of(options.ckpt_dir)
-    cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), None)
+    cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), options.adapter)
     cell |= {name: getattr(options, name) for name in CELL} | options.changed()
     cell["kernels"] = train_ops.in_use(options.lean, device)
     return cell if options.data is None else {**cell, "data_sha256": files.sha256(Path(options.data))}

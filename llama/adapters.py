@@ -133,8 +133,8 @@ def _sum(configs: list[LoRAConfig], args: ModelArgs) -> LoRAConfig:
 def _of_modules(modules: dict[str, tuple[int, float]], dropout: float, args: ModelArgs) -> LoRAConfig:
     """The configuration of these ranks and alphas, said in short where all layers are alike."""
     targets = tuple(target for target in META_NAMES if any(name.endswith(f".{target}") for name in modules))
-    (r, alpha), *others = set(modules.values())
-    if others or len(modules) < len(targets) * args.n_layers:
+    r, alpha = max(modules.values())
+    if len(set(modules.values())) > 1 or len(modules) < len(targets) * args.n_layers:
         return LoRAConfig(r, alpha, dropout, targets, tuple((name, *both) for name, both in modules.items()))
     return LoRAConfig(r, alpha, dropout, targets)
 

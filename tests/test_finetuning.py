@@ -655,6 +655,73 @@ def test_a_run_survives_being_asked_to_stop_at_a_hundred_moments(tmp_path):
     assert found["failures"] == {} and found["kills"] >= 100
 
 
+# From an adapter
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory) -> Path:
+    """An adapter of another rank and alpha, some layers of which have others again."""
+    target, model = tmp_path_factory.mktemp("trained") / "adapter", checkpoint.load(base / "base")
+    each = tuple((f"layers.{i}.attention.wq", 2 + i % 2, 6.0) for i in range(1, 4))
+    lora.apply(model, config := lora.LoRAConfig(r=2, alpha=6.0, dropout=0.5, targets=("wq",), modules=each))
+    for module in lora.layers(model).values():
+        torch.nn.init.normal_(module.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    adapters.save(model, config, target, checkpoint.fingerprint(base / "base"))
+    return target
+
+
+@pytest.fixture
+def no_estimate(monkeypatch):
+    footprint = running.memory.Footprint({"weights": 1}, {"weights": 1})
+    monkeypatch.setattr(running.memory, "estimate", lambda *_, **__: footprint)
+
+
+def test_training_goes_on_from_an_adapter_and_resumes_to_the_same_bytes(no_estimate, base, tmp_path, trained):
+    """Rank, alpha and targets are the adapter's, dropout the run's. Content is identity."""
+    start = checkpoint.load(base / "base")
+    config = adapters.load(start, trained)
+    whole = prepared(options_of(base, tmp_path / "none", adapter=str(trained)))
+    assert whole.lora == dataclasses.replace(config, dropout=0.05) and whole.options.r == 3
+    assert all(torch.equal(t, lora.state_dict(start)[name]) for name, t in lora.state_dict(whole.model).items())
+    run_to(base, tmp_path / "whole", adapter=str(trained))
+    settings = json.loads((tmp_path / "whole" / "settings.json").read_text())
+    assert settings["adapter_sha256"] == adapters.fingerprint(trained) and settings["options"]["targets"] == "wq"
+    run_to(base, tmp_path / "stopped", step=1, adapter=str(trained))
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    resumed = options_of(base, tmp_path / "stopped", resume=True, adapter=str(moved))
+    finetuning.main(resumed)
+    assert crash.digest(tmp_path / "whole") == crash.digest(tmp_path / "stopped")
+    assert adapters.read_config(tmp_path / "stopped" / "adapter", start.args).modules == config.modules
+    (moved / adapters.CONFIG).write_text((moved / adapters.CONFIG).read_text().replace("6.0", "7.0"))
+    with pytest.raises(InputError, match="adapter is not what the run was started with"):
+        finetuning.main(resumed)
+
+
+def test_what_contradicts_an_adapter_is_refused(no_estimate, base, tmp_path, trained, monkeypatch, capsys):
+    checkpoint.save(random_model(checkpoint.read_args(base / "base"), seed=5), tmp_path / "other")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "other")
+    for changes, message in (
+        ({"r": 4, "targets": "wq"}, f"--r=4, --targets=wq: --adapter={trained} says it; leave it out"),
+        ({"lora": False, "dtype": "float32"}, "is trained with --lora=True"),
+        ({"adapter": f"{trained},{trained}"}, "training goes on from one"),
+        ({"ckpt_dir": tmp_path / "other", "max_steps": 1}, "--any_base=True uses it all the same"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **{"adapter": trained, **changes}))
+        assert code == 2 and message in err and err.count("\n") == 1, err
+        assert not (tmp_path / "run").exists()
+    changes = {"adapter": trained, "ckpt_dir": tmp_path / "other", "any_base": True, "max_steps": 1}
+    assert call(monkeypatch, capsys, *flags(base, tmp_path / "run", **changes))[0] == 0
+
+
+def test_an_adapter_names_its_base_which_peft_loads(no_estimate, base, tmp_path):
+    """AutoPeftModelForCausalLM finds the base that the run was started with, from any directory, without a warning."""
+    checkpoint.save(checkpoint.load(base / "base"), tmp_path / "hf", "hf", TINY / "tokenizer.model")
+    run = run_to(base, tmp_path / "run", ckpt_dir=str(tmp_path / "hf"), amp="none", lr=0.05)
+    tokens = torch.randint(0, 4096, (2, 20), generator=torch.Generator().manual_seed(0))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
+    torch.testing.assert_close(theirs(tokens).logits, run.model.eval()(tokens), rtol=0, atol=1e-5)
+
+
 # Against transformers + peft
 
 

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SETTINGS = "settings.json"
 NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
 MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
-MAY_CHANGE += ("ckpt_dir", "data")  # known by their content, wherever they lie
+MAY_CHANGE += ("ckpt_dir", "adapter", "data")  # known by their content, wherever they lie
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ class TrainingOptions(Settings):
     alpha: float = option(LoRAConfig.alpha, "the adapters' update is scaled by alpha / r")
     dropout: float = option(LoRAConfig.dropout, "on the adapters' input")
     targets: str = option(",".join(LoRAConfig.targets), "adapted projections, of wq,wk,wv,wo,w1,w2,w3")
+    adapter: str | None = option(
+        None, "go on from this LoRA adapter, from finetuning.py or PEFT, whose rank, alpha and targets are kept"
+    )
+    any_base: bool = option(False, cli.ANY_BASE)
     batch_size: int = option(1, "sequences that go through the network at once, a micro-batch", least=1)
     accumulation: int = option(8, "micro-batches of one optimizer step", least=1)
     epochs: int = option(1, "passes over the data", least=1)
@@ -138,6 +142,8 @@ class TrainingOptions(Settings):
         _ = self.lora_config  # wrong values end it here, not after loading
         if not self.lora and self.dtype != "float32":
             raise InputError(f"dtype={self.dtype}: without LoRA all weights are trained, in float32; use amp=bf16")
+        if self.adapter is not None and not self.lora:
+            raise InputError(f"adapter={self.adapter} is trained with lora=True; for all weights, merge it first")
         if self.keep_zeros and (self.lora or self.lean):
             refused = "lora=True" if self.lora else "lean=True"
             raise InputError(f"keep_zeros=True with {refused} would fill the zeros in; use lora=False and lean=False")
@@ -175,6 +181,9 @@ class TrainingOptions(Settings):
         if typed.get("resume"):
             return cls._resumed(typed)
         chosen = dict(PRESETS.get(typed.get("preset", "course"), {}))
+        own = [f"{name}={typed[name]}" for name in ("r", "alpha", "targets") if name in typed]
+        if typed.get("adapter") is not None and own:
+            raise InputError(f"{', '.join(own)}: adapter={typed['adapter']} says it; leave it out")
         if "ckpt_dir" in typed and checkpoint.read_quantization(typed["ckpt_dir"]) is not None:
             chosen["export"] = "none"
         return cls(**{**chosen, **typed})

@@ -151,14 +151,22 @@ class Run:
         if self.quantized is not None:
             require_adapters_alone(options, directory)
         args = checkpoint.read_args(directory)
+        self.directory, self.adapter_sha256 = directory, None
+        self.lora = options.lora_config if options.lora else None
+        if options.adapter is not None:
+            self._take_over(options.adapter, args)
         tokenizer.check_vocabulary(args.vocab_size)
         self.layers = self._plan_memory(args, dtype)
         devices.return_freed_memory()
         self._baseline = devices.memory_bytes(self.device)
         self.model = checkpoint.load(directory, dtype, self.device, progress=True)
         self.base = checkpoint.fingerprint(directory)
-        if options.lora:
-            lora.apply(self.model, options.lora_config, options.seed)
+        if options.adapter is not None:
+            adapters.load(self.model, options.adapter, None if options.any_base else lambda: self.base)
+            for module in lora.layers(self.model).values():
+                module.dropout.p = options.dropout
+        elif self.lora is not None:
+            lora.apply(self.model, self.lora, options.seed)
         else:
             self.model.requires_grad_(True)
         if options.keep_zeros:
@@ -175,6 +183,16 @@ class Run:
         self.prompts = [*data.questions.values(), *(list(tokens[: answer.start]) for tokens, answer in asked)]
         self.references = [tokenizer.decode(tokens[answer.start : answer.stop - 1]).strip() for tokens, answer in asked]
 
+    def _take_over(self, adapter: str, args: checkpoint.ModelArgs) -> None:
+        """Make rank, alpha and targets of the adapter to go on from those of this run; dropout is the run's own."""
+        folder, *others = adapters.folders(adapter)
+        if others:
+            raise InputError(f"adapter={adapter}: training goes on from one; merge the others into the base first")
+        self.adapter_sha256 = adapters.fingerprint(adapter)
+        self.lora = dataclasses.replace(adapters.read_config(folder, args), dropout=self.options.dropout)
+        targets = ",".join(self.lora.targets)
+        self.options = dataclasses.replace(self.options, r=self.lora.r, alpha=self.lora.alpha, targets=targets)
+
     def _plan_memory(self, args: checkpoint.ModelArgs, dtype: torch.dtype) -> list[int]:
         """The layers to recompute; also estimates the peak of a step on the longest samples."""
         options = self.options
@@ -184,8 +202,7 @@ class Run:
         )
         size = options.batch_size
         shape = memory.Shape(size, tokens, size * labels, min(2, options.accumulation))
-        adapters = options.lora_config if options.lora else None
-        training = args, dtype, adapters, options, shape
+        training = args, dtype, self.lora, options, shape
         where = {"quantized": self.quantized, "device_type": self.device.type}
         layers = checkpointed_layers(options.checkpointing, args.n_layers)
         if options.checkpoint_budget_gb is not None:
@@ -200,6 +217,7 @@ class Run:
         name = options.ckpt_dir or "embedded model"
         name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
+        method += f", from {options.adapter}" if options.adapter is not None else ""
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         return "\n".join(
             (
@@ -223,7 +241,7 @@ class Run:
         self._check_disk()
         shutil.rmtree(self.root / "snapshots", ignore_errors=True)
         self.run_id = secrets.token_hex(8)
-        identity = {"data_sha256": self.data.sha256, "base_sha256": self.base}
+        identity = {"data_sha256": self.data.sha256, "base_sha256": self.base, "adapter_sha256": self.adapter_sha256}
         files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, "options": self.options.kept(), **identity})
         self.log.start()
         torch.manual_seed(self.options.seed)
@@ -247,10 +265,12 @@ class Run:
         """Go on from the newest whole snapshot of this run."""
         about = files.read_json(self.root / SETTINGS)
         self.run_id = about.get("run_id")
-        for name, now, option in (("data_sha256", self.data.sha256, "data"), ("base_sha256", self.base, "ckpt_dir")):
-            if about.get(name) != now:
-                was = str(about.get(name))[:12]
-                raise InputError(f"{option} is not what the run was started with (sha256 {was}, now {now[:12]})")
+        identity = {"data": self.data.sha256, "base": self.base, "adapter": self.adapter_sha256}
+        for name, now in identity.items():
+            if (was := about.get(f"{name}_sha256")) != now:
+                option = "ckpt_dir" if name == "base" else name
+                known = f"sha256 {str(was)[:12]}, now {str(now)[:12]}"
+                raise InputError(f"{option} is not what the run was started with ({known})")
         path, saved, passed_over = snapshot.latest(self.root / "snapshots", self.run_id)
         for line in passed_over:
             print(f"passed over: {line}")
@@ -389,7 +409,7 @@ class Run:
         """Write adapter and merged models, where a run that was resumed after its end has none yet; say where."""
         options, lines, adapter = self.options, [], self.root / "adapter"
         if options.lora and not adapter.exists():
-            adapters.save(self.model, options.lora_config, adapter, self.base)
+            adapters.save(self.model, self.lora, adapter, self.base, str(self.directory.resolve()))
         if options.lora and options.export != "none":
             lost = lora.merge(self.model)
             lora.remove(self.model)
