@@ -36,6 +36,8 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training.batch import collate
 from llama.training.step import Settings, fine_tune
 
+DTYPES = ("auto", *devices.DTYPES)
+DTYPE = "dtype of the weights; auto keeps theirs, which must be one for all"
 N_WORST = 3  # matrices that are named
 CONTEXT = 512  # tokens of a sequence of a text file
 ROUNDS = 8
@@ -50,6 +52,7 @@ class QuantizeOptions(cli.Options):
     tokenizer_path: str | None = option(None, "tokenizer.model, which is copied; default: the one in ckpt_dir")
     bits: int = option(8, "8, with one scale per row, or 4, with one per group of a row; tables have 8 in both")
     group_size: int | None = option(None, f"of 4 bits: {GROUP_SIZES} neighbouring weights share a scale; default: 32")
+    dtype: str = option("auto", DTYPE, choices=DTYPES)
     out_dir: str = option("runs/quantized", "directory of the checkpoint; must be new")
 
 
@@ -63,7 +66,7 @@ def quantize(options: QuantizeOptions) -> None:
     if present is not None:
         raise InputError(f"{directory} is quantized already, in {present.bits} bits; quantize the original")
     tokenizer = tokenizer_file(options.tokenizer_path, directory)
-    model = checkpoint.load(directory, progress=True)
+    model = checkpoint.load(directory, devices.DTYPES.get(options.dtype), progress=True)
     try:
         errors = quantization.quantize(model, config, progress=True)
     except InputError as error:
@@ -133,6 +136,7 @@ class PruneOptions(cli.Options):
     out_dir: str = option("runs/pruned", "directory of the checkpoint; must be new")
     seed: int = option(1, "seed of the order of the sequences", **cli.SEEDS)
     device: str = option("auto", cli.DEVICE)
+    dtype: str = option("auto", DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +170,7 @@ def prune(options: PruneOptions) -> None:
     source = load_text(tokenizer, options)
     if source is None and options.n_steps:
         raise InputError("--data is missing; fine-tuning takes a text file, and so does --iterative")
-    model = checkpoint.load(directory, device=device, progress=True)
+    model = checkpoint.load(directory, devices.DTYPES.get(options.dtype), device, progress=True)
     pruning.require_plain(model)
     dtype = model.tok_embeddings.weight.dtype
     line = f"model      {shown(directory)}, {size_line(model, dtype)}"
@@ -253,7 +257,7 @@ class MergeOptions(cli.Options):
     dtype: str = option(
         "auto",
         "auto keeps that of the weights; float32 loses nothing of a small update",
-        choices=("auto", *devices.DTYPES),
+        choices=DTYPES,
     )
     to: str | None = option(
         None,
@@ -273,8 +277,7 @@ def merge(options: MergeOptions) -> None:
             f"{directory} is quantized; merge into the original, with --any_base where that was not trained on"
         )
     tokenizer = tokenizer_file(options.tokenizer_path, directory)
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = checkpoint.load(source, dtype, progress=True)
+    model = checkpoint.load(source, devices.DTYPES.get(options.dtype), progress=True)
     base = None if options.any_base else partial(checkpoint.fingerprint, source)
     adapters.load(model, options.adapter, base)
     lost = lora.merge(model)

@@ -140,12 +140,14 @@ def main(options: Options) -> None:
     llama = load(options, directory)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = None if draft is None else Speculation(draft, options.draft_tokens)
-    print(describe(llama, directory))
     if options.is_conversation:
+        print(describe(llama, directory, options.max_seq_len))
         settings = settings_of(options, llama, speculation)
         return converse(llama, settings | {"max_gen_len": options.max_gen_len or options.max_seq_len})
     prompts = [Prompt(text, encode(llama, text, options)) for text in texts]
     settings = settings_of(options, llama, speculation)
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
+    print(describe(llama, directory, min(longest, options.max_seq_len)))
     if options.compare:
         comparisons = show_comparison(llama, prompts, settings)
         if options.results is not None:
@@ -204,8 +206,11 @@ def encode(llama: Llama, text: str, options: Options) -> list[int]:
     return llama.encode_prompt(text)
 
 
-def describe(llama: Llama, directory: Path) -> str:
-    """What was loaded, how large, where and in which precision; and a warning where the weights slow decoding down."""
+def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
+    """What was loaded, how large, where and in which precision; and warnings.
+
+    Those are that the weights slow decoding down, and that texts of `longest` tokens are beyond the model.
+    """
     dtype, config = dtype_name(llama.model.dtype), quantization.quantization_of(llama.model)
     dtype += f" over int{config.bits} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
@@ -213,8 +218,10 @@ def describe(llama: Llama, directory: Path) -> str:
     size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""
     is_embedded = directory == EMBEDDED
     line = f"embedded model, {size}; --ckpt_dir loads real weights\n" if is_embedded else f"{directory}, {size}\n"
-    reason = quantization.slow_reason(llama.model)
-    return line if reason is None else f"{line}warning: {reason}\n"
+    context = llama.model.args.trained_context
+    beyond = f"texts may reach {longest} tokens, but the model is meant for {context}; expect nonsense beyond"
+    warnings = [quantization.slow_reason(llama.model), beyond if longest > context else None]
+    return line + "".join(f"warning: {reason}\n" for reason in warnings if reason is not None)
 
 
 def show_batch(llama: Llama, prompts: list[Prompt], settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -495,3 +496,17 @@ def test_a_tokenizer_of_a_different_vocabulary_is_refused_before_the_weights_are
     flags = [*command.split(), f"--ckpt_dir={tmp_path / 'small'}", f"--out_dir={tmp_path / 'out'}"]
     code, _, err = call(monkeypatch, capsys, compress, *flags)
     assert code == 2 and "the tokenizer has 4096 words, the model 512" in err
+
+
+@pytest.mark.parametrize("command", [("quantize",), ("prune", "--method=magnitude")])
+def test_weights_of_several_dtypes_take_the_dtype_that_is_asked_for(plain, tmp_path, monkeypatch, capsys, command):
+    """As published files have them, norms in fp32: the flag that the refusal names is there, and helps."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(plain, mixed)
+    state = torch.load(mixed / "consolidated.00.pth", weights_only=True)
+    torch.save({**state, "norm.weight": state["norm.weight"].float()}, mixed / "consolidated.00.pth")
+    flags = (*command, f"--ckpt_dir={mixed}", f"--out_dir={tmp_path / 'out'}")
+    code, _, err = call(monkeypatch, capsys, compress, *flags)
+    assert code == 2 and "several dtypes" in err and "pass --dtype=float32" in err
+    assert call(monkeypatch, capsys, compress, *flags, "--dtype=bfloat16")[0] == 0
+    assert checkpoint.load(tmp_path / "out").norm.weight.dtype == torch.bfloat16

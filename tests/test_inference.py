@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, TINY, random_model
 
 import inference
 from benchmarks.stopwatch import Measurement
-from llama import adapters, checkpoint, cli, lora, quantization
+from llama import Tokenizer, adapters, checkpoint, cli, lora, quantization
 from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError, NonFinite
 from llama.evaluation import agreement
@@ -363,6 +363,19 @@ def test_weights_that_make_decoding_slower_are_warned_of(tiny, monkeypatch):
     assert len(plain.splitlines()) == 1
     monkeypatch.setattr(inference.quantization, "slow_reason", lambda model: "int8 weights save memory here")
     assert inference.describe(tiny, TINY) == plain + "warning: int8 weights save memory here\n"
+
+
+@pytest.mark.parametrize("length", [40, 41])
+def test_texts_beyond_the_models_own_context_are_warned_of(tmp_path, monkeypatch, capsys, length):
+    """That of its config.json; what counts is how long the texts may get, not the most that would be allowed."""
+    checkpoint.save(checkpoint.load(TINY), tmp_path / "m", "hf", TINY / "tokenizer.model")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    n_prompt = len(Tokenizer(TINY / "tokenizer.model").encode("The little fox", bos=True, eos=False))
+    flags = (f"--ckpt_dir={tmp_path / 'm'}", PROMPT, f"--max_gen_len={length - n_prompt}", "--device=cpu")
+    code, out, _ = call(monkeypatch, capsys, *flags)
+    warning = f"warning: texts may reach {length} tokens, but the model is meant for 40; expect nonsense beyond\n"
+    assert code == 0 and (warning in out) == (length > 40)
 
 
 def rows_of(monkeypatch, capsys, path, *flags):

@@ -102,6 +102,18 @@ def test_llama_2s_text_gets_one_leading_space(llama2_tokenizer):
     assert data_text.encode(text, llama2_tokenizer) == llama2_tokenizer.encode(text, bos=True, eos=False)
 
 
+def test_the_context_that_a_config_says_counts(tmp_path, monkeypatch, capsys):
+    """Theta 100,000 alone would look like Llama 2 and its 4,096."""
+    args = dataclasses.replace(SMALL, vocab_size=4096, use_scaled_rope=False, rope_scale_factor=None, rope_theta=1e5)
+    model = random_model(dataclasses.replace(args, dim=16, n_layers=1, max_seq_len=8192))
+    checkpoint.save(model, tmp_path / "m", "hf", TINY / "tokenizer.model")
+    (tmp_path / "t.txt").write_text("The little fox ran home. " * 4)
+    flags = (f"--ckpt_dir={tmp_path / 'm'}", f"--data={tmp_path / 't.txt'}")
+    assert call(monkeypatch, capsys, *flags, "--context=8192")[0] == 0
+    code, _, err = call(monkeypatch, capsys, *flags, "--context=8193")
+    assert code == 2 and "on 8192 tokens at most" in err
+
+
 @pytest.mark.parametrize(("preset", "n_tokens"), [("llama3.2-1b", 131_072), ("llama2-7b", 4096), ("tiny", 131_072)])
 def test_the_context_of_released_models(preset, n_tokens):
     assert PRESETS[preset].trained_context == n_tokens
