@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,14 +108,14 @@ def _weight_files(directory: Path) -> list[Path]:
             for name in _listed(index):
                 if Path(name).name != name or not name.endswith(suffix):
                     raise InputError(
-                        f"{index}:weight_map: {name!r} is not a plain {suffix} file name in this directory"
+                        f"{index}:weight_map: {reprlib.repr(name)} is not a plain {suffix} file name in this directory"
                     )
                 if not (directory / name).is_file():
                     raise InputError(f"{index}:weight_map: {name} does not exist; download it")
             return [directory / name for name in _listed(index)]
         if numbered:
             total = numbered[-1].stem.rpartition("-")[2]
-            for path, number in itertools.zip_longest(numbered, range(1, int(total) + 1) if total.isdigit() else ()):
+            for path, number in itertools.zip_longest(numbered, range(1, int(total) + 1) if total.isdecimal() else ()):
                 if path is None or number is None or path.name != f"{stem}-{number:05d}-of-{total}{suffix}":
                     raise InputError(f"{directory}: expected {stem}-00001-of-{total}{suffix}, 00002, ... to {total}")
             return numbered

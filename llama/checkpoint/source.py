@@ -109,4 +109,5 @@ def naming(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{path}:{error}") from error
+        text = str(error)  # it may quote what a hostile file says
+        raise InputError(f"{path}:{text if len(text) < 400 else f'{text[:200]} ... {text[-200:]}'}") from error

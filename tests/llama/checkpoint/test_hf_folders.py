@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, SMALL, TINY, random_model
-from support import same_weights
+from support import mutant, same_weights
 
 from llama import Llama, ModelArgs, checkpoint
+from llama.checkpoint import hf
 from llama.errors import InputError, Notice
 from llama.model import rope_table
 
@@ -307,3 +309,44 @@ def test_quantized_weights_are_seen_without_a_config_that_says_so(saved):
     safetensors.torch.save_file(state, saved / "model.safetensors")
     with pytest.raises(InputError, match="qweight: the weights are quantized; take the original"):
         checkpoint.load(saved)
+
+
+NASTY = [None, True, -1, 0, 1e308, float("nan"), 1 << 70, "", "../x", "a" * 5000, [], [[]], {}, {"a": {}}, "llama\n3"]
+
+
+def nasty_json(good: bytes, rng: random.Random) -> bytes:
+    """An object with a value, here or further in, replaced, renamed or gone."""
+    content = json.loads(good)
+    target = content
+    while (inner := [value for value in target.values() if isinstance(value, dict) and value]) and rng.random() < 0.5:
+        target = rng.choice(inner)
+    name = rng.choice(list(target))
+    value = target.pop(name)
+    if rng.random() < 0.8:
+        target[rng.choice([name, name, name, "x" * 3000, "__class__"])] = rng.choice([*NASTY, value])
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(625, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "pytorch_model.bin", "params.json"])
+def test_mutants_load_or_end_in_one_line(tmp_path, file, n):
+    model = random_model(dataclasses.replace(SMALL, dim=32, n_layers=2, vocab_size=64, max_seq_len=512))
+    checkpoint.save(model, tmp_path / "m", "meta" if file == "params.json" else "hf")
+    weights = tmp_path / "m" / "model.safetensors"
+    if file == "model.safetensors.index.json":
+        weights.rename(weights.with_name(SHARDS[0]))
+        listed = dict.fromkeys(hf.names_of(model.args).values(), SHARDS[0])
+        (tmp_path / "m" / file).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": listed}))
+    elif file == "pytorch_model.bin":
+        torch.save(safetensors.torch.load_file(weights), tmp_path / "m" / file)
+        weights.unlink()
+    good, rng, refused = (tmp_path / "m" / file).read_bytes(), random.Random(file), 0
+    for i in range(n):
+        change = nasty_json if file.endswith(".json") and i % 2 else mutant
+        (tmp_path / "m" / file).write_bytes(change(good, rng))
+        try:
+            checkpoint.load(tmp_path / "m", torch.float32)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 600
+    assert refused > n // 4
