@@ -32,7 +32,7 @@ from llama.cli import option
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import confidence
-from llama.tokenizer import TOKENIZER_PATHS, Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer
 from reports import render, tables
 
 CONTEXT = 2048  # what papers on quantization use
@@ -110,7 +110,7 @@ def main(options: Options) -> None:
     for side in sides:
         check(side, tokenizer, context)
     for side in sides[1:]:
-        require_same_tokenizer(side, path)
+        require_same_tokenizer(side, tokenizer)
     ids = read_ids(options, tokenizer, is_embedded)
     stride = context if options.stride is None else options.stride
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
@@ -148,12 +148,14 @@ def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
         )
 
 
-def require_same_tokenizer(side: Side, path: Path) -> None:
+def require_same_tokenizer(side: Side, tokenizer: Tokenizer) -> None:
     """Raise InputError where the second model brings a different tokenizer."""
-    for name in TOKENIZER_PATHS:
-        own = side.directory / name
-        if own.is_file() and files.sha256(own) != files.sha256(path):
-            raise InputError(f"--against: {own} is not the tokenizer in use; different tokens cannot be compared")
+    try:
+        own = find_tokenizer(side.directory)
+    except InputError:  # it brings none
+        return
+    if not Tokenizer(own).is_same(tokenizer):
+        raise InputError(f"--against: {own} is not the tokenizer in use; different tokens cannot be compared")
 
 
 def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[int]:

@@ -54,12 +54,12 @@ class ChatFormat:
         if not dialog[-1]["content"].strip():
             raise InputError(f"message {len(dialog) - 1} is empty; write at least one character")
         ids = [token for part, _ in parts for token in part]
-        return ids if self._format() == "[INST]" else ids + self.encode_header({"role": "assistant", "content": ""})
+        return ids if self.kind() == "[INST]" else ids + self.encode_header({"role": "assistant", "content": ""})
 
     def encode_dialog(self, dialog: Dialog) -> list[tuple[list[int], bool]]:
         """The ids in parts; with each, whether the assistant says it: its words and the token that ends them."""
         _check_dialog(dialog)
-        kind, template = self._format(), self.tokenizer.template
+        kind, template = self.kind(), self.tokenizer.template
         if kind == "[INST]":
             return self._encode_llama2(dialog)
         has_bos = self.tokenizer.adds_bos and (kind != "<|im_start|>" or not template or "bos_token" in template)
@@ -74,9 +74,9 @@ class ChatFormat:
     def encode_header(self, message: Message) -> list[int]:
         """What stands before a message's content: its role."""
         special, role = self.tokenizer.special_tokens, message["role"]
-        if self._format() == "<|im_start|>":
+        if self.kind() == "<|im_start|>":
             return [special["<|im_start|>"], *self._encode(f"{role}\n")]
-        if self._format() == "[INST]":
+        if self.kind() == "[INST]":
             raise InputError("Llama 2's chat format has no headers; use encode_dialog_prompt")
         role_ids, line_feeds = self._encode(role), self._encode("\n\n")
         return [special["<|start_header_id|>"], *role_ids, special["<|end_header_id|>"], *line_feeds]
@@ -88,7 +88,7 @@ class ChatFormat:
     def _encode_parts(self, message: Message) -> tuple[list[int], list[int], list[int]]:
         """Header; content with its end token; and what follows it."""
         special, header = self.tokenizer.special_tokens, self.encode_header(message)
-        if self._format() == "<|start_header_id|>":
+        if self.kind() == "<|start_header_id|>":
             return header, [*self._encode(message["content"].strip()), special["<|eot_id|>"]], []
         content, ending = message["content"], [special["<|im_end|>"]]
         if message["role"] == "assistant":  # apart from its header, as it is generated
@@ -114,7 +114,7 @@ class ChatFormat:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=False, eos=False)
 
-    def _format(self) -> str:
+    def kind(self) -> str:
         special, template = self.tokenizer.special_tokens, self.tokenizer.template
         for mark, needed in FORMATS.items():
             if all(name in special for name in needed) and (not template or mark in template):

@@ -1,11 +1,14 @@
-"""What is written for Hugging Face: config.json, model.safetensors and the tokenizer.
+"""Hugging Face's layout as it is written: the folder that `transformers` itself would write for the same model.
+
+    config.json              the shape, the context length, the ids of begin, end and padding
+    model.safetensors        the weights, with Hugging Face's names and row order
+    tokenizer.json ...       see tokenizer_files.py
 
 Left out on purpose: several weight files with an index, uploading.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import safetensors.torch
 import torch
 
 from llama import files
-from llama.checkpoint import hf, hf_config
+from llama.checkpoint import hf, hf_config, tokenizer_files
 from llama.config import ModelArgs
 from llama.device import dtype_name
 from llama.model import Transformer
@@ -28,8 +31,7 @@ def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> N
     }
     config = config_of(model.args, next(model.parameters()).dtype)
     if tokenizer_path is not None:
-        (directory / "original").mkdir()
-        shutil.copyfile(tokenizer_path, directory / "original/tokenizer.model")
+        config |= tokenizer_files.write(tokenizer_path, directory, model.args.trained_context)
     files.write_json(directory / hf.CONFIG, config)
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 

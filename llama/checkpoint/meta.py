@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama import files
+from llama.checkpoint import tokenizer_files
 from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
@@ -148,5 +148,4 @@ def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> N
         torch.save(state, directory / "consolidated.00.pth")
     except RuntimeError as error:  # how torch's writer reports that a write failed
         raise OSError(str(error)) from error
-    if tokenizer_path is not None:
-        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")
+    tokenizer_files.copy(tokenizer_path, directory)

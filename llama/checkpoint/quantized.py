@@ -3,7 +3,6 @@ a `.scales` beside each quantized `.weight`."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama import files, quantization
-from llama.checkpoint import meta
+from llama.checkpoint import meta, tokenizer_files
 from llama.checkpoint.source import Source, naming, open_safetensors
 from llama.config import ModelArgs
 from llama.device import dtype_name
@@ -67,5 +66,4 @@ def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> N
     files.write_json(directory / meta.PARAMS, params)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer_path is not None:
-        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")
+    tokenizer_files.copy(tokenizer_path, directory)
