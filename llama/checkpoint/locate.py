@@ -33,7 +33,12 @@ def locate(ckpt_dir: str | Path) -> Path:
         if not path.is_absolute() and len(path.parts) == 2:
             hint += ", or download it first if that is a repository on Hugging Face"
         raise InputError(f"checkpoint directory {path} does not exist; {hint}")
-    return _snapshot(path) if (path / "snapshots").is_dir() else path
+    if (path / "snapshots").is_dir():
+        return _snapshot(path)
+    if any((path / folder / name).is_file() for folder in ("", "original") for name in MARKERS):
+        return path
+    ggufs = [file for file in path.iterdir() if is_gguf(file)]
+    return ggufs[0] if len(ggufs) == 1 else path
 
 
 def is_gguf(path: Path) -> bool:
@@ -66,8 +71,8 @@ def remedy(directory: Path) -> str:
     below = [path for path in here if path.is_dir() and any((path / name).is_file() for name in MARKERS)]
     if below:
         return f"there is a checkpoint in a folder below, pass ckpt_dir={below[0]}"
-    if path := next((path for path in here if is_gguf(path)), None):
-        return f"there is a GGUF file in it, pass ckpt_dir={path}"
+    if ggufs := [str(path) for path in here if is_gguf(path)]:
+        return f"pass one of its GGUF files, ckpt_dir={' or '.join(ggufs)}"
     if path := first(*ARCHIVES):
         return f"unpack {path.name} first"
     if any((directory / name).is_file() for name in MARKERS):

@@ -37,11 +37,17 @@ def test_a_file_stands_for_its_directory(saved, model, monkeypatch):
     assert same_weights(model, checkpoint.load("~/m"))
 
 
-def test_a_gguf_file_is_a_checkpoint_by_itself(tmp_path):
-    (tmp_path / "renamed.bin").write_bytes(b"GGUF\3\0\0\0")
-    assert locate(tmp_path / "renamed.bin") == tmp_path / "renamed.bin"
-    with pytest.raises(InputError, match=r"GGUF file in it, pass ckpt_dir=\S+renamed\.bin$"):
-        checkpoint.load(tmp_path)
+def test_a_gguf_file_is_a_checkpoint_by_itself(tmp_path, saved):
+    """Also by the directory that holds it and no other; beside a checkpoint it is a copy."""
+    (tmp_path / "d").mkdir()
+    first, second = tmp_path / "d" / "renamed.bin", tmp_path / "d" / "q8.gguf"
+    first.write_bytes(b"GGUF\3\0\0\0")
+    assert locate(first) == locate(tmp_path / "d") == first
+    shutil.copy(first, second)
+    with pytest.raises(InputError, match=r"pass one of its GGUF files, ckpt_dir=\S+q8\.gguf or \S+renamed\.bin$"):
+        checkpoint.load(tmp_path / "d")
+    shutil.copy(first, saved)
+    assert locate(saved) == saved
 
 
 @pytest.mark.parametrize("has_config", [False, True])
