@@ -80,7 +80,7 @@ class Pair:
             raise InputError("no completion")
         return [
             (self.ask(tokenizer, self.prompt), False),
-            (tokenizer.encode(self.completion, bos=False, eos=True), True),
+            (tokenizer.encode(self.completion, bos=False, eos=True, continues=True), True),
         ]
 
     @staticmethod

@@ -23,7 +23,8 @@ FORMATS = {
     "<|start_header_id|>": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "[INST]": ("<s>", "</s>"),
 }
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^<{}]+)<\|im_end\|>")
+DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\n|\\n)([^<{}'"\\]+)<\|im_end\|>""")
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
@@ -71,6 +72,12 @@ class ChatFormat:
             parts += [(header, False), (content, message["role"] == "assistant"), (behind, False)]
         return parts
 
+    def is_unsafe(self, dialog: Dialog) -> bool:
+        """Whether a message spells one of Llama 2's tags, in its format, where they would be read as tags."""
+        _check_dialog(dialog)
+        tags = LLAMA2_TAGS if self._format() == "[INST]" else ()
+        return any(tag in message["content"] for message in dialog for tag in tags)
+
     def encode_header(self, message: Message) -> list[int]:
         """What stands before a message's content: its role."""
         special, role = self.tokenizer.special_tokens, message["role"]
@@ -98,7 +105,7 @@ class ChatFormat:
 
     def _encode_llama2(self, dialog: Dialog) -> list[tuple[list[int], bool]]:
         """<s>[INST] question [/INST] answer </s> for each exchange; the first question holds the system."""
-        if is_unsafe(dialog):
+        if self.is_unsafe(dialog):
             raise InputError("Llama 2's chat tags ([INST], <<SYS>>) are plain text and may not appear in a message")
         turns = [message["content"].strip() for message in dialog]
         if dialog[0]["role"] == "system":
@@ -124,11 +131,6 @@ class ChatFormat:
             "the tokenizer has no chat format known here (Llama 2, Llama 3, ChatML); its special tokens begin with "
             f"{names}; give text instead of a dialog"
         )
-
-
-def is_unsafe(dialog: Dialog) -> bool:
-    """Whether a message spells one of Llama 2's tags, which would be read as one."""
-    return any(tag in message["content"] for message in dialog for tag in LLAMA2_TAGS)
 
 
 def _check_dialog(dialog: Dialog) -> None:

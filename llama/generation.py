@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llama import checkpoint
 from llama import device as devices
+from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message
 from llama.config import ModelArgs
 from llama.decoding import DECODING, Decoder, Session
 from llama.errors import InputError, NonFinite
@@ -28,7 +29,7 @@ from llama.model import Transformer
 from llama.sampling import Sampling, next_token, penalize
 from llama.speculative import Speculation, before_stop
 from llama.stops import TokenStop
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tokenizer import Tokenizer
 
 # Steps from one check of whether all sequences have stopped to the next. Each makes the host wait for a GPU.
 STOP_CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -283,17 +284,23 @@ class Llama:
         logprobs: bool = False,
         **options,
     ) -> list[ChatPrediction]:
-        """Answer dialogs (an optional system message, then user and assistant in turn) as the assistant."""
-        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        """Answer dialogs (an optional system message, then user and assistant in turn) as the assistant.
+
+        A dialog that spells Llama 2's tags gets an error as its answer, as in Meta's code.
+        """
+        ids = [self.formatter.encode_dialog_prompt(d) for d in dialogs if not self.formatter.is_unsafe(d)]
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
-        tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, **options)
-        return [
-            {
-                "generation": {"role": "assistant", "content": self.tokenizer.decode(drawn)},
-                **self._details(drawn, values and values[i]),
-            }
-            for i, drawn in enumerate(tokens)
-        ]
+        tokens, values = self.generate(ids, limit, temperature, top_p, logprobs, **options) if ids else ([], None)
+        answers = iter(zip(tokens, values or [None] * len(tokens), strict=True))
+        predictions = []
+        for dialog in dialogs:
+            if self.formatter.is_unsafe(dialog):
+                drawn, content = ([], [] if logprobs else None), UNSAFE_ERROR
+            else:
+                drawn = next(answers)
+                content = self.tokenizer.decode(drawn[0])
+            predictions.append({"generation": {"role": "assistant", "content": content}, **self._details(*drawn)})
+        return predictions
 
     def _details(self, drawn: list[int], logprobs: list[float] | None) -> dict[str, list]:
         """What a prediction holds besides its text."""

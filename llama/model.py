@@ -217,6 +217,11 @@ class Transformer(nn.Module):
         """Of activations and the KV cache: that of the norms, which quantization leaves alone."""
         return self.norm.weight.dtype
 
+    @property
+    def params(self) -> ModelArgs:
+        """Meta's name of `args`."""
+        return self.args
+
     @classmethod
     def random(
         cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0

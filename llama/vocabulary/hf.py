@@ -18,6 +18,7 @@ from llama.errors import InputError
 
 MAX_WORDS = 1 << 20
 MAX_DEPTH = 4  # of sequences in sequences
+MAX_PATTERN = 2000  # characters of a regular expression
 FIELDS = {"version", "truncation", "padding", "added_tokens", "model"}
 PARTS = {
     "normalizer": {"NFC", "Prepend", "Replace", "Sequence"},
@@ -25,6 +26,11 @@ PARTS = {
     "post_processor": {"ByteLevel", "Sequence", "TemplateProcessing"},
     "decoder": {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"},
 }
+# What token_bytes and leading_space do: nothing else may stand in a decoder.
+DECODED = (
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+)
 CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # what the parts of a Sequence are called
 AS_IF_ABSENT = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
 MODEL_FIELDS = {*AS_IF_ABSENT, "type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
@@ -60,24 +66,30 @@ class HfVocabulary:
         model.no_truncation()
         model.no_padding()
         self.model, self.template = model, template
+        self.stop_ids = list(dict.fromkeys([*eos_ids, *_ends(model)]))
+        self.bos_id, self.eos_id = bos_id, self.stop_ids[0]
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.adds_bos = adds_bos and bos_id is not None
+        ends = [model.id_to_token(i) for i in (self.eos_id, bos_id, *self.stop_ids) if i is not None]
+        model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in ends[:2]])
+        if model.model.unk_token in ends:
+            model.model.unk_token = None  # what has no token is left out; else it would end a text
         self.n_words = model.get_vocab_size()
         added = model.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._added = {i: token.content.encode() for i, token in added.items()}
-        self.stop_ids = list(dict.fromkeys([*eos_ids, *(self.special[name] for name in ENDS if name in self.special)]))
-        self.bos_id, self.eos_id = bos_id, self.stop_ids[0]
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.adds_bos = adds_bos and bos_id is not None
         decoders = _flat(_state(model.decoder))
         self._is_byte_level = any(part["type"] == "ByteLevel" for part in decoders)
         self.leading_space = any(
             part.get("start") == 1 or part.get("prepend_scheme") in ("always", "first") for part in decoders
         )
-        if model.model.unk_token in {model.id_to_token(i) for i in (*self.stop_ids, bos_id) if i is not None}:
-            model.model.unk_token = None  # no text may end a text: what has no token is left out, as without one
+        self._never = {i for name, i in self.special.items() if name != model.model.unk_token}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        return (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
+        ids = (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
+        if not self._never.isdisjoint(ids):
+            raise InputError("merges of the tokenizer make a special token of ordinary text; its vocabulary is broken")
+        return ids
 
     @functools.cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -101,6 +113,11 @@ class HfVocabulary:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+def _ends(model: tokenizers.Tokenizer) -> list[int]:
+    special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    return [special[name] for name in ENDS if name in special]
 
 
 def _state(part: Any) -> dict[str, Any] | None:
@@ -135,14 +152,14 @@ def read(data: bytes, path: Path) -> HfVocabulary:
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         _check(content)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: a number where a list should be
         raise InputError(f"{path}: {error}; download it again") from error
     try:
         model = tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library is no Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: the tokenizers library cannot read it ({reason}); download it again") from error
     wrong = [t["content"] for t in content["added_tokens"] if model.token_to_id(t["content"]) != t["id"]]
     if wrong:
@@ -153,8 +170,8 @@ def read(data: bytes, path: Path) -> HfVocabulary:
 def _check(content: dict[str, Any]) -> None:
     """Raise ValueError, which names the field, for what the library must not see or we do not support."""
     _require_known("", content, FIELDS | PARTS.keys())
-    for name, supported in PARTS.items():
-        _check_part(name, content.get(name), supported)
+    for name in PARTS:
+        _check_part(name, content.get(name))
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError("model: is missing")
@@ -181,8 +198,8 @@ def _check(content: dict[str, Any]) -> None:
         if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
             raise ValueError(f"model.merges[{i}]: {pair[0]!r} and {pair[1]!r} are not pieces that make a piece")
     kinds = [{part["type"] for part in _flat(content.get(name))} for name in ("pre_tokenizer", "decoder")]
-    if ("ByteLevel" in kinds[0]) != ("ByteLevel" in kinds[1]):
-        raise ValueError("pre_tokenizer and decoder: ByteLevel must be in both or in neither")
+    if not kinds[1] or ("ByteLevel" in kinds[0]) != ("ByteLevel" in kinds[1]):
+        raise ValueError("pre_tokenizer and decoder: ByteLevel must be in both, or in neither, and a decoder there")
     if "ByteLevel" in kinds[1] and any(not set(piece) <= BYTES.keys() for piece in vocab.keys() - _names(added)):
         raise ValueError("model.vocab: holds pieces that are not spelled in bytes, unlike the pre_tokenizer's")
 
@@ -196,15 +213,20 @@ def _require_known(place: str, content: dict[str, Any], known: set[str]) -> None
         raise ValueError(f"{place}{unknown[0]}: is not supported")
 
 
-def _check_part(name: str, part: Any, supported: set[str], depth: int = 0) -> None:
+def _check_part(name: str, part: Any, depth: int = 0) -> None:
     if part is None:
         return
+    supported = PARTS[name]
     if not isinstance(part, dict) or part.get("type") not in supported or depth > MAX_DEPTH:
         kind = part.get("type") if isinstance(part, dict) else part
         raise ValueError(f"{name}: {kind!r} is not supported, only {', '.join(sorted(supported))}")
-    children = [child for key in CHILDREN for child in part.get(key, ())] if part["type"] == "Sequence" else []
+    children = [child for key in CHILDREN for child in part.get(key) or ()] if part["type"] == "Sequence" else []
     for child in children:
-        _check_part(name, child, supported, depth + 1)
+        _check_part(name, child, depth + 1)
+    if part["type"] == "Split" and len(json.dumps(part)) > MAX_PATTERN:
+        raise ValueError(f"{name}: holds a pattern of more than {MAX_PATTERN} characters")
+    if name == "decoder" and part["type"] in ("Replace", "Strip") and part not in DECODED:
+        raise ValueError(f"{name}: {part['type']} is supported only as {DECODED[part['type'] == 'Strip']}")
 
 
 def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +255,7 @@ def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any
     parts = [part for processor in _flat(content.get("post_processor")) for part in processor.get("single", ())[:1]]
     first = [model.token_to_id(part["SpecialToken"]["id"]) for part in parts if "SpecialToken" in part]
     bos, eos, pad = [*first, *of_text("bos_token"), *of_id("bos_token_id")], of_text("eos_token"), of_text("pad_token")
-    eos = [*eos, *of_id("eos_token_id"), *(i for name in ENDS if (i := model.token_to_id(name)) is not None)]
+    eos = [*eos, *of_id("eos_token_id"), *_ends(model)]
     if not eos:
         raise InputError(f"{path.parent}: no file says which token ends a text; add eos_token to tokenizer_config.json")
     adds_bos, template = near[names[0]].get("add_bos_token"), near[names[0]].get("chat_template")

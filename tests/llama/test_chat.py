@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import transformers
+import vocabularies
 from conftest import TINY
 
 from llama import Tokenizer
@@ -52,6 +56,52 @@ def test_parts_of_a_dialog_are_its_prompts(name, request):
     assert next(answers, None) is None
 
 
+@pytest.mark.parametrize("style", vocabularies.STYLES)
+@pytest.mark.parametrize("has_system", [True, False])
+def test_ids_equal_those_of_the_chat_template(tmp_path, style, has_system):
+    """transformers runs the template that stands in vocabularies.py; SmolLM2's adds a system message of its own."""
+    path = vocabularies.write(tmp_path, style)
+    theirs, chat = transformers.AutoTokenizer.from_pretrained(tmp_path), ChatFormat(Tokenizer(path))
+    contents = [
+        "Be brief: <tool>.",
+        "  Was ist\n「日本」?",
+        "Hello, 1234 👋🏽",
+        "\tdef f():\n    pass\n",
+        "Good bye!",
+        "x",
+    ]
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    dialog = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    dialog = dialog[not has_system :]
+    expected = theirs.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
+    assert chat.encode_dialog_prompt(dialog) == expected
+    assert ("SmolLM" in theirs.decode(expected)) == (style == "smollm2" and not has_system)
+
+
+def test_the_format_is_that_of_the_template_where_there_is_one(tmp_path):
+    """A vocabulary may hold the tokens of several formats; one of none of them is refused by name, when used."""
+    content = json.loads(vocabularies.tokenizer_json("llama3"))
+    n_words = max(token["id"] for token in content["added_tokens"]) + 1
+    for i, name in enumerate(["<|im_start|>", "<|im_end|>"]):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": n_words + i, "content": name})
+    starts = {}
+    for name, template in {"": None, "llama3": vocabularies.LLAMA3_TEMPLATE, "none": "<|user|>"}.items():
+        path = vocabularies.write(tmp_path, "llama3", tokenizer_config={"chat_template": template})
+        path.write_text(json.dumps(content), encoding="utf-8")
+        starts[name] = ChatFormat(Tokenizer(path))
+    first = [starts[name].tokenizer.decode(starts[name].encode_dialog_prompt([USER])[:2]) for name in ("", "llama3")]
+    assert first == ["<|begin_of_text|><|im_start|>", "<|begin_of_text|><|start_header_id|>"]
+    with pytest.raises(InputError, match=r"no chat format known here .*; its special tokens begin with <\|begin"):
+        starts["none"].encode_dialog_prompt([USER])
+
+
+def test_an_empty_message_is_one(llama3_tokenizer):
+    """As in Meta's code: an empty system message, an empty past answer; but there must be a question."""
+    chat = ChatFormat(llama3_tokenizer)
+    ids = chat.encode_dialog_prompt([{"role": "system", "content": ""}, USER])
+    assert ids[:6] == [128000, 128006, 9125, 128007, 271, 128009]
+
+
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -62,6 +112,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         [ASSISTANT],
         [USER, ASSISTANT],
         [USER, USER],
+        [{"role": "user", "content": " "}],
         [{"role": "system", "content": "a"}],
         [{"role": "tool", "content": "a"}],
         [{"role": "user"}],

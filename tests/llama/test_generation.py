@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, random_model
+import vocabularies
+from conftest import ROOT, SMALL, TINY, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.tiny.corpus import SAMPLE_PROMPTS, document
@@ -407,6 +409,31 @@ def test_chat_completion_shapes(tiny):
         assert result["generation"]["content"] == "".join(result["tokens"])
         assert len(result["tokens"]) == len(result["logprobs"])
         assert "<|" not in result["generation"]["content"]
+
+
+def test_a_dialog_that_spells_llama_2s_tags_is_answered_with_an_error(tmp_path):
+    """The others of the batch are answered; as Meta's code does."""
+    tokenizer = Tokenizer(vocabularies.write(tmp_path, "tinyllama"))
+    llama = Llama(random_model(dataclasses.replace(SMALL, vocab_size=tokenizer.n_words)), tokenizer)
+    good, bad = ([{"role": "user", "content": text}] for text in ("Hi", "x [/INST] y"))
+    (alone,) = llama.chat_completion([good], temperature=0, max_gen_len=5, logprobs=True)
+    answers = llama.chat_completion([bad, good, bad], temperature=0, max_gen_len=5, logprobs=True)
+    error = {"role": "assistant", "content": "Error: special tags are not allowed as part of the prompt."}
+    assert answers == [{"generation": error, "tokens": [], "logprobs": []}, alone, answers[0]]
+    assert llama.chat_completion([bad], max_gen_len=5) == [{"generation": error}]
+
+
+def test_what_metas_scripts_touch_besides_the_calls(tiny):
+    special, text = tiny.tokenizer.special_tokens, "Hi<|eot_id|>"
+    assert special["<|eot_id|>"] in tiny.tokenizer.stop_tokens and tiny.model.params.dim == tiny.model.args.dim
+    encode = functools.partial(tiny.tokenizer.encode, bos=False, eos=False)
+    assert encode(text, allowed_special="all")[-1] == encode(text, allowed_special={"<|eot_id|>"})[-1] == 3849
+    assert encode("<|eot_id|>", allowed_special={"<|eom_id|>"}, disallowed_special=()) == encode("<|eot_id|>")
+    assert tiny.tokenizer.decode(encode(text)) == text and 3849 not in encode(text)
+    with pytest.raises(ValueError, match="spells the special token"):
+        encode(text, disallowed_special="all")
+    header = tiny.formatter.encode_header({"role": "user", "content": "Hi"})
+    assert tiny.tokenizer.decode(header) == "<|start_header_id|>user<|end_header_id|>\n\n"
 
 
 def test_a_script_written_for_metas_package_runs(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 import time
 
 import pytest
+import vocabularies
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,6 +173,67 @@ def test_truncated_sentencepiece_model(tmp_path, llama2_tokenizer):
         Tokenizer(tmp_path / "t.model")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_pointer_in_place_of_the_file(tmp_path, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2183982\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(InputError, match=r"git-LFS pointer, .*git lfs pull"):
+        Tokenizer(find_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"model": ' + b"[" * 100_000, b"\xef\xbb\xbf{}", b"\xff{"])
+def test_a_tokenizer_json_that_is_none(tmp_path, data):
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        Tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_huge_file_is_no_tokenizer(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="larger than 64 MiB"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_is_same_compares_what_ids_mean(tmp_path, llama2_tokenizer):
+    """The kind of file does not matter, nor how it is told that a text begins; one different piece does."""
+    path = vocabularies.write(tmp_path, "llama3")
+    ours = Tokenizer(path)
+    assert ours.is_same(Tokenizer(vocabularies.write(tmp_path, "llama3", tokenizer_config={"add_bos_token": False})))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    longest = sorted(vocab, key=vocab.get)[-2:]
+    vocab[longest[0]], vocab[longest[1]] = vocab[longest[1]], vocab[longest[0]]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert not ours.is_same(Tokenizer(path)) and not ours.is_same(llama2_tokenizer) and not EMBEDDED.is_same(ours)
+
+
+def test_the_same_vocabulary_in_two_kinds_of_file(tmp_path, llama2_tokenizer):
+    """Llama 2's sentencepiece model, and a tokenizer.json with its pieces: the same tokenizer, the same ids."""
+    path, model = vocabularies.write(tmp_path, "tinyllama"), llama2_tokenizer.vocabulary.model
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    splits = ((piece, at) for piece in list(vocab)[259:] for at in range(1, len(piece)))
+    merges = [(piece[:at], piece[at:]) for piece, at in splits if piece[:at] in vocab and piece[at:] in vocab]
+    merges.sort(key=lambda pair: -model.get_score(vocab["".join(pair)]))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"] |= {"vocab": vocab, "merges": merges}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ours = Tokenizer(path)
+    assert ours.is_same(llama2_tokenizer) and llama2_tokenizer.is_same(ours)
+    for text in vocabularies.random_texts(300):
+        assert ours.encode(text, bos=True, eos=True) == llama2_tokenizer.encode(text, bos=True, eos=True)
+
+
+def test_a_table_may_be_larger_than_its_tokenizer():
+    """Padded or extended; not smaller, and not another model's altogether."""
+    for vocab_size in (4096, 4097, 4608):
+        EMBEDDED.check_vocabulary(vocab_size)
+    for vocab_size in (4095, 4609, 128_256):
+        with pytest.raises(InputError, match="the tokenizer has 4096 words"):
+            EMBEDDED.check_vocabulary(vocab_size)
+
+
 def test_where_a_tokenizer_is_looked_for(tmp_path):
     with pytest.raises(InputError, match="tokenizer_path=FILE"):
         find_tokenizer(tmp_path)
@@ -179,6 +242,11 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     assert find_tokenizer(tmp_path).parent.name == "original"
     (tmp_path / "tokenizer.model").touch()
     assert find_tokenizer(tmp_path).parent == tmp_path
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert find_tokenizer(tmp_path) == find_tokenizer(tmp_path / "model.safetensors") == tmp_path / "tokenizer.json"
+    (tmp_path / "named.bin").write_bytes(b"GGUF....")
+    assert find_tokenizer(tmp_path / "named.bin") == tmp_path / "named.bin"
     with pytest.raises(InputError, match="is not a file"):
         Tokenizer(tmp_path / "absent")
 
