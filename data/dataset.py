@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Dataset:
 def load(
     path: Path, tokenizer: Tokenizer, max_seq_len: int, n_held_out: int, seed: int, questions: Sequence[str]
 ) -> Dataset:
-    """Records: a seeded choice of n_held_out samples is held out. Texts: their end, a tenth at most.
+    """Records: a seeded choice of n_held_out samples is held out. Texts: so many blocks of their end, a tenth at most.
 
     Raises InputError as records.read does, and where nothing would be left to train on.
     """
@@ -47,21 +48,21 @@ def load(
     chosen = set(order.epoch_order(len(encoded), seed, 0)[:n_held_out])
     held_out = [encoded[i] for i in sorted(chosen)]
     training = [sample for i, sample in enumerate(encoded) if i not in chosen]
-    return Dataset(training, held_out, asked, found.what, _notes(found, cut, left_out))
+    return Dataset(training, held_out, asked, found.what, _notes(found, tokenizer, cut, left_out))
 
 
 def _load_texts(path: Path, found: records.Records, tokenizer: Tokenizer, max_seq_len: int, n_held_out: int) -> Dataset:
     blocks = _blocks(found, tokenizer, max_seq_len)
-    n_last = min(n_held_out, len(blocks) // 10)
-    if not blocks or (n_held_out and not n_last):
+    n_last = min(n_held_out, max(1, len(blocks) // 10))
+    if len(blocks) <= n_last:
         raise InputError(
-            f"data={path}: {len(blocks)} blocks of up to max_seq_len={max_seq_len} tokens; holding out some of them, "
-            "a tenth at most, takes 10; use a smaller max_seq_len or held_out=0"
+            f"data={path}: has {len(blocks)} blocks of max_seq_len={max_seq_len} tokens; held_out={n_held_out} leaves "
+            "none to train on; use a smaller max_seq_len or held_out=0"
         )
     training, held_out = blocks[: len(blocks) - n_last], blocks[len(blocks) - n_last :]
     opening = list((held_out or training)[0].tokens[:OPENING])
     questions = {tokenizer.decode(opening).strip(): opening}
-    return Dataset(training, held_out, questions, found.what, _notes(found, [], []))
+    return Dataset(training, held_out, questions, found.what, _notes(found, tokenizer, [], []))
 
 
 def _blocks(found: records.Records, tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
@@ -88,13 +89,19 @@ def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> It
         all_of_them = f"{len(found.records)} records"
     for sample in shown:
         yield from (*samples.show(sample, tokenizer), "")
-    yield f"{len(shown)} of {all_of_them} of {path}, {found.what}{_notes(found, cut, left_out)}"
+    yield f"{len(shown)} of {all_of_them} of {path}, {found.what}{_notes(found, tokenizer, cut, left_out)}"
 
 
-def _notes(found: records.Records, cut: Sequence[str], left_out: Sequence[str]) -> str:
+def _notes(found: records.Records, tokenizer: Tokenizer, cut: Sequence[str], left_out: Sequence[str]) -> str:
     """What was not used as it came, by name."""
-    unused = f"; fields not used: {records.listed(found.unused)}" if found.unused else ""
-    return _about(cut, "cut at max_seq_len") + _about(left_out, "left out") + unused
+    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"\Z(?<=x)")
+    spelled = [f"record {number}" for number, record in enumerate(found.records, 1) if special.search(repr(record))]
+    return (
+        _about(cut, "cut at max_seq_len")
+        + _about(left_out, "left out")
+        + _about(spelled, "spell special tokens, which stay text")
+        + (f"; fields not used: {records.listed(found.unused)}" if found.unused else "")
+    )
 
 
 def _about(names: Sequence[str], what: str) -> str:

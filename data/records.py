@@ -158,7 +158,9 @@ def read_text(path: Path) -> str:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in (*NAMED, ".txt"))
         raise InputError(f"cannot read {path}: it is a directory; pass a file{f' of {listed(names)}' * bool(names)}")
-    if path.is_file():
+    if path.exists():
+        if not path.is_file():
+            raise InputError(f"cannot read {path}: it is not a regular file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; split it")
         with path.open("rb") as file:

@@ -56,7 +56,7 @@ def encode(
         try:
             sample = from_parts(name, record.parts(tokenizer))
         except InputError as error:
-            left_out.append(f"{name}: {error}")
+            left_out.append(f"{name}: {str(error)[:100]}")
             continue
         if len(sample.tokens) > max_seq_len:
             if sample.n_prompt >= max_seq_len:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import records
 from data.samples import Sample
 from data.tiny.sequences import SEQ_LEN, held_out, sequences
-from llama import files, order
+from llama import order
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.model import Transformer
@@ -42,12 +43,7 @@ class Text:
 
 def read(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Begin-of-text and the ids of a file. Raises InputError for a file that is not there, not UTF-8 or empty."""
-    if not path.is_file():
-        raise InputError(f"data={path} is not a file")
-    text = files.read_text(path, newline="")  # the line ends of the file are part of the text
-    if not text:
-        raise InputError(f"{path} is empty; there is nothing to read")
-    return encode(text, tokenizer)
+    return encode(records.read_text(path), tokenizer)
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -36,6 +36,7 @@ from llama.training.options import TrainingOptions
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * n} for n, word in enumerate(("ox", "fox", "red", "to", "a"), 1)
 ]
+BASE_NAME = "base_model_name_or_path"
 FLAGS = {
     "held_out": 1, "accumulation": 3, "epochs": 2, "max_seq_len": 96, "save_every": 1, "eval_every": 3, "dropout": 0.05,
     "optimizer": "adamw", "lr": 1e-2, "amp": "fp16", "checkpointing": "1,3", "export": "none", "device": "cpu",
@@ -45,7 +46,7 @@ FLAGS = {
 def options_in(work: Path) -> TrainingOptions:
     """A random model, its tokenizer and records in `work`, and the settings of a run over them."""
     if not (work / "base").exists():
-        args = type(SMALL)(**{**vars(SMALL), "vocab_size": 4096, "dim": 32, "n_layers": 4})
+        args = type(SMALL)(**{**vars(SMALL), "vocab_size": 4096, "dim": 32, "head_dim": 8, "n_layers": 4})
         checkpoint.save(random_model(args), work / "base", "meta", TINY / "tokenizer.model")
         (work / "data.json").write_text(json.dumps(RECORDS))
     return TrainingOptions.resolve({**FLAGS, "ckpt_dir": str(work / "base"), "data": str(work / "data.json")})
@@ -112,13 +113,15 @@ def attempt(
 
 
 def digest(root: Path) -> str:
-    """Everything that a run leaves, but for times.
+    """Everything that a run leaves, but for times and where its base lies.
 
     Of the adapter its tensors: safetensors writes the entries of its metadata in any order.
     """
     last = snapshot.listed(root / "snapshots")[-1]
-    files = [root / "loss.jsonl", root / "adapter" / adapters.CONFIG, *sorted(last.glob("*.safetensors"))]
+    files = [root / "loss.jsonl", *sorted(last.glob("*.safetensors"))]
     content = [path.name.encode() + path.read_bytes() for path in files]
+    config = json.loads((root / "adapter" / adapters.CONFIG).read_text())
+    content.append(json.dumps({name: value for name, value in config.items() if name != BASE_NAME}).encode())
     adapter = safetensors.torch.load_file(root / "adapter" / adapters.WEIGHTS)
     content += [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(adapter.items())]
     state = snapshot.load(last).state

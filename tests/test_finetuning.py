@@ -363,6 +363,31 @@ def test_moved_data_and_a_moved_base_resume(base, reference, tmp_path):
     assert crash.digest(tmp_path / "run") == reference
 
 
+def test_a_run_is_resumed_from_anywhere(base, reference, tmp_path, monkeypatch, capsys):
+    """Started with relative paths; then from another directory, and with all of it moved; a lost file is named."""
+    shutil.copytree(base, tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    relative = {"ckpt_dir": "base", "data": "data.json", "tokenizer_path": "base/tokenizer.model"}
+    run_to(base, Path("runs/a"), 1, **relative)
+    shutil.move(tmp_path / "clone", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "moved" / "runs" / "a"
+    options = TrainingOptions.resolve({"resume": True, "out_dir": str(root)})
+    assert Path(options.data).samefile(tmp_path / "moved" / "data.json")
+    capsys.readouterr()
+    for name in ("data", "ckpt_dir"):
+        path = tmp_path / "moved" / relative[name]
+        path.rename(tmp_path / "elsewhere")
+        code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={root}")
+        assert code == 2 and len(err.splitlines()) == 1
+        assert f"{name}={relative[name]}, which is no longer there; pass --{name}=PATH as it is now" in err
+        (tmp_path / "elsewhere").rename(path)
+    shutil.move(root, tmp_path / "alone")  # the run without what it was made of: typed paths hold from its directory
+    monkeypatch.chdir(tmp_path / "moved")
+    finetuning.main(TrainingOptions.resolve({"resume": True, "out_dir": str(tmp_path / "alone")}))
+    assert crash.digest(tmp_path / "alone") == reference
+
+
 def test_a_longer_log_is_cut_back_and_a_shorter_one_refused(base, reference, tmp_path):
     root = tmp_path / "run"
     run_to(base, root, 2)
@@ -445,16 +470,16 @@ def test_changed_settings_are_refused_by_name(stopped, monkeypatch, capsys, name
 
 def test_other_data_or_another_base_is_refused(base, stopped, tmp_path, monkeypatch, capsys):
     shutil.copytree(stopped, tmp_path / "run")
-    about = json.loads((tmp_path / "run" / "settings.json").read_text())
     checkpoint.save(
         random_model(checkpoint.read_args(base / "base"), seed=5), tmp_path / "other", "meta", TINY / "tokenizer.model"
     )
     (tmp_path / "data.json").write_text(json.dumps(crash.RECORDS[::-1]))
-    for name, path in (("ckpt_dir", "other"), ("data", "data.json")):
-        changed = {**about, "options": {**about["options"], name: str(tmp_path / path)}}
-        (tmp_path / "run" / "settings.json").write_text(json.dumps(changed))
-        code, _, err = call(monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'run'}")
-        assert code == 2 and f"{name} is not what the run was started with" in err
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes().rstrip(b"\n"))
+    for name, path in (("ckpt_dir", "other"), ("data", "data.json"), ("tokenizer_path", "tokenizer.model")):
+        code, _, err = call(
+            monkeypatch, capsys, "--resume", f"--out_dir={tmp_path / 'run'}", f"--{name}={tmp_path / path}"
+        )
+        assert code == 2 and f"{name} is not what the run was started with" in err and f"--{name}=PATH" in err
 
 
 def test_a_snapshot_that_lacks_anything_is_not_resumed(base, stopped, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,10 @@ of a resumed run come from it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +39,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 SETTINGS = "settings.json"
 NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
 MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
-MAY_CHANGE += ("ckpt_dir", "adapter", "data")  # known by their content, wherever they lie
+PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "data")  # known by their content, wherever they lie
+MAY_CHANGE += PLACES
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,15 @@ class Settings(cli.Options):
 
 @dataclass(frozen=True)
 class TrainingOptions(Settings):
-    """Fine-tune a Llama model on instructions."""
+    """Fine-tune a Llama model on instructions, chats or text."""
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     data: str | None = option(
         None,
-        "Alpaca-format records, .json or .jsonl; default: data/alpaca_200.json, and for the embedded model records of "
-        "the small world that it knows, data/tiny/alpaca_200.json",
+        "Alpaca records, chats, prompts with completions or texts, in JSON, JSON lines or CSV; or plain text; default: "
+        "data/alpaca_200.json, and for the embedded model records of the small world that it knows, "
+        "data/tiny/alpaca_200.json",
     )
     out_dir: str = option("runs/finetuning", "directory of the run; must be new, unless resume is on")
     resume: bool = option(False, "continue the run in out_dir, with its own settings, from its newest whole snapshot")
@@ -118,8 +122,10 @@ class TrainingOptions(Settings):
     dtype: str = option(
         "float32", "float32, or bfloat16 or float16 for a frozen base under LoRA; what a quantized base computes in"
     )
-    held_out: int = option(20, "records set aside, on which the loss is measured", least=0)
-    max_seq_len: int = option(512, "longer samples lose their end, and are counted", least=2)
+    held_out: int = option(20, "records set aside, or blocks of a text, on which the loss is measured", least=0)
+    max_seq_len: int = option(
+        512, "longer samples lose their end, and are counted; texts are cut into blocks of this length", least=2
+    )
     packing: bool = option(False, "several samples in a sequence, which do not see each other")
     seed: int = option(1, "of the split, the order, the adapters and dropout", **cli.SEEDS)
     device: str = option("auto", cli.DEVICE)
@@ -169,10 +175,19 @@ class TrainingOptions(Settings):
         """What settings.json holds."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_KEPT}
 
+    def places(self) -> dict[str, str]:
+        """Files of the run as they lie from its directory, so that both may be moved together, for settings.json."""
+        values = {name: getattr(self, name) for name in PLACES}
+        with contextlib.suppress(ValueError):  # other drives on Windows
+            return {
+                name: os.path.relpath(Path(value).expanduser(), self.root) for name, value in values.items() if value
+            }
+        return {}
+
     def changed(self) -> dict[str, Any]:
         """What this run was started with that is not its preset's, and that changes its figures."""
         usual = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
-        told = (*MAY_CHANGE, "preset", "tokenizer_path", "dtype", "seed")
+        told = (*MAY_CHANGE, "preset", "dtype", "seed")
         return {name: value for name, value in self.kept().items() if name not in told and value != usual[name]}
 
     @classmethod
@@ -195,8 +210,9 @@ class TrainingOptions(Settings):
         path = root / SETTINGS
         if not path.is_file():
             raise InputError(f"out_dir={root} holds no run to resume; leave out resume=True to start one")
-        saved = files.read_json(path).get("options")
-        if not isinstance(saved, dict):
+        about = files.read_json(path)
+        saved, beside = about.get("options"), about.get("places", {})
+        if not isinstance(saved, dict) or not isinstance(beside, dict):
             raise InputError(f"{path}:options: is missing; the run cannot be resumed")
         changed = [name for name in typed if name not in MAY_CHANGE and saved.get(name) != typed[name]]
         if changed:
@@ -204,6 +220,13 @@ class TrainingOptions(Settings):
             raise InputError(
                 f"{root} was started with other settings: {differences}; leave them out, or start a new run"
             )
+        for name in PLACES:
+            if name not in typed and saved.get(name) is not None:
+                places = [root / str(beside.get(name, saved[name])), Path(str(saved[name])).expanduser()]
+                if not (found := [place for place in places if place.exists()]):
+                    reason = f"was started with {name}={saved[name]}, which is no longer there"
+                    raise InputError(f"{root} {reason}; pass {name}=PATH as it is now, its content is compared")
+                saved[name] = str(found[0])
         try:
             return cls(**{**saved, **typed})
         except TypeError as error:

@@ -241,14 +241,20 @@ class Run:
         self._check_disk()
         shutil.rmtree(self.root / "snapshots", ignore_errors=True)
         self.run_id = secrets.token_hex(8)
-        identity = {"data_sha256": self.data.sha256, "base_sha256": self.base, "adapter_sha256": self.adapter_sha256}
-        files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, "options": self.options.kept(), **identity})
+        options = {"options": self.options.kept(), "places": self.options.places()}
+        identity = {f"{name}_sha256": value for name, value in self._identity().items()}
+        files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, **options, **identity})
         self.log.start()
         torch.manual_seed(self.options.seed)
         self.movement = Movement(self.trainer.weights)
         self.before = self.evaluate()
         self.answers_before = verdict.answer(self.llama, self.prompts)
         self.save()
+
+    def _identity(self) -> dict[str, str | None]:
+        """What the run is made of, by content (sha256)."""
+        own = {"data": self.data.sha256, "base": self.base, "adapter": self.adapter_sha256}
+        return {**own, "tokenizer": files.sha256(self.tokenizer_file)}
 
     def _check_disk(self) -> None:
         """Raise EnvironmentFailure where snapshots and exports would not fit."""
@@ -265,12 +271,12 @@ class Run:
         """Go on from the newest whole snapshot of this run."""
         about = files.read_json(self.root / SETTINGS)
         self.run_id = about.get("run_id")
-        identity = {"data": self.data.sha256, "base": self.base, "adapter": self.adapter_sha256}
-        for name, now in identity.items():
-            if (was := about.get(f"{name}_sha256")) != now:
-                option = "ckpt_dir" if name == "base" else name
-                known = f"sha256 {str(was)[:12]}, now {str(now)[:12]}"
-                raise InputError(f"{option} is not what the run was started with ({known})")
+        for name, now in self._identity().items():
+            was = about.get(f"{name}_sha256", now if name == "tokenizer" else None)  # older runs do not tell it
+            if was != now:
+                option = {"base": "ckpt_dir", "tokenizer": "tokenizer_path"}.get(name, name)
+                reason = f"is not what the run was started with (sha256 {str(was)[:12]}, now {str(now)[:12]})"
+                raise InputError(f"{option} {reason}; pass {option}=PATH of that, if it is elsewhere")
         path, saved, passed_over = snapshot.latest(self.root / "snapshots", self.run_id)
         for line in passed_over:
             print(f"passed over: {line}")

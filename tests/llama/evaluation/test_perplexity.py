@@ -423,9 +423,9 @@ def test_adapters_of_one_name_are_two_cells(small, tmp_path, monkeypatch, capsys
 
 
 BAD = {
-    "--data={small}/nothing": "nothing is not a file",
-    "--data={small}": "is not a file",
-    "--data=/dev/zero": "is not a file",
+    "--data={small}/nothing": "nothing: No such file",
+    "--data={small}": "it is a directory; pass a file",
+    "--data=/dev/zero": "it is not a regular file",
     "--data={small}/empty": "empty is empty",
     "--data={small}/latin1": r"latin1 is not UTF-8 text \(byte 2: ",
     "": "--data is missing",
