@@ -53,6 +53,7 @@ IGNORED = (
     "megatron_core qalora_group_size fan_in_fan_out ensure_weight_tying"
 ).split()
 OFF = (None, False, {}, [])
+MERGE = "merge it by peft's merge_and_unload, and take that"
 READ = (
     "r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform"
 ).split()
@@ -80,9 +81,11 @@ def folders(adapter: str | Path) -> list[Path]:
     found = []
     for path in (Path(name).expanduser() for name in names):
         folder = path.parent if path.is_file() else path
-        if folder.is_dir() and not (folder / CONFIG).is_file():
+        if not folder.is_dir():
+            raise InputError(f"adapter={folder} is not a directory; name the one that holds {CONFIG}")
+        if not (folder / CONFIG).is_file():
             below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
-            remedy = f"; {' and '.join(below[:3])} does" if below else ""
+            remedy = f"; {' and '.join(below[:3])} do" if below else ""
             raise InputError(f"adapter={folder} holds no {CONFIG}{remedy}")
         found.append(folder)
     return found
@@ -109,7 +112,7 @@ def load(model: Transformer, adapter: str | Path, base: Callable[[], str] | None
     actual = base() if asked else None
     for one in adapters:
         if asked and one.base_sha256 not in (None, actual):
-            name = f"{one.base!r}, " if one.base else ""
+            name = f"{_shown(one.base)}, " if one.base else ""
             raise InputError(
                 f"{one.path}: was trained on a different base model ({name}sha256 {one.base_sha256[:12]}, this is "
                 f"{actual[:12]}); any_base=True uses it all the same"
@@ -154,57 +157,66 @@ def _hf_names(args: ModelArgs) -> dict[str, str]:
 
 def read_config(folder: Path, args: ModelArgs) -> LoRAConfig:
     """What a configuration means for a model of that shape. Raises InputError naming each field it cannot honour."""
-    path = folder / CONFIG
-    content = files.read_json(path)
     try:
-        for name, value in content.items():
-            allowed = ALLOWED.get(name, OFF)
-            if name not in (*READ, *IGNORED) and not any(value == one and type(value) is type(one) for one in allowed):
-                shown = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}" if allowed[1:] else repr(allowed[0])
-                raise InputError(f"{name}: {_shown(value)} is not supported, only {shown}")
-        if "peft_type" not in content:
-            raise InputError("peft_type: is missing; this is no configuration of an adapter")
-        return _read_fields(content, args)
-    except InputError as error:
-        raise InputError(f"{path}:{error}") from None
+        return _read_fields(files.read_json(folder / CONFIG), args)
+    except _Refused as error:
+        raise InputError(f"{folder / CONFIG}:{error}") from None
+
+
+class _Refused(Exception):
+    """A field of the configuration, the value that it has, and what is wrong with it."""
+
+    def __init__(self, field: str, value: Any, why: str) -> None:
+        super().__init__(f"{field}: {_shown(value)} {why}")
 
 
 def _read_fields(content: dict[str, Any], args: ModelArgs) -> LoRAConfig:
     """PEFT's defaults stand for what is missing."""
+    if "peft_type" not in content:
+        raise _Refused("peft_type", None, "is not supported, only 'LORA'; this is no adapter of PEFT's format")
+    for field, value in content.items():
+        allowed = ALLOWED.get(field, OFF)
+        if field not in (*READ, *IGNORED) and not any(value == one and type(value) is type(one) for one in allowed):
+            only = f", only {', '.join(map(repr, allowed))}" if field in ALLOWED else ""
+            raise _Refused(field, value, f"is not supported{only}; {MERGE}")
     deadline = time.monotonic() + MATCH_SECONDS
-    is_target = _chooser("target_modules", content.get("target_modules"), deadline, ("q_proj", "v_proj"))
-    is_excluded = _chooser("exclude_modules", content.get("exclude_modules"), deadline, ())
-    is_layer = _layer_chooser(content)
-    rank_of = _finder("r", "r", "rank_pattern", content, deadline)
-    alpha_of = _finder("lora_alpha", "alpha", "alpha_pattern", content, deadline)
+    targets, chosen = content.get("target_modules"), content.get("layers_to_transform")
+    is_target = _chooser("target_modules", targets, ("q_proj", "v_proj"), deadline)
+    is_excluded = _chooser("exclude_modules", content.get("exclude_modules"), (), deadline)
+    chosen = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
+    if not all(type(layer) is int for layer in chosen) or (chosen and isinstance(targets, str)):
+        raise _Refused("layers_to_transform", chosen, "is not a list of layers, beside target_modules by name")
+    rank_of = _finder(content, "r", "r", "rank_pattern", deadline)
+    alpha_of = _finder(content, "lora_alpha", "alpha", "alpha_pattern", deadline)
     dropout = _checked("lora_dropout", "dropout", content.get("lora_dropout", 0.0))
-    is_rank_stabilized = content.get("use_rslora", False)
-    if not isinstance(is_rank_stabilized, bool):
-        raise InputError(f"use_rslora: {_shown(is_rank_stabilized)} is neither true nor false")
-    names, modules = _hf_names(args), {}
-    for name in ("lm_head", "model.embed_tokens", *names):
-        if not is_target(name) or not is_layer(name) or is_excluded(name):
+    if not isinstance(is_rank_stabilized := content.get("use_rslora", False), bool):
+        raise _Refused("use_rslora", is_rank_stabilized, "is neither true nor false")
+    modules = {}
+    for name, module in {"lm_head": None, "model.embed_tokens": None, **_hf_names(args)}.items():
+        if not is_target(name) or is_excluded(name):
             continue
-        if name not in names:
-            raise InputError(f"target_modules: {name} cannot be adapted here, only the projections inside the blocks")
+        if module is None and not chosen:
+            raise _Refused("target_modules", targets, f"adapts {name}, which is not supported; {MERGE}")
+        if module is None or (chosen and int(module.split(".")[1]) not in chosen):
+            continue
         r, alpha = rank_of(name), alpha_of(name)
         if is_rank_stabilized:  # scaled by alpha / sqrt(r)
             alpha = _checked("lora_alpha", "alpha", alpha * math.sqrt(r))
-        modules[names[name]] = r, alpha
+        modules[module] = r, alpha
     if not modules:
-        raise InputError(f"target_modules: {_shown(content.get('target_modules'))} names no projection of this model")
+        raise _Refused("target_modules", targets, "names no projection of this model, or none that is left")
     return _of_modules(modules, dropout, args)
 
 
-def _chooser(field: str, wanted: Any, deadline: float, usual: tuple[str, ...]) -> Callable[[str], bool]:
+def _chooser(field: str, wanted: Any, usual: tuple[str, ...], deadline: float) -> Callable[[str], bool]:
     """Whether a name is meant: by a pattern, or by a list of names and of their ends."""
     if isinstance(wanted, str) and wanted.lower() == "all-linear" and field == "target_modules":
-        return lambda name: name != "lm_head" and name != "model.embed_tokens"
+        return lambda name: name.startswith("model.layers.")
     if isinstance(wanted, str) and wanted:
-        return _matcher(field, wanted, deadline)
+        return _matcher(field, wanted, wanted, deadline)
     ends = usual if wanted is None else wanted or ()
     if not isinstance(ends, (list, tuple)) or not all(isinstance(end, str) for end in ends):
-        raise InputError(f"{field}: {_shown(wanted)} is neither a pattern nor a list of names")
+        raise _Refused(field, wanted, "is neither a pattern nor a list of names")
     known = frozenset(ends)
 
     def is_chosen(name: str) -> bool:
@@ -214,45 +226,32 @@ def _chooser(field: str, wanted: Any, deadline: float, usual: tuple[str, ...]) -
     return is_chosen
 
 
-def _layer_chooser(content: dict[str, Any]) -> Callable[[str], bool]:
-    wanted = content.get("layers_to_transform")
-    if wanted is None or wanted == []:
-        return lambda name: True
-    chosen = wanted if isinstance(wanted, list) else [wanted]
-    if not all(type(layer) is int for layer in chosen) or isinstance(content.get("target_modules"), str):
-        raise InputError(
-            f"layers_to_transform: {_shown(wanted)} is not a list of layers, beside target_modules by name"
-        )
-    return lambda name: int(name.split(".")[2]) in chosen
-
-
-def _finder(field: str, option: str, pattern: str, content: dict[str, Any], deadline: float) -> Callable[[str], Any]:
+def _finder(content: dict[str, Any], field: str, option: str, pattern: str, deadline: float) -> Callable[[str], Any]:
     """The rank, or alpha, of a name: that of the first pattern that it ends with, else the usual one."""
     usual, table = _checked(field, option, content.get(field, 8)), content.get(pattern) or {}
     if not isinstance(table, dict):
-        raise InputError(f"{pattern}: {_shown(table)} is not an object")
+        raise _Refused(pattern, table, "is not an object")
     values = [
-        (_matcher(pattern, rf"(?:.*\.)?(?:{key})", deadline, key), _checked(pattern, option, value))
+        (_matcher(pattern, key, rf"(?:.*\.)?(?:{key})", deadline), _checked(pattern, option, value))
         for key, value in table.items()
     ]
     return lambda name: next((value for matches, value in values if matches(name)), usual)
 
 
-def _matcher(field: str, pattern: str, deadline: float, shown: str | None = None) -> Callable[[str], bool]:
+def _matcher(field: str, shown: str, pattern: str, deadline: float) -> Callable[[str], bool]:
     """Whether a whole name matches a pattern from a file."""
-    shown = _shown(pattern if shown is None else shown)
     try:
         if not PLAIN.fullmatch(pattern):
             raise ValueError("it holds more than names of modules need")
         compiled = regex.compile(pattern)
     except (ValueError, regex.error, RecursionError) as error:
-        raise InputError(f"{field}: {shown} is no plain pattern ({error}); list the modules by name") from None
+        raise _Refused(field, shown, f"is no plain pattern ({error}); list the modules by name") from None
 
     def matches(name: str) -> bool:
         try:
             return compiled.fullmatch(name, timeout=max(1e-3, deadline - time.monotonic())) is not None
         except TimeoutError:
-            raise InputError(f"{field}: {shown} takes too long to match; list the modules by name") from None
+            raise _Refused(field, shown, "takes too long to match; list the modules by name") from None
 
     return matches
 
@@ -262,7 +261,7 @@ def _checked(field: str, option: str, value: Any) -> Any:
     try:
         LoRAConfig(**{option: value})
     except InputError as error:
-        raise InputError(f"{field}: {_shown(value)} is {str(error).partition(' is ')[2]}") from None
+        raise _Refused(field, value, f"is {str(error).partition(' is ')[2]}") from None
     return value
 
 
@@ -288,8 +287,10 @@ def _read(folder: Path, model: Transformer) -> Adapter:
 
 
 def _weights(folder: Path) -> Path:
-    pickled = folder / PICKLED
-    return pickled if pickled.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+    for path in (folder / WEIGHTS, folder / PICKLED):
+        if path.is_file():
+            return path
+    raise InputError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}; download the adapter again")
 
 
 def _fit(
@@ -346,9 +347,9 @@ def save(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": config.r,
-        "lora_alpha": config.alpha,
+        "lora_alpha": _whole(config.alpha),
         "rank_pattern": {name: r for name, (r, _) in each.items()},
-        "alpha_pattern": {name: alpha for name, (_, alpha) in each.items()},
+        "alpha_pattern": {name: _whole(alpha) for name, (_, alpha) in each.items()},
         "lora_dropout": config.dropout,
         "target_modules": list(each) or [HF_NAMES[target].split(".")[1] for target in config.targets],
         "bias": "none",
@@ -359,3 +360,8 @@ def save(
     with files.new_directory(directory) as scratch:
         files.write_json(scratch / CONFIG, settings)
         safetensors.torch.save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "base_sha256": base})
+
+
+def _whole(alpha: float) -> float:
+    """As an integer, where it is one: PEFT expects no other."""
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -346,6 +346,20 @@ def test_an_adapter_belongs_to_its_base_in_every_dtype(tmp_path, monkeypatch, ca
         assert code == 0, err
 
 
+def test_several_adapters_and_any_base(tmp_path, monkeypatch, capsys):
+    """One that was trained on something else is refused by the flag that takes it; with it, the sum of both runs."""
+    lora.apply(model := checkpoint.load(TINY), lora.LoRAConfig(r=2))
+    for name, base in (("a", checkpoint.fingerprint(TINY)), ("b", "0" * 64)):
+        adapters.save(model, lora.LoRAConfig(r=2), tmp_path / name, base, "elsewhere")
+    flags = (f"--adapter={tmp_path}/a,{tmp_path}/b", "--prompt=a", "--max_gen_len=1")
+    code, _, err = call(monkeypatch, capsys, *flags)
+    assert code == 2 and "/b/" in err and "'elsewhere', sha256 000000000000" in err and "--any_base=True" in err
+    path = tmp_path / "rows.jsonl"
+    (row,) = rows_of(monkeypatch, capsys, path, f"--adapter={tmp_path}/a,{tmp_path}/b", "--any_base")
+    assert row["cell"]["adapter"] == "a,b"
+    assert row["cell"]["adapter_sha256"] == adapters.fingerprint(f"{tmp_path}/a,{tmp_path}/b")
+
+
 def test_an_adapter_that_names_no_base_costs_no_fingerprint(tmp_path, monkeypatch, capsys):
     """PEFT writes none; hashing the weights would take seconds before the first token."""
     lora.apply(model := checkpoint.load(TINY), lora.LoRAConfig(r=2))

@@ -291,7 +291,7 @@ def test_an_adapter_is_found_from_a_file_in_it_and_named_from_above(tmp_path):
     adapters.save(adapted(), SMALL_LORA, tmp_path / "run,1" / "adapter", "")
     path = tmp_path / "run,1" / "adapter"
     assert adapters.folders(path / adapters.WEIGHTS) == adapters.folders(path) == [path]
-    with pytest.raises(InputError, match=re.escape(f"holds no {adapters.CONFIG}; {path} does")):
+    with pytest.raises(InputError, match=re.escape(f"holds no {adapters.CONFIG}; {path} do")):
         adapters.folders(path.parent)
 
 
@@ -324,6 +324,8 @@ def tensor_faults() -> dict:
         "renamed": (lambda t: {k.replace("q_proj", "k_proj"): v for k, v in t.items()}, "is not expected|is missing"),
         "rank": (change(first, lambda t: t[:2].contiguous()), r"has shape \[2, 64\], expected \[4, 64\]"),
         "NaN": (change(first, lambda t: t * math.nan), "not finite"),
+        "twice": (change(first.replace(".weight", ".x.weight"), lambda _: torch.zeros(4, 64)), "stands twice, as"),
+        "escaping": (change("../../x", lambda _: torch.zeros(1)), "is not expected"),
         "integers": (change(first, lambda t: t.long()), "not finite numbers"),
     }
 
@@ -364,15 +366,35 @@ def test_gradients_equal_those_of_peft(hf_base, tmp_path):
         torch.testing.assert_close(ours[name], found[name], rtol=1e-4, atol=1e-4)
 
 
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    1e300,
+    "",
+    "(",
+    ".*",
+    "q" * 9999,
+    [],
+    [[]],
+    ["q_proj"],
+    {},
+    {"q": 1},
+    {"(": 4},
+    {"": []},
+]
+
+
 def damage(folder: Path, rng: random.Random) -> None:
-    """One file of an adapter, with some bytes of it changed; and sometimes a value of the configuration."""
-    path = rng.choice(sorted(folder.iterdir()))
-    path.write_bytes(mutant(path.read_bytes(), rng))
-    if path.name != adapters.CONFIG and rng.random() < 0.3:
-        odd = rng.choice(
-            [None, True, 0, -1, 10**30, 1e300, "", "(", ".*", [], [[]], {}, {"q": 1}, ["q_proj"], "q" * 9999]
-        )
-        change(folder, **{rng.choice([field.name for field in dataclasses.fields(peft.LoraConfig)]): odd})
+    """Some bytes of a file are others, or some values of the configuration."""
+    if rng.random() < 0.4:
+        fields = rng.sample([field.name for field in dataclasses.fields(peft.LoraConfig)], rng.randint(1, 3))
+        change(folder, **{field: rng.choice(ODD) for field in fields})
+    else:
+        path = rng.choice(sorted(folder.iterdir()))
+        path.write_bytes(mutant(path.read_bytes(), rng))
 
 
 @pytest.mark.slow
