@@ -21,17 +21,17 @@ import peft
 import pytest
 import torch
 from conftest import ROOT, TINY, random_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, pipeline
 
 import finetuning
 import inference
-from data import records
+from data import alpaca, records
 from data.samples import encode
-from llama import adapters, checkpoint, cli, files, lora, quantization
+from llama import Llama, adapters, checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import ChatFormat, Tokenizer
 from llama.training import batch as batches
 from llama.training import run as running
 from llama.training import snapshot
@@ -180,6 +180,38 @@ def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):
         torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5)
     for name, place in (("merged", "tokenizer.model"), ("merged-hf", "original/tokenizer.model")):
         assert (root / name / place).read_bytes() == (TINY / "tokenizer.model").read_bytes()
+
+
+ANSWERS = {"Name a colour.": "Blue.", "Count.": "One, two, three.", "Who are you?": "A fox."}
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "chats"])
+def test_what_was_learnt_ends_in_transformers_as_well(base, tmp_path, kind):
+    """Answers learnt by heart, through the folder for Hugging Face: the pipeline says them, and stops behind them."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ANSWERS.items()]
+    data = [{"instruction": q, "input": "", "output": a} for q, a in ANSWERS.items()]
+    data = [{"messages": turn} for turn in turns] if kind == "chats" else data
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    changes = {"data": str(tmp_path / "data.json"), "export": "hf", "held_out": 0, "accumulation": 1, "batch_size": 3}
+    changes |= {
+        "lora": False,
+        "epochs": 40,
+        "save_every": 100,
+        "eval_every": 100,
+        "amp": "none",
+        "checkpointing": "none",
+    }
+    run_to(base, tmp_path / "run", **changes)
+    folder = tmp_path / "run" / "merged-hf"
+    llama = Llama.build(folder, folder / "tokenizer.json", 128, 3, device="cpu", dtype="float32")
+    generate = pipeline("text-generation", model=str(folder), dtype=torch.float32)
+    for turn, (question, answer) in zip(turns, ANSWERS.items(), strict=True):
+        asked = turn[:1] if kind == "chats" else alpaca.prompt(question)
+        said = generate(asked, do_sample=False, max_new_tokens=30, return_full_text=False)[0]["generated_text"]
+        prompt = ChatFormat(llama.tokenizer).encode_dialog_prompt(turn[:1]) if kind == "chats" else None
+        prompt = prompt or alpaca.encode_prompt(llama.tokenizer, question)
+        (ours,), _ = llama.generate([prompt], max_gen_len=30, temperature=0.0)
+        assert said == llama.tokenizer.decode(ours) == answer
 
 
 def test_inference_takes_the_result_and_the_same_prompts(base, tmp_path, monkeypatch, capsys):

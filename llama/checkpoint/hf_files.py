@@ -31,7 +31,7 @@ def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> N
     }
     config = config_of(model.args, next(model.parameters()).dtype)
     if tokenizer_path is not None:
-        config |= tokenizer_files.write(tokenizer_path, directory, model.args.trained_context)
+        config |= tokenizer_files.write(tokenizer_path, directory, model.args)
     files.write_json(directory / hf.CONFIG, config)
     safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 

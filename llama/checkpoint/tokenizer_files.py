@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama import files
 from llama.chat import ChatFormat
+from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 from llama.vocabulary.hf import BYTES
@@ -48,7 +49,7 @@ CHAT_TEMPLATES = {
 Text = TypeVar("Text", bytes, str)
 
 
-def write(path: Path, directory: Path, context: int) -> dict[str, Any]:
+def write(path: Path, directory: Path, args: ModelArgs) -> dict[str, Any]:
     """Write the tokenizer for transformers, with its tokenizer.model where there is one; returns its special ids."""
     tokenizer = Tokenizer(path)
     if tokenizer.kind == "tiktoken":
@@ -58,7 +59,7 @@ def write(path: Path, directory: Path, context: int) -> dict[str, Any]:
     elif tokenizer.kind == "sentencepiece":
         from_pieces(tokenizer).save(str(directory / TOKENIZER))
         (directory / "tokenizer.model").write_bytes(tokenizer.vocabulary.model.serialized_model_proto())
-    write_settings(tokenizer, path, directory, context)
+    write_settings(tokenizer, path, directory, args)
     return special_ids(tokenizer)
 
 
@@ -75,9 +76,9 @@ def copy(path: Path | None, directory: Path) -> None:
         shutil.copyfile(path, directory / "tokenizer.model")
 
 
-def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, context: int | None = None) -> None:
+def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, args: ModelArgs | None = None) -> None:
     """Write tokenizer_config.json and generation_config.json, and a tokenizer.json that is the source's own."""
-    config = tokenizer_config(tokenizer, context)
+    config = tokenizer_config(tokenizer)
     if tokenizer.kind == "hf":
         if path.read_bytes()[:4] == b"GGUF":
             model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
@@ -89,12 +90,16 @@ def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, context: i
                 shutil.copyfile(path.parent / name, directory / name)
         given = path.parent / TOKENIZER_CONFIG
         config |= files.read_json(given) if given.is_file() else {}
+    generation = special_ids(tokenizer) | {"pad_token_id": tokenizer.pad_id}  # may be end-of-text: nothing is trained
+    if args is not None:
+        config.setdefault("model_max_length", args.trained_context)
+        if args.vocab_size > tokenizer.n_words:  # a padded table; its last rows are never drawn
+            generation["suppress_tokens"] = list(range(tokenizer.n_words, args.vocab_size))
     files.write_json(directory / TOKENIZER_CONFIG, config)
-    ids = special_ids(tokenizer) | {"pad_token_id": tokenizer.pad_id}  # here it may be end-of-text: nothing is trained
-    files.write_json(directory / GENERATION_CONFIG, ids | sampling_of(path.parent))
+    files.write_json(directory / GENERATION_CONFIG, generation | sampling_of(path.parent))
 
 
-def tokenizer_config(tokenizer: Tokenizer, context: int | None) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """What AutoTokenizer of transformers 4 and 5 needs beside a tokenizer.json."""
     named = {token: name for name, token in tokenizer.special_tokens.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
@@ -102,8 +107,6 @@ def tokenizer_config(tokenizer: Tokenizer, context: int | None) -> dict[str, Any
         del ids["pad_token"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {name: named[token] for name, token in ids.items() if token is not None}
-    if context is not None:
-        config["model_max_length"] = context
     if template := tokenizer.template or chat_template(tokenizer):
         config["chat_template"] = template
     return config

@@ -21,7 +21,7 @@ MAX_DEPTH = 4  # of sequences in sequences
 MAX_PATTERN = 2000  # characters of a regular expression
 FIELDS = {"version", "truncation", "padding", "added_tokens", "model"}
 PARTS = {
-    "normalizer": {"NFC", "Prepend", "Replace", "Sequence"},
+    "normalizer": {"NFC", "Precompiled", "Prepend", "Replace", "Sequence"},
     "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Sequence", "Split"},
     "post_processor": {"ByteLevel", "Sequence", "TemplateProcessing"},
     "decoder": {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"},

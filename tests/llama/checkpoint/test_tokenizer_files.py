@@ -95,7 +95,7 @@ def trained_json(directory: Path, **config) -> Path:
 def written(path: Path, directory: Path):
     """What AutoTokenizer makes of the files that we write for a tokenizer."""
     directory.mkdir()
-    tokenizer_files.write(path, directory, 4096)
+    tokenizer_files.write(path, directory, UNTIED)
     (directory / "config.json").write_text('{"model_type": "llama"}')
     return AutoTokenizer.from_pretrained(directory)
 
@@ -133,6 +133,24 @@ def test_a_token_that_merging_never_builds_has_no_merge():
     rank = {piece: i for i, piece in enumerate([b"a", b"b", b"c", b"ab", b"acb", b"bc", b"abc"])}
     assert tokenizer_files.merges(rank) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")]  # none for acb
     assert tokenizer_files.merges({"x": 0.0, "xx": 1.0, "xxx": 1.0}) == [("xx", "x"), ("x", "x")]
+
+
+def test_pieces_that_normalize_characters(tmp_path):
+    """The rules of sentencepiece's default: compatibility forms are replaced, needless spaces go."""
+    rules = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "add_dummy_prefix": False}
+    path = trained_pieces(tmp_path / "p.model", **rules)
+    ours, theirs = Tokenizer(path), written(path, tmp_path / "out")
+    again = Tokenizer(tmp_path / "out" / "tokenizer.json")
+    for text in (
+        *corpus()[:50],
+        "  two  spaces \u3000 ",
+        "\ufb01ne \u2460 \uff21\uff22",
+        "a\u200bb\tc\nd",
+        "caf\xe9",
+        "  ",
+    ):
+        ids = ours.encode(text, bos=True, eos=False)
+        assert theirs(text).input_ids == ids == again.encode(text, bos=True, eos=False)
 
 
 def test_pieces_that_are_no_byte_pairs_are_refused(tmp_path):
@@ -177,6 +195,18 @@ def test_the_pipeline_stops_where_we_stop(tmp_path, stop):
     (ours,), _ = llama.generate([prompt], max_gen_len=20, temperature=0.0)
     assert ours == said[:last]
     assert pipeline_ids(tmp_path / "out", "Once upon", 20) == [*prompt, *ours, stop]
+
+
+def test_the_pipeline_never_draws_what_the_tokenizer_has_not(tmp_path):
+    model = random_model(dataclasses.replace(UNTIED, vocab_size=4104))
+    model.output.weight.data[4096:] *= 50
+    checkpoint.save(model, tmp_path / "out", "hf", TINY / "tokenizer.model")
+    llama = Llama.build(tmp_path / "out", tmp_path / "out" / "tokenizer.json", 64, 1, device="cpu", dtype="float32")
+    prompt = llama.tokenizer.encode("Once upon", bos=True, eos=False)
+    (ours,), _ = llama.generate([prompt], max_gen_len=20, temperature=0.0)
+    assert pipeline_ids(tmp_path / "out", "Once upon", 20) == [*prompt, *ours]
+    llama.model.output.weight.data[4096:] = 0
+    assert llama.generate([prompt], max_gen_len=20, temperature=0.0)[0] == [ours]
 
 
 def test_the_embedded_model_lives_in_transformers(tmp_path):
