@@ -75,7 +75,7 @@ class ChatFormat:
     def is_unsafe(self, dialog: Dialog) -> bool:
         """Whether a message spells one of Llama 2's tags, in its format, where they would be read as tags."""
         _check_dialog(dialog)
-        tags = LLAMA2_TAGS if self._format() == "[INST]" else ()
+        tags = LLAMA2_TAGS if self.kind() == "[INST]" else ()
         return any(tag in message["content"] for message in dialog for tag in tags)
 
     def encode_header(self, message: Message) -> list[int]:
