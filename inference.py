@@ -55,7 +55,9 @@ class Options(cli.Options):
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     prompt: str | None = option(None, "prompt; default: sample prompts")
-    prompt_file: str | None = option(None, "a file of prompts, one per line, or a JSON list of strings")
+    prompt_file: str | None = option(
+        None, "a file of prompts: one per line, a JSON list, or records with the field prompt"
+    )
     chat: bool = option(
         False, "send each prompt as a user's message to an instruction-tuned model; without a prompt, a conversation"
     )

@@ -61,7 +61,8 @@ def _load_texts(path: Path, found: records.Records, tokenizer: Tokenizer, max_se
         )
     training, held_out = blocks[: len(blocks) - n_last], blocks[len(blocks) - n_last :]
     opening = list((held_out or training)[0].tokens[:OPENING])
-    questions = {tokenizer.decode(opening).strip(): opening}
+    words = tokenizer.decode([token for token in opening if token != tokenizer.bos_id])
+    questions = {" ".join(words.split()): opening}
     return Dataset(training, held_out, questions, found.what, _notes(found, tokenizer, [], []))
 
 

@@ -214,12 +214,37 @@ def test_what_was_learnt_ends_in_transformers_as_well(base, tmp_path, kind):
         assert said == llama.tokenizer.decode(ours) == answer
 
 
-def test_inference_takes_the_result_and_the_same_prompts(base, tmp_path, monkeypatch, capsys):
+PAIRS = [(record["instruction"], record["output"]) for record in crash.RECORDS]
+DIALOGS = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in PAIRS
+]
+FILES = {  # of each kind: what it is called, what it holds, what the run says of it, and the flag of inference.py
+    "Alpaca": ("a.json", json.dumps(crash.RECORDS), "Alpaca records (JSON): 4 samples, 1 held out", "--alpaca"),
+    "chats": ("a", "\n".join(map(json.dumps, DIALOGS)), "chats (JSON lines): 4 samples, 1 held out", "--chat"),
+    "pairs": (
+        "a.txt",
+        json.dumps([{"prompt": question, "completion": answer} for question, answer in PAIRS]),
+        "prompts and completions (JSON): 4 samples, 1 held out",
+        "--stream=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_inference_takes_the_result_and_the_same_prompts(base, tmp_path, monkeypatch, capsys, name):
+    """Whatever it was trained on: the answer after training is what inference.py gives for the question."""
+    file, content, summary, flag = FILES[name]
     root = tmp_path / "run"
-    call(monkeypatch, capsys, *flags(base, root, export="meta"))
+    (tmp_path / file).write_text(content)
+    code, out, err = call(
+        monkeypatch, capsys, *flags(base, root, export="meta", data=tmp_path / file, amp="none", lr=0.1)
+    )
+    assert code == 0 and f"data       {summary}\n" in out, err
     answers = json.loads((root / "summary.json").read_text())["answers"]
+    assert answers[0]["instruction"] == "Say fox." and answers[0]["after"] != answers[0]["before"]
     for source in ([f"--ckpt_dir={root / 'merged'}"], [f"--ckpt_dir={base / 'base'}", f"--adapter={root / 'adapter'}"]):
-        more = ["--alpaca", "--prompt=Say fox.", "--max_gen_len=3", "--temperature=0", "--device=cpu"]
+        more = [flag, "--prompt=Say fox.", "--max_gen_len=3", "--temperature=0", "--device=cpu"]
         monkeypatch.setattr(sys, "argv", ["inference.py", *source, *more])
         with pytest.raises(SystemExit) as exit_:
             cli.run(inference.main)
@@ -227,6 +252,23 @@ def test_inference_takes_the_result_and_the_same_prompts(base, tmp_path, monkeyp
         assert exit_.value.code == 0, err
         shown = out.split("> Say fox.\n")[1].split("\n\n[")[0]
         assert shown.strip() == answers[0]["after"]
+
+
+def test_training_goes_on_with_plain_text(base, tmp_path, monkeypatch, capsys):
+    """Every token a label; the end of the file is held out; the model continues it before and after."""
+    (tmp_path / "corpus.txt").write_text("".join(f"The fox saw {n} bears.\n" for n in range(30)))
+    changes = {"data": tmp_path / "corpus.txt", "max_seq_len": 8, "held_out": 3, "amp": "none", "packing": True}
+    code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **changes))
+    assert code == 0, err
+    assert re.search(r"data       plain text: \d+ samples in \d+ sequences, 3 held out\n", out)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "The fox saw 28" in summary["answers"][0]["instruction"] and len(summary["answers"]) == 1
+    assert summary["held_out_loss"] < summary["held_out_loss_before"] and summary["held_out_asked"] == 0
+    ids = Tokenizer(TINY / "tokenizer.model").encode((tmp_path / "corpus.txt").read_text(), bos=True, eos=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    trained = sum(line["label_tokens"] for line in lines if line.get("epoch") == 0)
+    held_out = len(ids) - 1 - trained
+    assert 2 * 7 < held_out <= 3 * 7  # but for the very first, each token is a label once, here or there
 
 
 def test_full_training_exports_the_trained_weights(base, tmp_path):
