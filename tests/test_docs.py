@@ -83,6 +83,7 @@ def test_commands_run(command, monkeypatch, capsys):
         assert run.returncode == 0, run.stderr
         assert_prints(run.stdout, command)
         return
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a fruit.\n"))  # a conversation from a pipe
     # As from the shell, but for the two seconds that Python and torch take to start.
     assert run_here(words[1:], monkeypatch) == 0, capsys.readouterr().err
     assert_prints(capsys.readouterr().out, command)
