@@ -6,8 +6,10 @@ some broken files, and a part that it knows and we do not (lower-casing, dropout
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ MAX_PATTERN = 2000  # characters of a regular expression
 FIELDS = {"version", "truncation", "padding", "added_tokens", "model"}
 PARTS = {
     "normalizer": {"NFC", "Precompiled", "Prepend", "Replace", "Sequence"},
-    "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Sequence", "Split"},
+    "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Sequence", "Split"},
     "post_processor": {"ByteLevel", "Sequence", "TemplateProcessing"},
     "decoder": {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"},
 }
@@ -46,6 +48,10 @@ def _byte_of_character() -> dict[str, int]:
 
 
 BYTES = _byte_of_character()
+
+
+class _Unsupported(ValueError):
+    """The file is whole, but holds what is not supported."""
 
 
 class HfVocabulary:
@@ -86,7 +92,8 @@ class HfVocabulary:
         self._never = {i for name, i in self.special.items() if name != model.model.unk_token}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        ids = (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
+        with _no_panic("the tokenizers library cannot encode the text with this tokenizer.json"):
+            ids = (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
         if not self._never.isdisjoint(ids):
             raise InputError("merges of the tokenizer make a special token of ordinary text; its vocabulary is broken")
         return ids
@@ -113,6 +120,17 @@ class HfVocabulary:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Turn what the library raises into InputError; a panic of it is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what} ({' '.join(str(error).split())[:200]}); download it again") from error
 
 
 def _ends(model: tokenizers.Tokenizer) -> list[int]:
@@ -153,14 +171,11 @@ def read(data: bytes, path: Path) -> HfVocabulary:
             raise ValueError("it holds no object")
         _check(content)
     except (ValueError, TypeError, RecursionError) as error:  # TypeError: a number where a list should be
-        raise InputError(f"{path}: {error}; download it again") from error
-    try:
+        is_whole = isinstance(error, _Unsupported)
+        remedy = "pass another file of this tokenizer, tokenizer_path=FILE" if is_whole else "download it again"
+        raise InputError(f"{path}: {error}; {remedy}") from error
+    with _no_panic(f"{path}: the tokenizers library cannot read it"):
         model = tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the library is no Exception
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: the tokenizers library cannot read it ({reason}); download it again") from error
     wrong = [t["content"] for t in content["added_tokens"] if model.token_to_id(t["content"]) != t["id"]]
     if wrong:
         raise InputError(f"{path}:added_tokens: {wrong[0]!r} has a different id in model.vocab; download it again")
@@ -176,11 +191,11 @@ def _check(content: dict[str, Any]) -> None:
     if not isinstance(model, dict):
         raise ValueError("model: is missing")
     if model.get("type") != "BPE":
-        raise ValueError(f"model.type: {model.get('type')!r} is not supported, only BPE")
+        raise _Unsupported(f"model.type: {model.get('type')!r} is not supported, only BPE")
     _require_known("model.", model, MODEL_FIELDS)
     for name, accepted in AS_IF_ABSENT.items():
         if model.get(name) not in accepted:
-            raise ValueError(f"model.{name}: {model[name]!r} is not supported")
+            raise _Unsupported(f"model.{name}: {model[name]!r} is not supported")
     vocab, merges, added = model.get("vocab"), model.get("merges"), content.setdefault("added_tokens", [])
     for name, value, kind in (("vocab", vocab, dict), ("merges", merges, list), ("added_tokens", added, list)):
         if not isinstance(value, kind) or len(value) > MAX_WORDS:
@@ -188,29 +203,30 @@ def _check(content: dict[str, Any]) -> None:
     for i, token in enumerate(added):
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
             raise ValueError(f"added_tokens[{i}]: must be an object with content and id")
-    ids = {**vocab, **{token["content"]: token.get("id") for token in added}}
+    names = {token["content"]: token.get("id") for token in added}
+    ids = {**vocab, **names}
     if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"vocab and added_tokens: {len(ids)} tokens must have the ids 0 to {len(ids) - 1}, each once")
     for i, merge in enumerate(merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) and half for half in pair):
-            raise ValueError(f"model.merges[{i}]: must be two pieces")
-        if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
-            raise ValueError(f"model.merges[{i}]: {pair[0]!r} and {pair[1]!r} are not pieces that make a piece")
+        try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            valid = left and right and left in vocab and right in vocab and left + right in vocab
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"model.merges[{i}]: {str(merge)[:60]!r} must be two pieces that make a third")
+    if model.get("unk_token") is not None and model["unk_token"] not in vocab:
+        raise ValueError("model.unk_token: is not in model.vocab")
     kinds = [{part["type"] for part in _flat(content.get(name))} for name in ("pre_tokenizer", "decoder")]
     if not kinds[1] or ("ByteLevel" in kinds[0]) != ("ByteLevel" in kinds[1]):
         raise ValueError("pre_tokenizer and decoder: ByteLevel must be in both, or in neither, and a decoder there")
-    if "ByteLevel" in kinds[1] and any(not set(piece) <= BYTES.keys() for piece in vocab.keys() - _names(added)):
+    if "ByteLevel" in kinds[1] and not set("".join(vocab.keys() - names.keys())) <= BYTES.keys():
         raise ValueError("model.vocab: holds pieces that are not spelled in bytes, unlike the pre_tokenizer's")
-
-
-def _names(added: list[dict[str, Any]]) -> set[str]:
-    return {token["content"] for token in added}
 
 
 def _require_known(place: str, content: dict[str, Any], known: set[str]) -> None:
     if unknown := sorted(name for name in content.keys() - known if content[name] is not None):
-        raise ValueError(f"{place}{unknown[0]}: is not supported")
+        raise _Unsupported(f"{place}{unknown[0]}: is not supported")
 
 
 def _check_part(name: str, part: Any, depth: int = 0) -> None:
@@ -219,14 +235,14 @@ def _check_part(name: str, part: Any, depth: int = 0) -> None:
     supported = PARTS[name]
     if not isinstance(part, dict) or part.get("type") not in supported or depth > MAX_DEPTH:
         kind = part.get("type") if isinstance(part, dict) else part
-        raise ValueError(f"{name}: {kind!r} is not supported, only {', '.join(sorted(supported))}")
+        raise _Unsupported(f"{name}: {kind!r} is not supported, only {', '.join(sorted(supported))}")
     children = [child for key in CHILDREN for child in part.get(key) or ()] if part["type"] == "Sequence" else []
     for child in children:
         _check_part(name, child, depth + 1)
     if part["type"] == "Split" and len(json.dumps(part)) > MAX_PATTERN:
         raise ValueError(f"{name}: holds a pattern of more than {MAX_PATTERN} characters")
     if name == "decoder" and part["type"] in ("Replace", "Strip") and part not in DECODED:
-        raise ValueError(f"{name}: {part['type']} is supported only as {DECODED[part['type'] == 'Strip']}")
+        raise _Unsupported(f"{name}: {part['type']} is supported only as {DECODED[part['type'] == 'Strip']}")
 
 
 def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -423,6 +423,14 @@ def test_a_dialog_that_spells_llama_2s_tags_is_answered_with_an_error(tmp_path):
     assert llama.chat_completion([bad], max_gen_len=5) == [{"generation": error}]
 
 
+def test_a_completion_stops_at_the_end_of_a_turn(tiny):
+    """As in Meta's code: at whatever token ends a text or a turn."""
+    (result,) = tiny.text_completion(["Hi"], temperature=0, max_gen_len=60, logprobs=True)
+    prompt = [*tiny.encode_prompt("Hi"), *tiny.tokenizer.encode("".join(result["tokens"]), bos=False, eos=False)]
+    following = tiny.generate([prompt], 1, 0, stop_tokens=[])[0][0]
+    assert len(result["tokens"]) < 60 and set(following) <= set(tiny.tokenizer.stop_tokens)
+
+
 def test_what_metas_scripts_touch_besides_the_calls(tiny):
     special, text = tiny.tokenizer.special_tokens, "Hi<|eot_id|>"
     assert special["<|eot_id|>"] in tiny.tokenizer.stop_tokens and tiny.model.params.dim == tiny.model.args.dim
