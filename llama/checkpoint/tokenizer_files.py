@@ -106,6 +106,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.pad_id == tokenizer.eos_id:  # trainers leave pads out of the loss, and with them the end of a text
         del ids["pad_token"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # without it, transformers 4 gives segments as well
     config |= {name: named[token] for name, token in ids.items() if token is not None}
     if template := tokenizer.template or chat_template(tokenizer):
         config["chat_template"] = template

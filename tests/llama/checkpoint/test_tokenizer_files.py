@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 import torch
 from conftest import ROOT, SMALL, TINY, asset, random_model
+from gguf.vocab import BpeVocab, LlamaHfVocab, SentencePieceVocab, SpecialVocab
 from support import same_weights
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, pipeline
 
@@ -126,6 +127,7 @@ def test_ids_equal_ours_through_transformers(tmp_path, name):
 
 def test_a_pair_of_texts_begins_twice(tmp_path):
     theirs = written(TINY / "tokenizer.model", tmp_path / "out")
+    assert theirs("a").keys() == {"input_ids", "attention_mask"}
     assert theirs("a", "b").input_ids == theirs("a").input_ids + theirs("b").input_ids
 
 
@@ -171,6 +173,27 @@ def test_chat_templates_give_our_ids(tmp_path, name):
 
 
 # The whole folder
+
+
+@pytest.mark.parametrize("name", ["ranks", "pieces"])
+def test_the_converter_of_llama_cpp_finds_what_it_reads(tmp_path, name):
+    """By the classes of its package that the converter calls: kind of vocabulary, merges, special ids, template."""
+    path = tokenizer_file(name, tmp_path)
+    tokenizer = Tokenizer(path)
+    args = dataclasses.replace(UNTIED, vocab_size=tokenizer.n_words)
+    checkpoint.save(random_model(args), tmp_path / "out", "hf", path)
+    special = SpecialVocab(tmp_path / "out", load_merges=True)
+    assert special.special_token_ids["bos"] == tokenizer.bos_id and special.add_special_token["bos"]
+    assert special.special_token_ids["eos"] == tokenizer.eos_id and special.chat_template
+    if name == "pieces":
+        assert SentencePieceVocab(tmp_path / "out").vocab_size == LlamaHfVocab(tmp_path / "out").vocab_size == 1000
+    else:
+        assert special.special_token_ids["pad"] == tokenizer.pad_id and len(special.merges) > 3000
+        assert BpeVocab(tmp_path / "out").vocab_size == 4096
+        with pytest.raises(TypeError, match="Llama 3 must be converted with BpeVocab"):
+            LlamaHfVocab(tmp_path / "out")
+        with pytest.raises(FileNotFoundError):  # so the converter goes on to byte pairs
+            SentencePieceVocab(tmp_path / "out")
 
 
 def pipeline_ids(folder: Path, prompt: str, n: int) -> list[int]:

@@ -342,7 +342,9 @@ def test_a_text_file(small, tmp_path, monkeypatch, capsys):
 
 def test_against_itself_the_difference_is_zero(small, tmp_path, monkeypatch, capsys):
     flags = (f"--ckpt_dir={small}/m", f"--data={small}/text.txt", "--context=32", f"--results={tmp_path}/r")
-    for second in (f"--against={small}/m", "--against_dtype=float32"):
+    hf = tmp_path / "hf" / "m"  # its tokenizer.json is another file, and the same tokenizer
+    checkpoint.save(checkpoint.load(small / "m"), hf, "hf", small / "m" / "tokenizer.model")
+    for second in (f"--against={small}/m", f"--against={hf}", "--against_dtype=float32"):
         code, out, _ = call(monkeypatch, capsys, *flags, second)
         assert code == 0 and out.count("| m, float32 |") == 2
         ours, theirs = newest(tmp_path / "r", 2)
