@@ -1,4 +1,4 @@
-"""Make a Llama model smaller.
+"""Make a Llama model smaller, or write it in another layout.
 
     python compress.py quantize                                     # the embedded model in 8 bits
     python compress.py quantize --bits=4 --out_dir=runs/int4        # in 4 bits, groups of 32 weights
@@ -8,6 +8,7 @@
     python compress.py prune --method=magnitude --share=0.5                 # half of each matrix becomes zero
     python compress.py prune --ckpt_dir=Llama-3.2-1B --data=train.txt --share=0.25 --iterative
     python compress.py merge --ckpt_dir=Llama-3.2-1B --adapter=runs/finetuning/adapter      # one checkpoint of the two
+    python compress.py convert --ckpt_dir=Llama-3.2-1B --type=q8_0 --out_dir=llama.gguf     # for llama.cpp, ollama
 
 What comes out is a checkpoint directory like any other, which every script here takes as --ckpt_dir; a quantized one is
 run, measured and given adapters, and its own weights stay. How it works: llama/quantization.py, llama/pruning.py.
@@ -29,6 +30,7 @@ from data import text
 from data.tiny import EMBEDDED, directory_of, has_tokenizer
 from llama import Transformer, adapters, checkpoint, cli, files, lora, pruning, quantization
 from llama import device as devices
+from llama.checkpoint import gguf_files
 from llama.cli import option
 from llama.errors import InputError, NonFinite
 from llama.quantization import GROUP_SIZES, Quantization
@@ -42,6 +44,7 @@ N_WORST = 3  # matrices that are named
 CONTEXT = 512  # tokens of a sequence of a text file
 ROUNDS = 8
 STEPS_PER_ROUND = 20
+CONVERTED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,50 @@ def merge(options: MergeOptions) -> None:
         print(f"{lost:.0%} of the update was lost to rounding in {name}; --dtype=float32 keeps it")
 
 
-COMMANDS = {"quantize": quantize, "prune": prune, "merge": merge}
+@dataclass(frozen=True)
+class ConvertOptions(cli.Options):
+    """Write a checkpoint, whatever its layout, in another one: Meta's, Hugging Face's or a GGUF file for llama.cpp."""
+
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    to: str = option("gguf", "layout", choices=("meta", "hf", "gguf"))
+    type: str | None = option(
+        None,
+        "of the weights: f32, f16, bf16, or for gguf q8_0; default: as stored, bf16 for a quantized GGUF file",
+        choices=tuple(CONVERTED),
+    )
+    out_dir: str | None = option(
+        None, "directory, for gguf the file's name, ending in .gguf; must be new; default: runs/converted"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.type == "q8_0" and self.to != "gguf":
+            raise InputError(f"--type=q8_0: needs --to=gguf; {self.to} has f32, f16 and bf16")
+        if self.out_dir is not None and self.out_dir.endswith(".gguf") != (self.to == "gguf"):
+            raise InputError(f"--out_dir={self.out_dir}: a name ends in .gguf where --to=gguf is given, and only there")
+
+
+def convert(options: ConvertOptions) -> None:
+    directory, is_gguf = directory_of(options.ckpt_dir), options.to == "gguf"
+    target = Path(options.out_dir or "runs/converted" + ".gguf" * is_gguf)
+    source = checkpoint.open_source(directory)
+    if source.quantization is not None:
+        raise InputError(f"{directory} is quantized, in codes that other layouts do not have; convert the original")
+    tokenizer = tokenizer_file(options.tokenizer_path, directory)
+    if is_gguf:
+        with files.new_file(target) as scratch:
+            gguf_files.convert(source, scratch, tokenizer, options.type)
+    else:
+        files.require_new(target)
+        checkpoint.save(
+            checkpoint.load(source, CONVERTED.get(options.type), progress=True), target, options.to, tokenizer
+        )
+    size = sum(path.stat().st_size for path in (target, *target.rglob("*")) if path.is_file())
+    print(f"{shown(directory)}: {source.args.n_params():,} parameters, {size / devices.MB:,.2f} MB now, in {target}")
+
+
+COMMANDS = {"quantize": quantize, "prune": prune, "merge": merge, "convert": convert}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

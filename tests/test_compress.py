@@ -34,6 +34,7 @@ from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, quantize
 from llama.speculative import ModelDraft, Speculation
+from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training import verdict
 from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
@@ -110,6 +111,28 @@ def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, 
     assert len(re.findall(r"^\d ", out, re.MULTILINE)) == SMALL.n_layers and "worst: " in out
 
 
+def test_converting_there_and_back_keeps_every_bit(plain, tmp_path, monkeypatch, capsys):
+    """Meta's layout -> GGUF -> Hugging Face's -> GGUF -> Meta's: weights, shape, tokenizer; and what scripts read."""
+    source = plain
+    for name, to in (("a.gguf", "gguf"), ("hf", "hf"), ("b.gguf", "gguf"), ("meta", "meta")):
+        flags = [f"--ckpt_dir={source}", f"--to={to}", f"--out_dir={tmp_path / name}"]
+        code, out, err = call(monkeypatch, capsys, compress, "convert", *flags)
+        assert code == 0 and "MB now" in out, err
+        source = tmp_path / name
+        assert same_weights(checkpoint.load(plain), checkpoint.load(source))
+        assert Tokenizer(find_tokenizer(source)).is_same(Tokenizer(find_tokenizer(plain)))
+    assert checkpoint.fingerprint(tmp_path / "a.gguf") == checkpoint.fingerprint(plain)
+    texts = [
+        call(monkeypatch, capsys, inference, f"--ckpt_dir={place}", "--max_gen_len=4", "--device=cpu", "--seed=1")[1]
+        for place in (tmp_path / "a.gguf", plain)
+    ]
+    assert texts[0].split("\n> ", 1)[1].split("\n[")[0] == texts[1].split("\n> ", 1)[1].split("\n[")[0]
+    for kind, dtype in (("f32", torch.float32), ("q8_0", torch.bfloat16)):
+        flags = [f"--ckpt_dir={plain}", f"--type={kind}", f"--out_dir={tmp_path / kind}.gguf"]
+        assert call(monkeypatch, capsys, compress, "convert", *flags)[0] == 0
+        assert checkpoint.load(tmp_path / f"{kind}.gguf").dtype is dtype
+
+
 @pytest.mark.slow
 def test_the_embedded_model_in_8_bits_is_half_and_runs_everywhere(tmp_path, monkeypatch, capsys):
     """compress.py without --ckpt_dir, then each script that takes a checkpoint, with no more flags."""
@@ -161,6 +184,10 @@ REFUSED = {
     "twice": (["quantize", "--out_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
     "absent": (["quantize", "--out_dir={new}", "--ckpt_dir={new}"], "does not exist"),
     "no tokenizer": (["quantize", "--out_dir={new}", "--tokenizer_path={new}"], "is not a file"),
+    "converting codes": (["convert", "--out_dir={new}.gguf", "--ckpt_dir={quantized}"], "convert the original"),
+    "no .gguf": (["convert", "--out_dir={new}"], "ends in .gguf"),
+    "type": (["convert", "--to=hf", "--type=q8_0", "--out_dir={new}"], "--type=q8_0: needs --to=gguf"),
+    "converting over": (["convert", "--to=hf", "--out_dir={plain}"], "already exists"),
     "no command": ([], "expected a command: compress.py quantize"),
     "other command": (["squeeze"], "expected a command: compress.py quantize"),
     "unknown flag": (["quantize", "--bit=8"], "did you mean --bits?"),

@@ -182,6 +182,14 @@ def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):
         assert (root / name / place).read_bytes() == (TINY / "tokenizer.model").read_bytes()
 
 
+def test_a_merged_gguf_file_is_the_trained_model(base, tmp_path):
+    root = tmp_path / "run"
+    run = run_to(base, root, export="gguf", amp="none", lr=0.05, max_steps=1)
+    tokens = torch.randint(0, 4096, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(checkpoint.load(root / "merged.gguf")(tokens), run.model.eval()(tokens))
+    assert Tokenizer(root / "merged.gguf").is_same(Tokenizer(TINY / "tokenizer.model"))
+
+
 ANSWERS = {"Name a colour.": "Blue.", "Count.": "One, two, three.", "Who are you?": "A fox."}
 
 
@@ -643,7 +651,7 @@ BAD = {
     "max_seq_len": ("8", "none of them to train on"),
     "keep": ("0", "--keep=0"),
     "seed": ("99999999999999999999", "--seed=99999999999999999999: expected less than 9.22"),
-    "export": ("gguf", "--export=gguf"),
+    "export": ("onnx", "--export=onnx"),
     "data": ("absent.json", "cannot read absent.json"),
     "ckpt_dir": ("absent", "absent"),
     "tokenizer_path": ("README.md", "README.md"),

@@ -27,7 +27,7 @@ from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.gguf_header import Stored
-from llama.model import Transformer, rope_frequencies
+from llama.model import rope_frequencies
 
 ARCHITECTURE = "llama"
 # Meta's name -> GGUF's, for everything outside and inside a block.
@@ -51,13 +51,6 @@ READ = ("attention.head_count_kv", "attention.key_length", "attention.value_leng
 READ += ("rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 FIXED = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0}
 IDLE = ("tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
-# What is written by name, and how the file calls itself then. Norms are float32 in all of them.
-TYPES = {
-    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 ROWS = 1024  # dequantized at once; the package needs several times their size
 
@@ -71,7 +64,7 @@ class GgufSource(Source):
         if header.fields.get("split.count", 1) != 1:
             raise InputError(f"{path}: is one of {header.fields['split.count']} parts; join them with gguf-split first")
         n_layers = header.fields.get(f"{ARCHITECTURE}.block_count", 0)
-        meta_names = {theirs: ours for ours, theirs in names(n_layers if isinstance(n_layers, int) else 0).items()}
+        meta_names = {theirs: ours for ours, theirs in names_of(n_layers if isinstance(n_layers, int) else 0).items()}
         self.stored = {meta_names.get(name, name): tensor for name, tensor in header.tensors.items()}
         self.names = {ours: theirs for theirs, ours in meta_names.items()}
         if len(self.stored) != len(header.tensors):
@@ -103,7 +96,7 @@ class GgufSource(Source):
         yield lambda name: _read(data, self.stored[name])
 
 
-def names(n_layers: int) -> dict[str, str]:
+def names_of(n_layers: int) -> dict[str, str]:
     """Meta's name -> GGUF's for a model of so many layers."""
     layers = range(min(n_layers, 1024))
     return TOP | {f"layers.{i}.{meta}": f"blk.{i}.{theirs}" for i in layers for meta, theirs in BLOCK.items()}
@@ -197,66 +190,3 @@ def rope_factors(args: ModelArgs) -> Tensor:
     """By what RoPE scaling divides the frequency of each pair."""
     plain = replace(args, use_scaled_rope=False, rope_scale_factor=None)
     return rope_frequencies(plain) / rope_frequencies(args)
-
-
-def write(model: Transformer, path: Path, tokenizer_path: Path | None, type_name: str | None = None) -> None:
-    """The file that llama.cpp's converter would write, one tensor after the other; `type_name` None: as in memory."""
-    kind, file_type = TYPES[type_name or next(name for name in TYPES if PLAIN.get(TYPES[name][0]) is model.dtype)]
-    args, writer = model.args, gguf.GGUFWriter(path, ARCHITECTURE)
-    writer.add_type("model")
-    writer.add_name("Llama")
-    writer.add_block_count(args.n_layers)
-    writer.add_context_length(args.trained_context)
-    writer.add_embedding_length(args.dim)
-    writer.add_feed_forward_length(args.ffn_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.n_kv_heads)
-    writer.add_rope_freq_base(args.rope_theta)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_key_length(args.head_dim)
-    writer.add_value_length(args.head_dim)
-    writer.add_file_type(file_type)
-    writer.add_vocab_size(args.vocab_size)
-    writer.add_rope_dimension_count(args.head_dim)
-    if args.rope_linear_factor is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(args.rope_linear_factor)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    theirs = names(args.n_layers)
-    weights = {theirs[name]: weight.detach() for name, weight in model.state_dict().items()}
-    if args.use_scaled_rope:
-        weights[ROPE_FACTORS] = rope_factors(args)
-    kinds = {name: _kind_for(weight, kind) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        writer.add_tensor_info(name, weight.shape, np.dtype(np.float32), _n_bytes(weight, kinds[name]), kinds[name])
-    with contextlib.closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, weight in weights.items():
-            writer.write_tensor_data(_encoded(weight, kinds[name], name))
-
-
-def _kind_for(weight: Tensor, kind: Kind) -> Kind:
-    """As llama.cpp's converter chooses: norms in float32, float16 where a row is no whole number of blocks."""
-    if weight.dim() == 1:
-        return Kind.F32
-    return kind if weight.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
-
-
-def _n_bytes(weight: Tensor, kind: Kind) -> int:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return weight.numel() // block * block_bytes
-
-
-def _encoded(weight: Tensor, kind: Kind, name: str) -> np.ndarray:
-    """The bytes of a tensor, a few rows at a time."""
-    out = np.empty((weight.shape[0], _n_bytes(weight, kind) // weight.shape[0]), dtype=np.uint8)
-    for rows, place in zip(weight.split(ROWS), np.split(out, range(ROWS, len(out), ROWS)), strict=True):
-        if kind is Kind.F16 and rows.abs().max() > torch.finfo(torch.float16).max:
-            raise InputError(f"{name}: values exceed float16; use type=bf16 or f32")
-        if kind in PLAIN:
-            place[:] = rows.cpu().to(PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1).numpy()
-        else:
-            place[:] = gguf.quantize(rows.cpu().float().numpy(), kind)
-    return out

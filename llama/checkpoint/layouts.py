@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama import files
-from llama.checkpoint import gguf, hf, hf_files, meta, quantized
+from llama.checkpoint import gguf, gguf_files, hf, hf_files, meta, quantized
 from llama.checkpoint.locate import is_gguf, locate, remedy
 from llama.checkpoint.source import Source
 from llama.errors import InputError
@@ -40,7 +40,7 @@ LAYOUTS = {
     ),
     "hf": Layout(lambda d: (d / hf.CONFIG).exists(), hf.HfSource, hf_files.write, "config.json (HF)", hf.WEIGHTS),
     "meta": Layout(lambda d: _has_params(d, False), meta.MetaSource, meta.write, "params.json (Meta)", meta.WEIGHTS),
-    "gguf": Layout(is_gguf, gguf.GgufSource, gguf.write, "a GGUF file"),
+    "gguf": Layout(is_gguf, gguf.GgufSource, gguf_files.write, "a GGUF file"),
 }
 
 

@@ -136,9 +136,9 @@ class TrainingOptions(Settings):
     )
     export: str = option(
         "meta",
-        "merged model at the end, in the layout meta, hf, both or none; default: meta, and none over a quantized base, "
-        "which no adapter can be merged into",
-        choices=("meta", "hf", "both", "none"),
+        "merged model at the end, in the layout meta, hf, both, gguf or none; default: meta, and none over a quantized "
+        "base, which no adapter can be merged into",
+        choices=("meta", "hf", "both", "gguf", "none"),
     )
     results: str | None = option(None, "append the measured figures to this file, as a row of the tables; default: no")
     show_data: int | None = option(None, "print this many samples, the trained tokens in brackets, and end", least=0)

@@ -35,7 +35,8 @@ from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
 
 MAX_ASKED = 20  # held-out samples whose answers are compared with the reference
-EXPORTS = {"meta": {"merged": "meta"}, "hf": {"merged-hf": "hf"}, "none": {}}  # directories, with their layouts
+EXPORTS = {"meta": {"merged": "meta"}, "hf": {"merged-hf": "hf"}, "none": {}}  # what is written, in which layouts
+EXPORTS["gguf"] = {"merged.gguf": "gguf"}
 EXPORTS["both"] = EXPORTS["meta"] | EXPORTS["hf"]
 
 

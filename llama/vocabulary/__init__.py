@@ -3,6 +3,7 @@
 ranks.py    Llama 3's tokenizer.model: tiktoken ranks
 pieces.py   Llama 2's tokenizer.model: a sentencepiece model
 hf.py       tokenizer.json, read by Hugging Face's `tokenizers`
+gguf.py     a GGUF file, whose metadata hold what the others do
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from llama import gguf_header
 from llama.errors import InputError
-from llama.vocabulary import hf, pieces, ranks
+from llama.vocabulary import gguf, hf, pieces, ranks
 
 MAX_FILE_BYTES = 64 << 20
 
@@ -46,6 +48,8 @@ def read(path: Path) -> Vocabulary:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass tokenizer_path=FILE") from error
+    if data.startswith(gguf_header.MAGIC):
+        return gguf.read(path)
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is no tokenizer")
     if data.startswith(b"version https://git-lfs"):

@@ -165,21 +165,29 @@ def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
 def read(data: bytes, path: Path) -> HfVocabulary:
     """The vocabulary, with its special ids from the files beside it. Raises InputError naming file and field."""
     try:
-        text = data.decode()
-        content = json.loads(text)
+        content = json.loads(data.decode())
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; download it again") from error
+    model = from_content(content, path)
+    return HfVocabulary(model, **_special_ids(model, path, content))
+
+
+def from_content(content: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer of what a tokenizer.json holds. Raises InputError for what is broken or not supported."""
+    try:
         _check(content)
     except (ValueError, TypeError, RecursionError) as error:  # TypeError: a number where a list should be
         is_whole = isinstance(error, _Unsupported)
         remedy = "pass another file of this tokenizer, tokenizer_path=FILE" if is_whole else "download it again"
         raise InputError(f"{path}: {error}; {remedy}") from error
     with _no_panic(f"{path}: the tokenizers library cannot read it"):
-        model = tokenizers.Tokenizer.from_str(text)
+        model = tokenizers.Tokenizer.from_str(json.dumps(content))
     wrong = [t["content"] for t in content["added_tokens"] if model.token_to_id(t["content"]) != t["id"]]
     if wrong:
         raise InputError(f"{path}:added_tokens: {wrong[0]!r} has a different id in model.vocab; download it again")
-    return HfVocabulary(model, **_special_ids(model, path, content))
+    return model
 
 
 def _check(content: dict[str, Any]) -> None:

@@ -47,10 +47,10 @@ class Pieces:
         return piece.replace("\u2581", " ").encode()
 
 
-def read(data: bytes, path: Path) -> Pieces:
+def read(data: bytes, path: Path, template: str = "") -> Pieces:
     """Raises InputError for what is no sentencepiece model, and for one without begin- and end-of-text tokens."""
     try:
-        pieces = Pieces(data)
+        pieces = Pieces(data, template)
         valid = pieces.n_words < 1 << 24 and pieces.bos_id >= 0 and pieces.eos_id >= 0
     except (RuntimeError, OSError, ValueError, IndexError):
         valid = False

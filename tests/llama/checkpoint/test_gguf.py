@@ -16,9 +16,10 @@ from gguf import GGMLQuantizationType as Kind
 from support import mutant, same_weights
 
 from llama import ModelArgs, checkpoint
-from llama.checkpoint import gguf as ours
+from llama.checkpoint import gguf_files
+from llama.checkpoint.gguf import names_of
 from llama.errors import EnvironmentFailure, InputError
-from llama.files import new_file as open_new
+from llama.files import new_file
 
 LLAMA2 = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=300, multiple_of=32, max_seq_len=2048)
 LINEAR = dataclasses.replace(LLAMA2, rope_linear_factor=4.0, n_kv_heads=1)
@@ -96,7 +97,7 @@ def test_logits_equal_transformers(tmp_path, name, monkeypatch):
     monkeypatch.setattr(LlamaConfig, "__class_validators__", [])  # its network computes 24 heads on 1792, too
     model = random_model(SHAPES[name], std=0.05)
     checkpoint.save(model, tmp_path / "hf", "hf")
-    checkpoint.save(model, tmp_path / "m.gguf", "gguf")
+    checkpoint.save(checkpoint.load(tmp_path / "hf"), tmp_path / "m.gguf", "gguf")
     from_hf = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     from_gguf = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     loaded = checkpoint.load(tmp_path / "m.gguf")
@@ -120,7 +121,7 @@ def test_each_type_is_dequantized_as_the_package_does(tmp_path, kind):
     model = checkpoint.load(path, torch.float32)
     theirs = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
     for name, weight in model.state_dict().items():
-        expected = torch.from_numpy(np.array(theirs[ours.names(1)[name]]))
+        expected = torch.from_numpy(np.array(theirs[names_of(1)[name]]))
         assert torch.equal(weight, expected), name
         assert weight.dim() == 1 or weight.unique().numel() > 4
     assert checkpoint.load(path).dtype == torch.bfloat16
@@ -129,8 +130,8 @@ def test_each_type_is_dequantized_as_the_package_does(tmp_path, kind):
 def test_q8_0_is_within_the_rounding_of_the_format(tmp_path):
     """Half a step of 1/127 of a block's largest weight, and fp16's rounding of the step; F16 for odd rows."""
     model = random_model(dataclasses.replace(SMALL, multiple_of=24))
-    with open_new(tmp_path / "m.gguf") as path:
-        ours.write(model, path, None, "q8_0")
+    checkpoint.save(model, tmp_path / "meta")
+    gguf_files.convert(checkpoint.open_source(tmp_path / "meta"), tmp_path / "m.gguf", None, "q8_0")
     loaded = checkpoint.load(tmp_path / "m.gguf", torch.float32).state_dict()
     for name, weight in model.state_dict().items():
         if weight.dim() == 1:
@@ -181,12 +182,11 @@ def test_a_file_of_mixed_types_has_one_dtype(tmp_path):
     assert {weight.dtype for weight in checkpoint.load(path, torch.float32).parameters()} == {torch.float32}
     big = random_model().bfloat16()
     big.layers[1].feed_forward.w1.weight.data[3, 3] = 1e5
-    with (
-        pytest.raises(InputError, match=r"blk\.1\.ffn_gate\.weight: values exceed float16"),
-        open_new(tmp_path / "b") as p,
-    ):
-        ours.write(big, p, None, "f16")
-    assert not (tmp_path / "b").exists() and len(list(tmp_path.iterdir())) == 1
+    checkpoint.save(big, tmp_path / "big")
+    message = r"blk\.1\.ffn_gate\.weight: values exceed float16"
+    with pytest.raises(InputError, match=message), new_file(tmp_path / "b") as scratch:
+        gguf_files.convert(checkpoint.open_source(tmp_path / "big"), scratch, None, "f16")
+    assert {p.name for p in tmp_path.iterdir()} == {"m.gguf", "big"}
 
 
 @pytest.mark.parametrize("limit", [10, 30_000])
