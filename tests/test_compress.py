@@ -370,6 +370,9 @@ def test_adapters_of_a_quantized_base_merge_into_its_original(plain, tmp_path, m
     lora.remove(model)
     assert merged.dtype is dtype and same_weights(merged, model)
     assert (tmp_path / "out" / "config.json").exists() == ("--to=hf" in flags)
+    adapters.load(over_codes := checkpoint.load(small, torch.float32), tmp_path / "a")  # and back
+    adapters.load(over_weights := checkpoint.load(plain, torch.float32), tmp_path / "a")
+    torch.testing.assert_close(over_codes(TOKENS), over_weights(TOKENS), rtol=0, atol=0.2)
 
 
 # A draft

@@ -223,6 +223,29 @@ def test_names_and_files_of_older_versions(hf_base, tmp_path):
         adapters.load(random_model(), tmp_path)
 
 
+def test_pissa_is_read_once_peft_has_converted_it(hf_base, tmp_path):
+    """Plain LoRA of twice the rank then, whose base is the original; PEFT's own logits before the conversion."""
+    theirs = peft.get_peft_model(
+        copy.deepcopy(hf_base), peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    )
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(1.5)
+    wanted = theirs.eval()(TOKENS).logits
+    theirs.save_pretrained(tmp_path / "raw")
+    with warnings.catch_warnings(action="ignore"):
+        theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start")
+    with pytest.raises(InputError, match="init_lora_weights: 'pissa' is not supported"):
+        adapters.load(random_model(), tmp_path / "raw")
+    config = adapters.load(model := random_model(), tmp_path / "converted")
+    assert config.r == 8
+    torch.testing.assert_close(model(TOKENS), wanted, rtol=0, atol=1e-5)
+    assert (random_model()(TOKENS) - wanted).abs().max() > 1e-2
+
+
 def test_several_adapters_are_the_sum_of_their_updates(hf_base, tmp_path):
     """Each with its own configuration; in PEFT, two active adapters."""
     of_peft(hf_base, tmp_path / "a", r=3, use_rslora=True)
