@@ -85,7 +85,7 @@ def folders(adapter: str | Path) -> list[Path]:
             raise InputError(f"adapter={folder} is not a directory; name the one that holds {CONFIG}")
         if not (folder / CONFIG).is_file():
             below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
-            remedy = f"; {' and '.join(below[:3])} do" if below else ""
+            remedy = f"; look at {' or '.join(below[:3])}" if below else ""
             raise InputError(f"adapter={folder} holds no {CONFIG}{remedy}")
         found.append(folder)
     return found

@@ -314,7 +314,7 @@ def test_an_adapter_is_found_from_a_file_in_it_and_named_from_above(tmp_path):
     adapters.save(adapted(), SMALL_LORA, tmp_path / "run,1" / "adapter", "")
     path = tmp_path / "run,1" / "adapter"
     assert adapters.folders(path / adapters.WEIGHTS) == adapters.folders(path) == [path]
-    with pytest.raises(InputError, match=re.escape(f"holds no {adapters.CONFIG}; {path} do")):
+    with pytest.raises(InputError, match=re.escape(f"holds no {adapters.CONFIG}; look at {path}")):
         adapters.folders(path.parent)
 
 
