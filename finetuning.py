@@ -1,10 +1,11 @@
-"""Fine-tune a Llama model on instructions, with LoRA or in full, in a run that can be stopped and resumed at any time.
+"""Fine-tune a Llama model, with LoRA or in full, in a run that can be stopped and resumed at any time.
 
     python finetuning.py                               # the embedded model, 200 records, the course's settings
     python finetuning.py --preset=learn                # settings that change what the model answers
     python finetuning.py --ckpt_dir=Llama-3.2-1B --dtype=float16 --lean       # in a fifth more than the weights need
     python finetuning.py --resume                      # continue where a run stopped, to the same bytes
     python finetuning.py --adapter=runs/finetuning/adapter --out_dir=runs/more    # go on from an adapter
+    python finetuning.py --data=chats.jsonl            # Alpaca's records, chats, prompts with completions, plain text
     python finetuning.py --show_data=3                 # print samples, the trained tokens in brackets
 
 The whole training loop is `train`, below. What it calls stands in llama/training: step.py has the parts of a step,
@@ -126,7 +127,7 @@ def tokenizer_file(options: TrainingOptions) -> Path:
 
 def data_file(options: TrainingOptions) -> Path:
     if options.data is not None:
-        return Path(options.data)
+        return Path(options.data).expanduser()
     return (EMBEDDED if options.ckpt_dir is None else EMBEDDED.parent) / "alpaca_200.json"
 
 
@@ -171,7 +172,7 @@ def cell_of(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), options.adapter)
     cell |= {name: getattr(options, name) for name in CELL} | options.changed()
     cell["kernels"] = train_ops.in_use(options.lean, device)
-    return cell if options.data is None else {**cell, "data_sha256": files.sha256(Path(options.data))}
+    return cell if options.data is None else {**cell, "data_sha256": files.sha256(data_file(options))}
 
 
 def save_chart(row: row_files.Row, path: Path) -> None:

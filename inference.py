@@ -137,7 +137,7 @@ def main(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompt_file is not None:
-        texts = read_prompts(Path(options.prompt_file))
+        texts = read_prompts(Path(options.prompt_file).expanduser())
     directory = directory_of(options.ckpt_dir)
     llama = load(options, directory)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)

@@ -95,7 +95,7 @@ def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> It
 
 def _notes(found: records.Records, tokenizer: Tokenizer, cut: Sequence[str], left_out: Sequence[str]) -> str:
     """What was not used as it came, by name."""
-    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"\Z(?<=x)")
+    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or "(?!)")
     spelled = [f"record {number}" for number, record in enumerate(found.records, 1) if special.search(repr(record))]
     return (
         _about(cut, "cut at max_seq_len")

@@ -55,10 +55,10 @@ class Chat:
 
     def parts(self, tokenizer: Tokenizer) -> Parts:
         """In the chat format of the vocabulary. Raises InputError for what is no dialog, or has an empty answer."""
-        if any(message["role"] == "assistant" and not message["content"].strip() for message in self.messages):
+        messages = [message for message in self.messages if message["role"] != "system" or message["content"].strip()]
+        if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
             raise InputError("an answer is empty")
-        no_system = self.messages[:1] and self.messages[0]["role"] == "system" and not self.messages[0]["content"]
-        return ChatFormat(tokenizer).encode_dialog(self.messages[1:] if no_system else self.messages)
+        return ChatFormat(tokenizer).encode_dialog(messages)
 
     @staticmethod
     def ask(tokenizer: Tokenizer, question: str) -> list[int]:
