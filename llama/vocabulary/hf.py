@@ -33,6 +33,7 @@ DECODED = (
     {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
     {"type": "Strip", "content": " ", "start": 1, "stop": 0},
 )
+NO_SPACE = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # in all that can prepend one
 CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # what the parts of a Sequence are called
 AS_IF_ABSENT = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
 MODEL_FIELDS = {*AS_IF_ABSENT, "type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
@@ -84,7 +85,12 @@ class HfVocabulary:
         added = model.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._added = {i: token.content.encode() for i, token in added.items()}
-        decoders = _flat(_state(model.decoder))
+        decoders, *others = (
+            [] if part is None else _flat(json.loads(part.__getstate__()))
+            for part in (model.decoder, model.normalizer, model.pre_tokenizer)
+        )
+        leaves = [part for parts in others for part in parts]
+        self._adds_space = any(part.get(name, off) != off for part in leaves for name, off in NO_SPACE.items())
         self._is_byte_level = any(part["type"] == "ByteLevel" for part in decoders)
         self.leading_space = any(
             part.get("start") == 1 or part.get("prepend_scheme") in ("always", "first") for part in decoders
@@ -92,8 +98,9 @@ class HfVocabulary:
         self._never = {i for name, i in self.special.items() if name != model.model.unk_token}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
+        model = self._continuing if continues and self._adds_space else self.model
         with _no_panic("the tokenizers library cannot encode the text with this tokenizer.json"):
-            ids = (self._continuing if continues else self.model).encode(text, add_special_tokens=False).ids
+            ids = model.encode(text, add_special_tokens=False).ids
         if not self._never.isdisjoint(ids):
             raise InputError("merges of the tokenizer make a special token of ordinary text; its vocabulary is broken")
         return ids
@@ -101,13 +108,10 @@ class HfVocabulary:
     @functools.cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
         """The tokenizer without what puts a space before a text."""
-        parts = [*_flat(_state(self.model.normalizer)), *_flat(_state(self.model.pre_tokenizer))]
-        if not any(part["type"] in ("Prepend", "Metaspace") or part.get("add_prefix_space") for part in parts):
-            return self.model
         content = json.loads(self.model.to_str())
-        model = tokenizers.Tokenizer.from_str(
-            json.dumps({**content, **{name: _unprefixed(content[name]) for name in ("normalizer", "pre_tokenizer")}})
-        )
+        for part in (*_flat(content["normalizer"]), *_flat(content["pre_tokenizer"])):
+            part |= {name: value for name, value in NO_SPACE.items() if name in part}
+        model = tokenizers.Tokenizer.from_str(json.dumps(content))
         model.encode_special_tokens = True
         return model
 
@@ -138,28 +142,12 @@ def _ends(model: tokenizers.Tokenizer) -> list[int]:
     return [special[name] for name in ENDS if name in special]
 
 
-def _state(part: Any) -> dict[str, Any] | None:
-    return None if part is None else json.loads(part.__getstate__())
-
-
 def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The parts of a Sequence, of Sequences in it too; or the one part; or none."""
     if part is None:
         return []
     inner = [child for name in CHILDREN for child in part.get(name, ())]
     return [leaf for child in inner for leaf in _flat(child)] if part["type"] == "Sequence" else [part]
-
-
-def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Sequence":
-        return {
-            name: [kept for child in value if (kept := _unprefixed(child))] if name in CHILDREN else value
-            for name, value in part.items()
-        }
-    changes = {"add_prefix_space": False, "prepend_scheme": "never"}
-    return part | {name: value for name, value in changes.items() if name in part}
 
 
 def read(data: bytes, path: Path) -> HfVocabulary:

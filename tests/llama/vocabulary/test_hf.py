@@ -117,6 +117,17 @@ def test_a_text_that_continues_another_has_no_space_of_its_own(tmp_path, style):
     assert (tokenizer.encode(answer, False, True) == parts[1]) == (style != "tinyllama")
 
 
+def test_parts_that_do_nothing(tmp_path):
+    """An empty sequence of normalizers, as some models have; truncation and padding, which are for training."""
+    path = vocabularies.write(tmp_path, "llama3")
+    expected = Tokenizer(path).encode("Hello there" * 9, bos=True, eos=True)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["normalizer"] = {"type": "Sequence", "normalizers": []}
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content))
+    assert Tokenizer(path).encode("Hello there" * 9, bos=True, eos=True) == expected
+
+
 def changed(**changes):
     """A change to the file: a value by its path, where None takes it away."""
 
