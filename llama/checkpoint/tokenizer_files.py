@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama import files
 from llama.chat import ChatFormat
+from llama.checkpoint.locate import is_gguf
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
@@ -46,11 +47,15 @@ CHAT_TEMPLATES = {
     "{{ bos_token + '[INST] ' + ((system if loop.first else '') + message.content) | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
 }
+MAX_PIECE = 1024  # Llama 3's longest are 128 spaces
 Text = TypeVar("Text", bytes, str)
 
 
-def write(path: Path, directory: Path, args: ModelArgs) -> dict[str, Any]:
-    """Write the tokenizer for transformers, with its tokenizer.model where there is one; returns its special ids."""
+def write(path: Path, directory: Path, args: ModelArgs | None = None) -> dict[str, Any]:
+    """Write a tokenizer for transformers, with its tokenizer.model where there is one; returns its special ids.
+
+    args: the shape of the model that it is for.
+    """
     tokenizer = Tokenizer(path)
     if tokenizer.kind == "tiktoken":
         byte_level(tokenizer).save(str(directory / TOKENIZER))
@@ -64,27 +69,23 @@ def write(path: Path, directory: Path, args: ModelArgs) -> dict[str, Any]:
 
 
 def copy(path: Path | None, directory: Path) -> None:
-    """Put the tokenizer into a directory of Meta's layout or ours, as it is."""
+    """Put a tokenizer, if any, into a directory of Meta's layout or ours: tokenizer.model as it is, others as JSON."""
     if path is None:
         return
-    tokenizer = Tokenizer(path)
-    if tokenizer.kind == "hf":
-        write_settings(tokenizer, path, directory)
-    elif tokenizer.kind == "sentencepiece":
-        (directory / "tokenizer.model").write_bytes(tokenizer.vocabulary.model.serialized_model_proto())
+    if is_gguf(path) or Tokenizer(path).kind == "hf":
+        write(path, directory)
     else:
         shutil.copyfile(path, directory / "tokenizer.model")
 
 
-def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, args: ModelArgs | None = None) -> None:
+def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, args: ModelArgs | None) -> None:
     """Write tokenizer_config.json and generation_config.json, and a tokenizer.json that is the source's own."""
     config = tokenizer_config(tokenizer)
-    if tokenizer.kind == "hf":
-        if path.read_bytes()[:4] == b"GGUF":
-            model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
-            put_bos_first(model, tokenizer).save(str(directory / TOKENIZER))
-        else:
-            shutil.copyfile(path, directory / TOKENIZER)
+    if tokenizer.kind == "hf" and is_gguf(path):
+        model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
+        put_bos_first(model, tokenizer).save(str(directory / TOKENIZER))
+    elif tokenizer.kind == "hf":
+        shutil.copyfile(path, directory / TOKENIZER)
         for name in NEIGHBOURS:
             if (path.parent / name).is_file():
                 shutil.copyfile(path.parent / name, directory / name)
@@ -146,6 +147,10 @@ def merges(rank: Mapping[Text, float]) -> list[tuple[Text, Text]]:
     encoded alone. A token that merging never builds has none; it is found only where it is a whole word.
     """
     found = []
+    if any(len(token) > MAX_PIECE for token in rank):
+        raise InputError(
+            f"the tokenizer has a token of more than {MAX_PIECE:,} characters; it is no vocabulary of words"
+        )
     # Of equal ones (Llama 2's runs of spaces) the longest goes first: what can be built was built from the left.
     for token in sorted(rank, key=lambda token: (rank[token], -len(token))):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -155,7 +160,7 @@ def merges(rank: Mapping[Text, float]) -> list[tuple[Text, Text]]:
             if joint[first] == float("inf"):
                 break
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
+        if len(parts) == 2 and parts[0] in rank and parts[1] in rank:
             found.append((parts[0], parts[1]))
     return found
 

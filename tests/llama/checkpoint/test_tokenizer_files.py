@@ -155,6 +155,11 @@ def test_pieces_that_normalize_characters(tmp_path):
         assert theirs(text).input_ids == ids == again.encode(text, bos=True, eos=False)
 
 
+def test_a_token_of_a_megabyte_takes_no_time():
+    with pytest.raises(InputError, match="more than 1,024"):
+        tokenizer_files.merges({b"a": 0, b"a" * (1 << 20): 1})
+
+
 def test_pieces_that_are_no_byte_pairs_are_refused(tmp_path):
     path = trained_pieces(tmp_path / "p.model", model_type="unigram")
     with pytest.raises(InputError, match="byte pairs"):
@@ -263,6 +268,27 @@ def test_the_source_keeps_its_word(tmp_path):
         assert theirs.chat_template == "{{ 'mine <|im_start|>' }}" and theirs.model_max_length == 99
         assert (tmp_path / name / "tokenizer.json").read_bytes() == path.read_bytes()
     assert same_weights(checkpoint.load(tmp_path / "first"), checkpoint.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["ranks", "pieces", "chatml"])
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_the_tokenizer_of_a_gguf_file_goes_on(tmp_path, name, layout):
+    path = trained_json(tmp_path / "s") if name == "chatml" else tokenizer_file(name, tmp_path)
+    first = Tokenizer(path)
+    model = random_model(dataclasses.replace(UNTIED, vocab_size=first.n_words))
+    checkpoint.save(model, tmp_path / "m.gguf", "gguf", path)
+    checkpoint.save(checkpoint.load(tmp_path / "m.gguf"), tmp_path / "out", layout, tmp_path / "m.gguf")
+    ours = Tokenizer(find_tokenizer(tmp_path / "out"))
+    assert ours.is_same(first) and set(ours.stop_tokens) == set(first.stop_tokens) and ours.adds_bos == first.adds_bos
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in random_texts(100):
+        assert (
+            theirs(text).input_ids == ours.encode(text, bos=True, eos=False) == first.encode(text, bos=True, eos=False)
+        )
+    ids = theirs.apply_chat_template(DIALOG, add_generation_prompt=True, return_dict=False)
+    assert ids == ChatFormat(ours).encode_dialog_prompt(DIALOG)
+    assert theirs.chat_template == Tokenizer(tmp_path / "m.gguf").template
 
 
 @pytest.mark.parametrize("bits", [None, 8])
