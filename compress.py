@@ -206,9 +206,7 @@ def load_text(tokenizer_file: Path, options: PruneOptions) -> text.Text | None:
     tokenizer = Tokenizer(tokenizer_file)
     if options.data is not None:
         return text.from_file(Path(options.data), tokenizer, CONTEXT, options.batch_size, options.seed)
-    return (
-        text.of_embedded_model(tokenizer, options.batch_size, options.seed) if has_tokenizer(tokenizer_file) else None
-    )
+    return text.of_embedded_model(tokenizer, options.batch_size, options.seed) if has_tokenizer(tokenizer) else None
 
 
 def size_line(model: Transformer, dtype: torch.dtype) -> str:

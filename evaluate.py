@@ -103,7 +103,7 @@ def main(options: Options) -> None:
     directory = sides[0].directory
     path = find_tokenizer(directory, options.tokenizer_path)
     tokenizer = Tokenizer(path)
-    is_embedded = has_tokenizer(path)
+    is_embedded = has_tokenizer(tokenizer)
     context = options.context
     if context is None:
         context = SEQ_LEN + 1 if is_embedded else CONTEXT

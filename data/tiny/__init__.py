@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama import checkpoint, files
+from llama import Tokenizer, checkpoint
 
 EMBEDDED = Path(__file__).parent
 
@@ -17,6 +17,6 @@ def name_of(directory: Path) -> str:
     return "tiny" if directory.resolve() == EMBEDDED.resolve() else directory.resolve().name
 
 
-def has_tokenizer(path: Path) -> bool:
-    """Whether a tokenizer file is the embedded model's: then there is text of its world to train and measure on."""
-    return files.sha256(path) == files.sha256(EMBEDDED / "tokenizer.model")
+def has_tokenizer(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is the embedded model's: then there is text of its world to train and measure on."""
+    return tokenizer.is_same(Tokenizer(EMBEDDED / "tokenizer.model"))

@@ -8,11 +8,12 @@ import re
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, random_model
 
-from data.tiny import corpus, train
-from llama import Tokenizer, checkpoint
+from data.tiny import corpus, has_tokenizer, train
+from llama import ModelArgs, Tokenizer, checkpoint
 from llama.errors import InputError
+from llama.tokenizer import find_tokenizer
 
 
 def documents(n: int, mix: corpus.Mix = corpus.BALANCED) -> list[corpus.Document]:
@@ -110,3 +111,12 @@ def test_byte_alphabet_covers_every_byte():
     assert sorted(train._piece_bytes(char) for char in alphabet) == [bytes([byte]) for byte in range(256)]
     shown = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" é\n")
     assert train._piece_bytes("".join(piece for piece, _ in shown)).decode() == " é\n"
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf", "gguf"])
+def test_the_tokenizer_is_known_in_every_layout(tmp_path, layout):
+    """So evaluate.py and compress.py need no text for what was exported from the embedded model."""
+    checkpoint.save(
+        random_model(ModelArgs(32, 1, 2, vocab_size=4096)), tmp_path / "m", layout, TINY / "tokenizer.model"
+    )
+    assert has_tokenizer(Tokenizer(find_tokenizer(tmp_path / "m")))
