@@ -34,7 +34,7 @@ from llama.model import Transformer
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
-TENSOR = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\.\d+\.\w+\.\w+\.lora_[AB])(?:\.\w+)?\.weight")  # read
+TENSOR = re.compile(r"(?:(?:base_model|model)\.)*(layers\.\d+\.\w+\.\w+\.lora_[AB])(?:\.\w+)?\.weight")  # read
 HF_NAMES = {target: hf.BLOCK[name].removesuffix(".weight") for target, name in META_NAMES.items()}  # inside a block
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -282,8 +282,12 @@ def _read(folder: Path, model: Transformer) -> Adapter:
         with open_safetensors(path) as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle)
-    about_base = about.get("base_sha256"), files.read_json(folder / CONFIG).get("base_model_name_or_path")
-    return Adapter(path, config, _fit(path, tensors, config, model), *about_base)
+    base = files.read_json(folder / CONFIG).get("base_model_name_or_path")
+    try:
+        matrices = _fit(path, tensors, config, model)
+    except InputError as error:
+        raise InputError(f"{error}; it was made for {_shown(base)}" if base else str(error)) from None
+    return Adapter(path, config, matrices, about.get("base_sha256"), base)
 
 
 def _weights(folder: Path) -> Path:
@@ -299,7 +303,7 @@ def _fit(
     """The tensors by module and matrix, in fp32 and Meta's order, once each is known to be there and to fit."""
     names: dict[str, str] = {}
     for name in sorted(tensors):
-        match = TENSOR.fullmatch(name)
+        match = TENSOR.fullmatch(hf.WRAPPERS.sub("", name))
         key = name if match is None else match[1]
         if key in names:
             raise InputError(f"{path}:{name}: stands twice, as {names[key]} too")

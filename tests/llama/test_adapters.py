@@ -214,7 +214,11 @@ def test_names_and_files_of_older_versions(hf_base, tmp_path):
     adapters.load(model := random_model(), tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / adapters.WEIGHTS)
     (tmp_path / adapters.WEIGHTS).unlink()
-    for old, new in ((".weight", ".default.weight"), ("base_model.model.model.", "base_model.model."), ("", "")):
+    for old, new in (
+        (".weight", ".default.weight"),
+        ("base_model.model.model.", "base_model.model."),
+        ("base_model.", "_orig_mod.base_model._orig_mod."),
+    ):
         torch.save({name.replace(old, new): t.half() for name, t in tensors.items()}, tmp_path / adapters.PICKLED)
         adapters.load(again := random_model(), tmp_path)
         torch.testing.assert_close(again(TOKENS), model(TOKENS), rtol=0, atol=1e-2)
@@ -306,7 +310,7 @@ def test_an_adapter_of_another_base_is_refused_unless_any_will_do(tmp_path):
     assert BASE[:12] in str(error.value) and "e" * 12 in str(error.value)
     assert not lora.layers(model)
     adapters.load(model, tmp_path / "a")
-    with pytest.raises(InputError, match="has shape"):  # shapes are never waived
+    with pytest.raises(InputError, match=r"has shape .* made for 'its-base'"):  # shapes are never waived
         adapters.load(random_model(dataclasses.replace(SMALL, dim=128)), tmp_path / "a")
 
 
