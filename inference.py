@@ -39,7 +39,7 @@ from llama.errors import InputError
 from llama.evaluation.agreement import verdict
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.stops import StopStrings, cut
-from llama.tokenizer import TOKENIZER_PATHS, StreamDecoder, Tokenizer, find_tokenizer
+from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
 
 SAMPLE_CHATS = (
     "What colour is the sky on a clear day?",
@@ -194,9 +194,11 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
         return PromptLookup()
     directory = directory_of(name)
     check_vocabulary(checkpoint.read_args(directory), llama.n_words)
-    own = [path for place in TOKENIZER_PATHS if (path := directory / place).is_file()]
-    if own and not llama.tokenizer.is_same(Tokenizer(own[0])):
-        raise InputError(f"{own[0]} is not the model's tokenizer; a draft must have been trained with the same one")
+    own = None
+    with contextlib.suppress(InputError):  # it brings none
+        own = find_tokenizer(directory)
+    if own is not None and not llama.tokenizer.is_same(Tokenizer(own)):
+        raise InputError(f"{own} is not the model's tokenizer; a draft must have been trained with the same one")
     return ModelDraft(checkpoint.load(directory, llama.model.dtype, llama.device, progress=True), decoding)
 
 
