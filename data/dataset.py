@@ -30,67 +30,51 @@ class Dataset:
 def load(
     path: Path, tokenizer: Tokenizer, max_seq_len: int, n_held_out: int, seed: int, questions: Sequence[str]
 ) -> Dataset:
-    """Records: a seeded choice of n_held_out samples is held out. Texts: so many blocks of their end, a tenth at most.
+    """Of records a seeded choice of n_held_out samples is held out, of texts the last blocks, a tenth at most.
 
     Raises InputError as records.read does, and where nothing would be left to train on.
     """
     found = records.read(path)
-    kind = type(found.records[0])
-    if kind is records.Text:
-        return _load_texts(path, found, tokenizer, max_seq_len, n_held_out)
-    asked = {question: kind.ask(tokenizer, question) for question in questions}
-    encoded, cut, left_out = samples.encode(tokenizer, found.records, max_seq_len)
-    if len(encoded) <= n_held_out:
+    encoded, cut, left_out = _encode(found.records, tokenizer, max_seq_len)
+    is_text = isinstance(found.records[0], records.Text)
+    n = min(n_held_out, max(1, len(encoded) // 10)) if is_text else n_held_out
+    if len(encoded) <= n:
         raise InputError(
-            f"data={path}: {len(encoded)} records have an answer within max_seq_len={max_seq_len}; "
-            f"held_out={n_held_out} leaves none of them to train on{_about(left_out, 'left out')}"
+            f"data={path}: {found.what}, {len(encoded)} samples within max_seq_len={max_seq_len}; "
+            f"held_out={n} leaves none of them to train on, use a smaller one{_about(left_out, 'left out')}"
         )
-    chosen = set(order.epoch_order(len(encoded), seed, 0)[:n_held_out])
+    chosen = set(range(len(encoded) - n, len(encoded)) if is_text else order.epoch_order(len(encoded), seed, 0)[:n])
     held_out = [encoded[i] for i in sorted(chosen)]
     training = [sample for i, sample in enumerate(encoded) if i not in chosen]
+    if is_text:
+        tokens = (held_out or training)[0].tokens
+        opening = list(tokens[: min(OPENING, len(tokens) // 2)])
+        asked = {" ".join(tokenizer.decode(opening[opening[0] == tokenizer.bos_id :]).split()): opening}
+    else:
+        asked = {question: found.records[0].ask(tokenizer, question) for question in questions}
     return Dataset(training, held_out, asked, found.what, _notes(found, tokenizer, cut, left_out))
 
 
-def _load_texts(path: Path, found: records.Records, tokenizer: Tokenizer, max_seq_len: int, n_held_out: int) -> Dataset:
-    blocks = _blocks(found, tokenizer, max_seq_len)
-    n_last = min(n_held_out, max(1, len(blocks) // 10))
-    if len(blocks) <= n_last:
-        raise InputError(
-            f"data={path}: has {len(blocks)} blocks of max_seq_len={max_seq_len} tokens; held_out={n_held_out} leaves "
-            "none to train on; use a smaller max_seq_len or held_out=0"
-        )
-    training, held_out = blocks[: len(blocks) - n_last], blocks[len(blocks) - n_last :]
-    opening = list((held_out or training)[0].tokens[:OPENING])
-    words = tokenizer.decode([token for token in opening if token != tokenizer.bos_id])
-    questions = {" ".join(words.split()): opening}
-    return Dataset(training, held_out, questions, found.what, _notes(found, tokenizer, [], []))
-
-
-def _blocks(found: records.Records, tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
-    """Plain text in one stream of blocks; of texts in records, each by itself, with its end."""
-    if found.what == "plain text":
-        return text.blocks(text.encode(found.records[0].text, tokenizer), max_seq_len)
-    return [
-        block
-        for number, record in enumerate(found.records, 1)
-        for block in text.blocks(
-            [*text.encode(record.text, tokenizer), tokenizer.eos_id], max_seq_len, f"record {number} token"
-        )
-    ]
+def _encode(
+    entries: list[records.Record], tokenizer: Tokenizer, max_seq_len: int
+) -> tuple[list[Sample], list[str], list[str]]:
+    """As samples.encode; of texts every block, and nothing is cut or left out."""
+    if not isinstance(entries[0], records.Text):
+        return samples.encode(tokenizer, entries, max_seq_len)
+    blocks = []
+    for number, record in enumerate(entries, 1):
+        ids = text.encode(record.text, tokenizer) + [tokenizer.eos_id] * record.has_end
+        blocks += text.blocks(ids, max_seq_len, f"record {number} token")
+    return blocks, [], []
 
 
 def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> Iterator[str]:
     """Lines: the first samples as the model will see them, and how the file was read."""
-    found, cut, left_out = records.read(path), [], []
-    if isinstance(found.records[0], records.Text):
-        blocks = _blocks(found, tokenizer, max_seq_len)
-        shown, all_of_them = blocks[:n_shown], f"{len(blocks)} blocks"
-    else:
-        shown, cut, left_out = samples.encode(tokenizer, found.records[:n_shown], max_seq_len)
-        all_of_them = f"{len(found.records)} records"
-    for sample in shown:
+    found = records.read(path)
+    shown, cut, left_out = _encode(found.records[: max(1, n_shown)], tokenizer, max_seq_len)
+    for sample in shown[:n_shown]:
         yield from (*samples.show(sample, tokenizer), "")
-    yield f"{len(shown)} of {all_of_them} of {path}, {found.what}{_notes(found, tokenizer, cut, left_out)}"
+    yield f"{len(shown[:n_shown])} samples of {path}, {found.what}{_notes(found, tokenizer, cut, left_out)}"
 
 
 def _notes(found: records.Records, tokenizer: Tokenizer, cut: Sequence[str], left_out: Sequence[str]) -> str:

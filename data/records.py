@@ -91,10 +91,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of which every token is trained, in blocks: data/text.py."""
+    """A text of which every token is trained, in blocks: data/text.py. has_end: it ends where the record does."""
 
     kind: ClassVar[str] = "texts"
     text: str
+    has_end: bool = True
 
 
 Record = alpaca.Record | Chat | Pair | Text
@@ -102,7 +103,7 @@ Record = alpaca.Record | Chat | Pair | Text
 
 @dataclass(frozen=True)
 class Records:
-    """Records of one kind; `what` they are and in which format; fields that some of them have and that are not used."""
+    """Records of one kind; what they are, and in which format; fields that some of them have and that are not used."""
 
     what: str
     records: list[Record]
@@ -113,7 +114,7 @@ def read(path: str | Path) -> Records:
     """The records of a file; plain text is one. Raises InputError naming file, record (from 1) and field."""
     container, found = entries(Path(path), FORMATS)
     if isinstance(found, str):
-        return Records(container, [Text(found)])
+        return Records(container, [Text(found, has_end=False)])
     first = require_object(f"{path}:record 1", found[0])
     fields = next((fields for fields in FORMATS if set(fields) <= set(first)), None)
     if fields is None:
@@ -123,7 +124,9 @@ def read(path: str | Path) -> Records:
         where = f"{path}:record {number}"
         records.append(FORMATS[fields](where, require_object(where, entry), fields))
         unused |= entry.keys() - {*fields, "input"}
-    return Records(f"{records[0].kind} ({container})", records, tuple(sorted(unused)))
+        for turn in entry[fields[0]] if isinstance(entry[fields[0]], list) else ():
+            unused |= {f"{fields[0]}.{name}" for name in turn.keys() - {"role", "content", "from", "value"}}
+    return Records(f"{len(records):,} {records[0].kind} ({container})", records, tuple(sorted(unused)))
 
 
 def entries(path: Path, known: Iterable[tuple[str, ...]]) -> tuple[str, list[Any] | str]:

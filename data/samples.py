@@ -19,7 +19,7 @@ Parts = list[tuple[list[int], bool]]  # ids in their order, and whether they are
 
 
 class Record(Protocol):
-    """What a sample is made of: data.alpaca.Record, data.records.Chat, ..."""
+    """data.alpaca.Record, data.records.Chat, ..."""
 
     def parts(self, tokenizer: Tokenizer) -> Parts: ...
 
@@ -55,13 +55,12 @@ def encode(
         name = f"record {number}"
         try:
             sample = from_parts(name, record.parts(tokenizer))
+            if sample.n_prompt >= max_seq_len:
+                raise InputError("no room for an answer")
         except InputError as error:
             left_out.append(f"{name}: {str(error)[:100]}")
             continue
         if len(sample.tokens) > max_seq_len:
-            if sample.n_prompt >= max_seq_len:
-                left_out.append(f"{name}: no room for an answer")
-                continue
             cut.append(name)
             inside = [range(part.start, min(part.stop, max_seq_len)) for part in sample.answers]
             answers = tuple(part for part in inside if part)
@@ -78,8 +77,6 @@ def from_parts(name: str, parts: Parts) -> Sample:
         start = max(1, len(ids))  # nothing predicts the first token
         ids += part
         if is_answer and start < len(ids):
-            if answers and answers[-1].stop == start:
-                start = answers.pop().start
             answers.append(range(start, len(ids)))
     if not answers:
         raise InputError("no answer")

@@ -228,12 +228,12 @@ DIALOGS = [
     for question, answer in PAIRS
 ]
 FILES = {  # of each kind: what it is called, what it holds, what the run says of it, and the flag of inference.py
-    "Alpaca": ("a.json", json.dumps(crash.RECORDS), "Alpaca records (JSON): 4 samples, 1 held out", "--alpaca"),
-    "chats": ("a", "\n".join(map(json.dumps, DIALOGS)), "chats (JSON lines): 4 samples, 1 held out", "--chat"),
+    "Alpaca": ("a.json", json.dumps(crash.RECORDS), "5 Alpaca records (JSON): 4 samples, 1 held out", "--alpaca"),
+    "chats": ("a", "\n".join(map(json.dumps, DIALOGS)), "5 chats (JSON lines): 4 samples, 1 held out", "--chat"),
     "pairs": (
         "a.txt",
         json.dumps([{"prompt": question, "completion": answer} for question, answer in PAIRS]),
-        "prompts and completions (JSON): 4 samples, 1 held out",
+        "5 prompts and completions (JSON): 4 samples, 1 held out",
         "--stream=False",
     ),
 }
@@ -270,7 +270,7 @@ def test_training_goes_on_with_plain_text(base, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     assert re.search(r"data       plain text: \d+ samples in \d+ sequences, 3 held out\n", out)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert "The fox saw 28" in summary["answers"][0]["instruction"] and len(summary["answers"]) == 1
+    assert "fox" in summary["answers"][0]["instruction"] and len(summary["answers"]) == 1
     assert summary["held_out_loss"] < summary["held_out_loss_before"] and summary["held_out_asked"] == 0
     ids = Tokenizer(TINY / "tokenizer.model").encode((tmp_path / "corpus.txt").read_text(), bos=True, eos=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]

@@ -72,13 +72,13 @@ def test_records_are_told_apart_by_their_fields(tmp_path, name):
         for suffix in (".json", ".jsonl", ".csv", ".txt", ""):
             found = read(write(tmp_path / f"data{number}{suffix}", content))
             assert found.records == [wanted, wanted] and found.unused == ()
-            assert found.what == f"{wanted.kind} ({'JSON lines' if number else 'JSON'})"
+            assert found.what == f"2 {wanted.kind} ({'JSON lines' if number else 'JSON'})"
     if all(isinstance(value, str) for value in entry.values()):
         for delimiter in ",;\t":
             content = table([entry, entry.values(), [], entry.values()], delimiter)
             for suffix in (".csv", ".json", ".txt") if len(entry) > 1 else (".csv", ".tsv"):
                 found = read(write(tmp_path / f"table{suffix}", b"\xef\xbb\xbf" + content.encode()))
-                assert found.records == [wanted, wanted] and found.what == f"{wanted.kind} (CSV)"
+                assert found.records == [wanted, wanted] and found.what == f"2 {wanted.kind} (CSV)"
 
 
 PROSE = [
@@ -95,7 +95,7 @@ PROSE = [
 @pytest.mark.parametrize("content", PROSE)
 def test_everything_else_is_plain_text_unless_its_name_says_otherwise(tmp_path, content):
     found = read(write(tmp_path / "corpus.txt", content + "\r\n"))
-    assert found.what == "plain text" and found.records == [Text(content + "\r\n")]
+    assert found.what == "plain text" and found.records == [Text(content + "\r\n", has_end=False)]
     with pytest.raises(InputError, match=r"corpus\.jsonl begins with '.*expected JSON, or a CSV header, with instruct"):
         read(write(tmp_path / "corpus.jsonl", content))
 
@@ -103,6 +103,8 @@ def test_everything_else_is_plain_text_unless_its_name_says_otherwise(tmp_path, 
 def test_fields_that_are_not_used_are_named(tmp_path):
     found = read(write(tmp_path / "data.json", [GOOD, {**GOOD, "text": "a", "id": 7, "score": {"a": [1, None]}}]))
     assert found.unused == ("id", "score", "text") and len(found.records) == 2
+    found = read(write(tmp_path / "chats", [{"messages": [{**HI[0], "weight": 0}, HI[1]]}]))
+    assert found.unused == ("messages.weight",) and found.records == [Chat(tuple(HI))]
     found = read(write(tmp_path / "data.csv", ",output,instruction,source\n0,b,a,x\n"))  # as pandas writes its index
     assert found.unused == ("", "source") and found.records == [Record("a", "", "b")]
 
