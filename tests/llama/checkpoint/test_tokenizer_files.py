@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL, TINY, asset, random_model
 from gguf.vocab import BpeVocab, LlamaHfVocab, SentencePieceVocab, SpecialVocab
 from support import same_weights
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, pipeline
 
 from llama import Llama, checkpoint, quantization
 from llama.checkpoint import tokenizer_files
@@ -246,6 +246,19 @@ def test_the_embedded_model_lives_in_transformers(tmp_path):
     theirs = pipeline_ids(tmp_path / "out", "The fox", 40)
     assert theirs[: len(prompt) + len(ours)] == prompt + ours
     assert theirs[len(prompt) + len(ours) :] in ([], *([stop] for stop in llama.tokenizer.stop_tokens))
+
+
+@pytest.mark.parametrize("name", ["ranks", "pieces"])
+def test_what_transformers_writes_of_it_again_is_the_same(tmp_path, name):
+    path = tokenizer_file(name, tmp_path)
+    model = random_model(dataclasses.replace(UNTIED, vocab_size=Tokenizer(path).n_words))
+    checkpoint.save(model, tmp_path / "out", "hf", path)
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    first, again = Tokenizer(tmp_path / "out" / "tokenizer.json"), Tokenizer(find_tokenizer(tmp_path / "again"))
+    assert again.is_same(first) and again.stop_tokens == first.stop_tokens and again.template == first.template
+    loaded = checkpoint.load(tmp_path / "again")
+    assert loaded.args.trained_context == 777 and same_weights(loaded, model)
 
 
 def test_the_source_keeps_its_word(tmp_path):
