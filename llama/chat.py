@@ -119,7 +119,8 @@ class ChatFormat:
         return parts
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=False, eos=False)
+        """Of a text behind a special token."""
+        return self.tokenizer.encode(text, bos=False, eos=False, continues=not self.tokenizer.vocabulary.spaces_parts)
 
     def kind(self) -> str:
         special, template = self.tokenizer.special_tokens, self.tokenizer.template

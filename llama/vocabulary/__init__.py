@@ -30,6 +30,7 @@ class Vocabulary(Protocol):
     adds_bos: bool  # whether a text begins with bos: Llama's does, SmolLM2's does not
     stop_ids: list[int]  # any of them ends a completion and an answer
     leading_space: bool  # whether encoding puts a space before a text, which decoding takes away
+    spaces_parts: bool  # whether text behind a special token gets that space, too
     template: str  # the chat template that came with it, to tell formats apart; never executed
 
     def encode(self, text: str, continues: bool = False) -> list[int]:

@@ -90,6 +90,7 @@ class HfVocabulary:
             for part in (model.decoder, model.normalizer, model.pre_tokenizer)
         )
         leaves = [part for parts in others for part in parts]
+        self.spaces_parts = not any(part.get("prepend_scheme") == "first" for part in leaves)
         self._adds_space = any(part.get(name, off) != off for part in leaves for name, off in NO_SPACE.items())
         self._is_byte_level = any(part["type"] == "ByteLevel" for part in decoders)
         self.leading_space = any(

@@ -17,6 +17,7 @@ class Pieces:
 
     kind = "sentencepiece"
     adds_bos = True
+    spaces_parts = True
 
     def __init__(self, proto: bytes, template: str = "") -> None:
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)

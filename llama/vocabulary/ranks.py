@@ -49,6 +49,7 @@ class Ranks:
     kind = "tiktoken"
     leading_space = False
     adds_bos = True
+    spaces_parts = True
     template = ""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:

@@ -78,12 +78,33 @@ def test_ids_equal_those_of_the_chat_template(tmp_path, style, has_system):
     assert ("SmolLM" in theirs.decode(expected)) == (style == "smollm2" and not has_system)
 
 
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_chatml_over_pieces(tmp_path, scheme):
+    """The space before a text also stands behind special tokens, or not: old and new conversions of Llama's pieces."""
+    config = {**vocabularies.CONFIGS["tinyllama"], "eos_token": "<|im_end|>"}
+    path = vocabularies.write(tmp_path, "tinyllama", tokenizer_config=config)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    add_tokens(content, "<|im_start|>", "<|im_end|>")
+    content["normalizer"] = None
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    path.write_text(json.dumps({**content, "pre_tokenizer": metaspace}), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, chat_template=vocabularies.SMOLLM2_TEMPLATE)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": theirs.chat_template}))
+    expected = theirs.apply_chat_template(DIALOG[:4], add_generation_prompt=True, return_dict=False)
+    assert ChatFormat(Tokenizer(path)).encode_dialog_prompt(DIALOG[:4]) == expected
+
+
+def add_tokens(content, *names):
+    """Special tokens behind the others of a tokenizer.json."""
+    n_words = len({**content["model"]["vocab"], **{token["content"]: 0 for token in content["added_tokens"]}})
+    for i, name in enumerate(names, n_words):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": i, "content": name})
+
+
 def test_the_format_is_that_of_the_template_where_there_is_one(tmp_path):
     """A vocabulary may hold the tokens of several formats; one of none of them is refused by name, when used."""
     content = json.loads(vocabularies.tokenizer_json("llama3"))
-    n_words = max(token["id"] for token in content["added_tokens"]) + 1
-    for i, name in enumerate(["<|im_start|>", "<|im_end|>"]):
-        content["added_tokens"].append({**content["added_tokens"][0], "id": n_words + i, "content": name})
+    add_tokens(content, "<|im_start|>", "<|im_end|>")
     starts = {}
     for name, template in {"": None, "llama3": vocabularies.LLAMA3_TEMPLATE, "none": "<|user|>"}.items():
         path = vocabularies.write(tmp_path, "llama3", tokenizer_config={"chat_template": template})
