@@ -32,7 +32,7 @@ from llama.cli import option
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import confidence
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, other_tokenizer
 from reports import render, tables
 
 CONTEXT = 2048  # what papers on quantization use
@@ -150,12 +150,8 @@ def check(side: Side, tokenizer: Tokenizer, context: int) -> None:
 
 def require_same_tokenizer(side: Side, tokenizer: Tokenizer) -> None:
     """Raise InputError where the second model brings a different tokenizer."""
-    try:
-        own = find_tokenizer(side.directory)
-    except InputError:  # it brings none
-        return
-    if not Tokenizer(own).is_same(tokenizer):
-        raise InputError(f"--against: {own} is not the tokenizer in use; different tokens cannot be compared")
+    if (other := other_tokenizer(side.directory, tokenizer)) is not None:
+        raise InputError(f"--against: {other} is not the tokenizer in use; different tokens cannot be compared")
 
 
 def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[int]:

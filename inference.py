@@ -39,7 +39,7 @@ from llama.errors import InputError
 from llama.evaluation.agreement import verdict
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.stops import StopStrings, cut
-from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
+from llama.tokenizer import StreamDecoder, find_tokenizer, other_tokenizer
 
 SAMPLE_CHATS = (
     "What colour is the sky on a clear day?",
@@ -194,11 +194,8 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
         return PromptLookup()
     directory = directory_of(name)
     check_vocabulary(checkpoint.read_args(directory), llama.n_words)
-    own = None
-    with contextlib.suppress(InputError):  # it brings none
-        own = find_tokenizer(directory)
-    if own is not None and not llama.tokenizer.is_same(Tokenizer(own)):
-        raise InputError(f"{own} is not the model's tokenizer; a draft must have been trained with the same one")
+    if (other := other_tokenizer(directory, llama.tokenizer)) is not None:
+        raise InputError(f"{other} is not the model's tokenizer; a draft must have been trained with the same one")
     return ModelDraft(checkpoint.load(directory, llama.model.dtype, llama.device, progress=True), decoding)
 
 

@@ -148,3 +148,12 @@ def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = Non
         if path.is_file():
             return path
     raise InputError(f"{ckpt_dir} holds no tokenizer.json or tokenizer.model; pass tokenizer_path=FILE")
+
+
+def other_tokenizer(ckpt_dir: str | Path, tokenizer: Tokenizer) -> Path | None:
+    """The tokenizer file of a checkpoint that was trained with a different one. None where it brings none."""
+    try:
+        path = find_tokenizer(ckpt_dir)
+    except InputError:
+        return None
+    return None if tokenizer.is_same(Tokenizer(path)) else path
