@@ -50,7 +50,10 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        mode = scratch.stat().st_mode & 0o666  # what this user's umask leaves; safetensors leaves 0o600
         for path in scratch.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         publish(scratch, target)
     except (OSError, safetensors.SafetensorError) as error:

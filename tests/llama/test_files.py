@@ -77,3 +77,14 @@ def test_windows_which_opens_no_directory_and_replaces_none(tmp_path, monkeypatc
         with files.new_directory(tmp_path / name) as scratch:
             (scratch / "file").write_text("x")
         assert (tmp_path / name / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_who_may_read_a_checkpoint_is_what_the_umask_says(model, tmp_path, umask, layout):
+    usual = os.umask(umask)
+    try:
+        checkpoint.save(model, tmp_path / "out", layout)
+    finally:
+        os.umask(usual)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
