@@ -60,8 +60,8 @@ def test_gradients_on_chats_are_those_of_a_masked_loss():
     """Against cross-entropy on all logits with -100 in place of what is no label; packed or not."""
     chats = [Chat(tuple(DIALOG[: 2 * n + 1])) for n in (1, 2)] + [Chat(tuple(DIALOG[1:]))]
     encoded, _, _ = encode(EMBEDDED, chats, 512)
-    args = type(SMALL)(**{**vars(SMALL), "vocab_size": EMBEDDED.n_words})
-    plain = random_model(args).double()
+    encoded = [Sample(s.name, tuple(token % SMALL.vocab_size for token in s.tokens), s.answers) for s in encoded]
+    plain = random_model().double()
     nats, count = 0.0, 0
     for sample in encoded:
         labels = torch.full((len(sample.tokens),), -100)
@@ -75,7 +75,7 @@ def test_gradients_on_chats_are_those_of_a_masked_loss():
     n_labels = sum(len(EMBEDDED.encode(words, bos=False, eos=True)) for words in said)
     assert count == sum(sample.n_labels for sample in encoded) == n_labels
     for sequences in (pack(encoded, 512), [[sample] for sample in encoded]):
-        model = random_model(args).double()
+        model = random_model().double()
         trainer = Trainer(model, Settings(lr=0.0), 1)
         seen = {}
         trainer.optimizer.register_step_pre_hook(lambda *_, m=model, seen=seen: seen.update(gradients(m)))
