@@ -262,10 +262,10 @@ class MergeOptions(cli.Options):
     )
     to: str | None = option(
         None,
-        "layout: meta, hf or gguf, of which out_dir names the file; default: hf for a base of that layout, else meta",
+        "layout; default: gguf for a name that ends in .gguf, hf for a base of that layout, else meta",
         choices=("meta", "hf", "gguf"),
     )
-    out_dir: str = option("runs/merged", "directory of the checkpoint; must be new")
+    out_dir: str = option("runs/merged", "directory, for gguf the file's name, ending in .gguf; must be new")
 
 
 def merge(options: MergeOptions) -> None:
@@ -277,13 +277,15 @@ def merge(options: MergeOptions) -> None:
         raise InputError(
             f"{directory} is quantized; merge into the original, with --any_base where that was not trained on"
         )
+    usual = "hf" if isinstance(source, checkpoint.LAYOUTS["hf"].open) else "meta"
+    layout = options.to or ("gguf" if target.suffix == ".gguf" else usual)
+    require_suffix(options.out_dir, layout)
     tokenizer = tokenizer_file(options.tokenizer_path, directory)
     model = checkpoint.load(source, devices.DTYPES.get(options.dtype), progress=True)
     base = None if options.any_base else partial(checkpoint.fingerprint, source)
     adapters.load(model, options.adapter, base)
     lost = lora.merge(model)
     lora.remove(model)
-    layout = options.to or ("hf" if isinstance(source, checkpoint.LAYOUTS["hf"].open) else "meta")
     checkpoint.save(model, target, layout, tokenizer)
     print(f"{shown(directory)} with {options.adapter}: {size_line(model, model.dtype)}, in {target}")
     if lost > 0.01:
@@ -311,8 +313,13 @@ class ConvertOptions(cli.Options):
         super().__post_init__()
         if self.type == "q8_0" and self.to != "gguf":
             raise InputError(f"--type=q8_0: needs --to=gguf; {self.to} has f32, f16 and bf16")
-        if self.out_dir is not None and self.out_dir.endswith(".gguf") != (self.to == "gguf"):
-            raise InputError(f"--out_dir={self.out_dir}: a name ends in .gguf where --to=gguf is given, and only there")
+        if self.out_dir is not None:
+            require_suffix(self.out_dir, self.to)
+
+
+def require_suffix(name: str, layout: str) -> None:
+    if name.endswith(".gguf") != (layout == "gguf"):
+        raise InputError(f"--out_dir={name}: a name ends in .gguf where --to=gguf is given, and only there")
 
 
 def convert(options: ConvertOptions) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from llama import files
 from llama.checkpoint import hf, meta
+from llama.checkpoint.locate import locate
 from llama.checkpoint.source import open_safetensors
 from llama.config import ModelArgs
 from llama.errors import InputError
@@ -77,17 +79,13 @@ class Adapter:
 
 def folders(adapter: str | Path) -> list[Path]:
     """The directories that "one" or "one,two" names. Raises InputError where one holds no adapter."""
-    names = [str(adapter)] if Path(adapter).expanduser().exists() else str(adapter).split(",")
-    found = []
-    for path in (Path(name).expanduser() for name in names):
-        folder = path.parent if path.is_file() else path
-        if not folder.is_dir():
-            raise InputError(f"adapter={folder} is not a directory; name the one that holds {CONFIG}")
+    names = [str(adapter)] if os.path.exists(os.path.expanduser(adapter)) else str(adapter).split(",")
+    found = [locate(name, "adapter directory") for name in names]
+    for folder in found:
         if not (folder / CONFIG).is_file():
             below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
             remedy = f"; look at {' or '.join(below[:3])}" if below else ""
             raise InputError(f"adapter={folder} holds no {CONFIG}{remedy}")
-        found.append(folder)
     return found
 
 

@@ -198,7 +198,8 @@ REFUSED = {
     ),
     "nothing to merge": (["merge", "--out_dir={new}"], "--adapter is missing"),
     "merging into codes": (["merge", "--out_dir={new}", "--ckpt_dir={quantized}", "--adapter=x"], "merge into the"),
-    "no adapter": (["merge", "--out_dir={new}", "--adapter={new}"], "is not a directory"),
+    "suffix": (["merge", "--out_dir={new}", "--adapter={new}", "--to=gguf"], "a name ends in .gguf where --to=gguf"),
+    "no adapter": (["merge", "--out_dir={new}", "--adapter={new}"], "adapter directory"),
     "all weights": (["--ckpt_dir={quantized}", "--out_dir={new}", "--lora=False"], "codes cannot be trained"),
 }  # fmt: skip
 

@@ -21,8 +21,8 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z")
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # of Hugging Face's tools, browsers, aria2
 
 
-def locate(ckpt_dir: str | Path) -> Path:
-    """The directory of a checkpoint, or its GGUF file. Raises InputError where the path leads nowhere."""
+def locate(ckpt_dir: str | Path, what: str = "checkpoint directory") -> Path:
+    """The directory of a checkpoint, or its GGUF file. Raises InputError, with `what`, where it leads nowhere."""
     path = Path(ckpt_dir)
     with contextlib.suppress(RuntimeError):  # no such user: then it is a name like any other
         path = path.expanduser()
@@ -32,7 +32,7 @@ def locate(ckpt_dir: str | Path) -> Path:
         hint = "check its name"
         if not path.is_absolute() and len(path.parts) == 2:
             hint += ", or download it first if that is a repository on Hugging Face"
-        raise InputError(f"checkpoint directory {path} does not exist; {hint}")
+        raise InputError(f"{what} {path} does not exist; {hint}")
     if (path / "snapshots").is_dir():
         return _snapshot(path)
     if any((path / folder / name).is_file() for folder in ("", "original") for name in MARKERS):

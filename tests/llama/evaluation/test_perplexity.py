@@ -442,7 +442,7 @@ BAD = {
     "--data={small}/text.txt --against=/nowhere": "/nowhere does not exist",
     "--data={small}/text.txt --against={tiny}": "512 words, the model in .* 4096",
     "--data={small}/text.txt --against={small}/other": "is not the tokenizer in use",
-    "--data={small}/text.txt --adapter=/nowhere": "--adapter=/nowhere is not a directory",
+    "--data={small}/text.txt --adapter=/nowhere": "adapter directory /nowhere does not exist",
     "--data={small}/text.txt --tokenizer_path={tiny}/tokenizer.model": "4096 words, the model in .* 512",
     "--data={small}/text.txt --results={small}": "cannot be written",
     "--datum=x": "unknown flag --datum; did you mean --data",
