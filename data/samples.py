@@ -2,7 +2,8 @@
 
 Question and answer are tokenized apart. In one string the prompt's last ":" would melt into one token with the first
 word of some answers (41 % of Alpaca's, with Llama 3's tokenizer): the model would learn from a prompt that it never
-sees in use. Every answer ends with a token that ends it, which is a label like the others: without it a model does not
+sees in use. Otherwise the ids are those of one string: Llama 2's tokenizer puts a space before a text, but not before
+an answer. Every answer ends with a token that ends it, which is a label like the others: without it a model does not
 learn to stop.
 """
 

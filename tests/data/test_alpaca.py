@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import vocabularies
 from conftest import ROOT, asset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from data import alpaca, records
 from data.alpaca import Record
 from data.samples import encode, show
+from llama import Tokenizer
 from llama.training.batch import collate
 
 RECORDS = [Record("Name a colour.", "", "Blue."), Record("Make it plural.", "fox", "foxes")]
@@ -64,6 +66,14 @@ def test_the_colon_never_melts_into_the_answer(llama3_tokenizer):
     found = records.read(asset("alpaca_5000.json")).records[:300]
     samples, _, _ = encode(llama3_tokenizer, found, 4096)
     assert len({sample.tokens[sample.n_prompt - 3 : sample.n_prompt] for sample in samples}) == 1
+
+
+def test_an_answer_has_no_space_of_its_own(tmp_path):
+    """Llama 2's kind of vocabulary puts one before each text: "No" behind ":" would be trained as " No"."""
+    tokenizer = Tokenizer(vocabularies.write(tmp_path, "tinyllama"))
+    for record in [Record("Is 7 even?", "", "No"), *records.read(ROOT / "data" / "alpaca_200.json").records]:
+        joint = tokenizer.encode(alpaca.prompt(record.instruction, record.input) + record.output, bos=True, eos=True)
+        assert [token for part, _ in record.parts(tokenizer) for token in part] == joint
 
 
 def test_long_samples_are_cut_without_an_end_and_named(tiny):
