@@ -88,7 +88,7 @@ class GgufSource(Source):
             return None
         if tensor.kind is not Kind.F32 or len(tensor.shape) != 1:
             raise InputError(f"{self.place(ROPE_FACTORS)}: is not a list of float32")
-        return _read(_map(self.where), tensor).clone()
+        return _read(_map(self.where), tensor)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
@@ -110,7 +110,8 @@ def _map(path: Path) -> Tensor:
 def _read(data: Tensor, tensor: Stored) -> Tensor:
     part = data[tensor.offset : tensor.offset + tensor.n_bytes]
     if tensor.kind in PLAIN:
-        return part.view(PLAIN[tensor.kind]).view(tensor.shape)
+        weight = part.view(PLAIN[tensor.kind]).view(tensor.shape)
+        return weight.clone() if weight.dim() == 1 else weight  # a norm that is kept would keep the pages of its block
     weight = torch.empty(tensor.shape)
     with np.errstate(all="ignore"):  # what a damaged file holds may overflow; it is judged where it is used
         for codes, rows in zip(part.view(tensor.shape[0], -1).split(ROWS), weight.split(ROWS), strict=True):

@@ -210,7 +210,7 @@ def test_a_full_disk_is_named_and_nothing_is_left_behind(tmp_path, model, layout
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("layout", ["meta", pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["meta", *[pytest.param(name, marks=pytest.mark.slow) for name in ("hf", "gguf")]])
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 def test_loading_needs_the_weights_once(tmp_path, layout, dtype):
     """Peak resident memory of a fresh process grows by at most 1.15 x the weights, also when their dtype changes."""

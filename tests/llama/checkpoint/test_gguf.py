@@ -11,11 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import vocabularies
 from conftest import SMALL, random_model
 from gguf import GGMLQuantizationType as Kind
 from support import mutant, same_weights
 
-from llama import ModelArgs, checkpoint
+from llama import ModelArgs, Tokenizer, checkpoint
 from llama.checkpoint import gguf_files
 from llama.checkpoint.gguf import names_of
 from llama.errors import EnvironmentFailure, InputError
@@ -335,14 +336,19 @@ def test_damaged_file(tmp_path, name):
 
 @pytest.mark.slow
 def test_mutated_files_load_or_end_in_one_line(tmp_path):
-    """2,500 damaged copies: an InputError in one line, or a model of the same shape."""
-    good = saved(tmp_path / "m.gguf", random_model(dataclasses.replace(LLAMA2, vocab_size=64))).read_bytes()
-    rng, refused, path = random.Random(0), 0, tmp_path / "mutant.gguf"
-    for _ in range(2_500):
-        path.write_bytes(mutant(good, rng))
-        try:
-            checkpoint.load(path)
-        except InputError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert 800 < refused < 2_500
+    """2,500 damaged copies of a model with a tokenizer: an InputError in one line, or a model or tokenizer."""
+    source, path = vocabularies.write(tmp_path, "llama3"), tmp_path / "mutant.gguf"
+    args = dataclasses.replace(LLAMA2, dim=32, vocab_size=Tokenizer(source).n_words, n_layers=1)
+    checkpoint.save(random_model(args), tmp_path / "m.gguf", "gguf", source)
+    good = (tmp_path / "m.gguf").read_bytes()
+    rng, refused = random.Random(0), 0
+    for i in range(2_500):
+        # In the file of weights, or in the metadata alone.
+        path.write_bytes(mutant(good, rng) if i % 2 else mutant(good[:30_000], rng) + good[30_000:])
+        for read in (checkpoint.load, Tokenizer):
+            try:
+                read(path)
+            except InputError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert 1_500 < refused < 5_000
