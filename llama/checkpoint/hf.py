@@ -16,7 +16,7 @@ from llama import files
 from llama.checkpoint import hf_config
 from llama.checkpoint.locate import remedy
 from llama.checkpoint.meta import read_pth
-from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, open_safetensors
+from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, open_safetensors, unwrapped
 from llama.config import ModelArgs
 from llama.errors import InputError, Notice
 
@@ -38,9 +38,6 @@ BLOCK = {
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
 
 
-# Parts of a name that torch's wrappers put in: compiled, sharded and checkpointed modules, anywhere in it.
-WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-OUTER_WRAPPERS = ("module.", "base_model.model.")  # before every name: of data-parallel and PEFT models
 QUANTIZED_KEYS = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|(weight\.)?(absmax|SCB))")
 
 
@@ -146,9 +143,7 @@ def _reader(path: Path) -> Callable[[str], Tensor]:
 
 def _plain_names(keys: list[str]) -> list[str]:
     """Keys without what wrappers added, and with the `model.` that those of a bare LlamaModel lack."""
-    keys = [WRAPPERS.sub("", key) for key in keys]
-    while prefix := next((p for p in OUTER_WRAPPERS if keys and all(key.startswith(p) for key in keys)), None):
-        keys = [key.removeprefix(prefix) for key in keys]
+    keys = unwrapped(keys)
     if not any(key.startswith("model.") for key in keys) and "embed_tokens.weight" in keys:
         keys = [key if key == TOP[HEAD] else f"model.{key}" for key in keys]
     return keys

@@ -66,7 +66,8 @@ def remedy(directory: Path) -> str:
 
     if (directory / "adapter_config.json").is_file():
         return "this is an adapter: pass it as adapter=DIR, and its base model as ckpt_dir"
-    if any(path.suffix in UNFINISHED for path in (*here, *(directory / ".cache/huggingface/download").glob("*"))):
+    caches = (directory / ".cache/huggingface/download", directory / "../../blobs")  # of a download, of a snapshot
+    if any(path.suffix in UNFINISHED for path in (*here, *caches[0].glob("*"), *caches[1].glob("*"))):
         return "a download of it was not finished: start it again, and it goes on"
     below = [path for path in here if path.is_dir() and any((path / name).is_file() for name in MARKERS)]
     if below:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama import files
 from llama.checkpoint import tokenizer_files
-from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming
+from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, unwrapped
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
@@ -80,7 +80,7 @@ class MetaSource(Source):
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
         """Map the shards; a matrix of several is a copy, the rest lies in the files."""
-        shards = [read_pth(path) for path in self.paths]
+        shards = [_read_shard(path) for path in self.paths]
 
         def read(name: str) -> Tensor:
             parts = [shard[name] for shard in shards]
@@ -105,12 +105,21 @@ def _shard_paths(directory: Path) -> list[Path]:
 
 def _shard_shapes(paths: list[Path]) -> list[dict[str, tuple[int, ...]]]:
     """The shape of each tensor of each shard; all hold the same keys."""
-    shards = [{key: tuple(tensor.shape) for key, tensor in read_pth(path).items()} for path in paths]
+    shards = [{key: tuple(tensor.shape) for key, tensor in _read_shard(path).items()} for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if shard.keys() != shards[0].keys():
             odd = sorted(shard.keys() ^ shards[0].keys())[0]
             raise InputError(f"{path}: its keys differ from those of {paths[0].name}, first at {odd}")
     return shards
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, by Meta's names."""
+    state = read_pth(path)
+    named = dict(zip(unwrapped(list(state)), state.values(), strict=True))
+    if len(named) < len(state):
+        raise InputError(f"{path} holds a weight twice, once under a wrapper's name; a weight may stand once")
+    return named
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:

@@ -23,6 +23,10 @@ EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Tables that follow from the configuration; old checkpoints carry them, no model needs them.
 DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
 
+# Parts of a name that torch's wrappers put in: compiled, sharded and checkpointed modules, anywhere in it.
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER_WRAPPERS = ("module.", "base_model.model.")  # before every name: of data-parallel and PEFT models
+
 
 class Source:
     """An opened checkpoint. A layout is a subclass: its constructor reads everything but the weights, and checks it."""
@@ -91,6 +95,14 @@ def by_block(names: list[str]) -> Iterator[list[str]]:
         parts = name.split(".")
         groups.setdefault(".".join(parts[:2]) if parts[0] == "layers" else name, []).append(name)
     yield from groups.values()
+
+
+def unwrapped(keys: list[str]) -> list[str]:
+    """Names of weights without what wrappers added; an outer prefix goes only where every name has it."""
+    keys = [WRAPPERS.sub("", key) for key in keys]
+    while prefix := next((p for p in OUTER_WRAPPERS if keys and all(key.startswith(p) for key in keys)), None):
+        keys = [key.removeprefix(prefix) for key in keys]
+    return keys
 
 
 def open_safetensors(path: Path) -> Any:

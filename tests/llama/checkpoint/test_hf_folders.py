@@ -73,6 +73,8 @@ def test_real_widths_equal_transformers(tmp_path, name):
     assert loaded.args.trained_context == model.args.trained_context and same_weights(model, loaded)
     tokens = TOKENS % 100
     assert_logits_equal(tmp_path / "m", tokens)
+    checkpoint.save(model, tmp_path / "m.gguf", "gguf")
+    assert same_weights(model, checkpoint.load(tmp_path / "m.gguf"))
     prompts = tokens[:, :8].tolist()
     cached, _ = Llama(loaded, None, 64, 4, decoding="auto").generate(prompts, 6, 0)
     uncached, _ = Llama(loaded, None, 64, 4, decoding="eager").generate(prompts, 6, 0, use_cache=False)
@@ -274,6 +276,16 @@ def test_every_form_of_the_same_weights(saved, model, name):
         (saved / index).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     assert same_weights(model, checkpoint.load(saved))
     assert checkpoint.fingerprint(saved) == checkpoint.fingerprint(saved / names[0])
+
+
+def test_a_compiled_model_in_metas_layout(tmp_path, model):
+    checkpoint.save(model, tmp_path)
+    state = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    torch.save({f"_orig_mod.{key}": weight for key, weight in state.items()}, tmp_path / "consolidated.00.pth")
+    assert same_weights(model, checkpoint.load(tmp_path))
+    torch.save({**state, "_orig_mod.norm.weight": torch.ones(64)}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(InputError, match="holds a weight twice"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_stale_index_is_a_warning(saved, model):

@@ -82,6 +82,10 @@ def test_the_cache_of_hugging_face(tmp_path, model):
     (repository / "refs/main").write_text("abc")
     for path in (repository, repository / "snapshots/abc", repository / "snapshots/abc/model.safetensors"):
         assert same_weights(model, checkpoint.load(path))
+    (repository / "snapshots/abc/model.safetensors").unlink()
+    (repository / "blobs/0123.incomplete").touch()
+    with pytest.raises(InputError, match="a download of it was not finished"):
+        checkpoint.load(repository)
     (repository / "refs/main").write_text("../../hf")
     with pytest.raises(InputError, match="pass one of its snapshots"):
         checkpoint.load(repository)
