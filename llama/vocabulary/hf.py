@@ -6,9 +6,11 @@ some broken files, and a part that it knows and we do not (lower-casing, dropout
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from llama.errors import InputError
 
 MAX_WORDS = 1 << 20
 MAX_DEPTH = 4  # of sequences in sequences
+MAX_CHARSMAP = 1 << 20  # characters in base64; sentencepiece's own have 330,000
 MAX_PATTERN = 2000  # characters of a regular expression
 FIELDS = {"version", "truncation", "padding", "added_tokens", "model"}
 PARTS = {
@@ -238,8 +241,35 @@ def _check_part(name: str, part: Any, depth: int = 0) -> None:
         _check_part(name, child, depth + 1)
     if part["type"] == "Split" and len(json.dumps(part)) > MAX_PATTERN:
         raise ValueError(f"{name}: holds a pattern of more than {MAX_PATTERN} characters")
+    if part["type"] == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
+        raise ValueError(f"{name}: precompiled_charsmap is broken")
     if name == "decoder" and part["type"] in ("Replace", "Strip") and part not in DECODED:
         raise _Unsupported(f"{name}: {part['type']} is supported only as {DECODED[part['type'] == 'Strip']}")
+
+
+def _is_charsmap(blob: Any) -> bool:
+    """Whether sentencepiece's table of characters to replace is sound: each step of a search in it, and each result.
+
+    The size of a double array in bytes, the array (32-bit units: 31 set, an offset into the texts; else the offset of
+    the children, with 8 set where the first is a result), and the texts.
+    """
+    try:
+        data = base64.b64decode(blob[:MAX_CHARSMAP], validate=True)
+        size = int.from_bytes(data[:4], "little")
+        units, texts = [unit for (unit,) in struct.iter_unpack("<I", data[4 : 4 + size])], data[4 + size :]
+        texts.decode()
+    except (TypeError, ValueError, struct.error):
+        return False
+    for i, unit in enumerate(units):
+        first = i ^ ((unit >> 10) << ((unit & 512) >> 6))
+        if unit >> 31:
+            value = unit & 0x7FFF_FFFF
+            sound = value < len(texts) and texts[value] & 0xC0 != 0x80
+        else:
+            sound = first | 255 < len(units) and (not unit & 256 or units[first] >> 31)
+        if not sound:
+            return False
+    return bool(units)
 
 
 def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any]) -> dict[str, Any]:

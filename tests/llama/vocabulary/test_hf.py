@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
+import sentencepiece
 import transformers
 import vocabularies
 from conftest import ROOT
 
 from llama import Tokenizer
+from llama.checkpoint.tokenizer_files import wire_fields
 from llama.errors import InputError
 from llama.tokenizer import StreamDecoder
 
@@ -202,11 +207,35 @@ def test_long_runs_take_no_time(tmp_path, style, text):
     assert time.process_time() - began < 2.0 and tokenizer.decode(ids) == text * 100_000
 
 
+def test_tables_of_characters_to_replace(tmp_path):
+    """sentencepiece's own are sound; those that would lead a search astray are refused, so that none panics."""
+    model, rng, found = io.BytesIO(), random.Random(0), Counter()
+    options = {"vocab_size": 20, "hard_vocab_limit": False, "normalization_rule_name": "nmt_nfkc", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), model_writer=model, **options)
+    good = dict(wire_fields(dict(wire_fields(model.getvalue()))[3]))[2]
+    path = vocabularies.write(tmp_path, "tinyllama")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for number in range(60):
+        data = bytearray(good)
+        for _ in range(number):
+            data[rng.randrange(4, 180_000)] ^= 1 << rng.randrange(8)
+        blob = base64.b64encode(data[: len(data) - 10 * (number % 7 == 6)]).decode()
+        content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": blob}
+        path.write_text(json.dumps(content))
+        try:
+            tokenizer = Tokenizer(path)
+            assert [tokenizer.decode(tokenizer.encode("\uff21\u2460", False, False))] == ["A1"] or number
+            found["sound"] += 1
+        except InputError as error:
+            found[str(error).partition(": ")[2]] += 1
+    assert found["sound"] and found["normalizer: precompiled_charsmap is broken; download it again"]
+    assert sum(found.values()) == 60 and len(found) == 2
+
+
 FUZZ = """
 import json, random, sys
 from pathlib import Path
 import vocabularies
-from conftest import ROOT
 from support import mutant
 from llama import Tokenizer
 from llama.errors import InputError
