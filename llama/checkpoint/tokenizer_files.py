@@ -57,6 +57,8 @@ def write(path: Path, directory: Path, args: ModelArgs | None = None) -> dict[st
     args: the shape of the model that it is for.
     """
     tokenizer = Tokenizer(path)
+    config, generation = tokenizer_config(tokenizer), special_ids(tokenizer)
+    generation["pad_token_id"] = tokenizer.pad_id  # may be end-of-text here, where nothing is trained
     if tokenizer.kind == "tiktoken":
         byte_level(tokenizer).save(str(directory / TOKENIZER))
         (directory / "original").mkdir()  # beside the weights, other programs would take it for sentencepiece
@@ -64,7 +66,21 @@ def write(path: Path, directory: Path, args: ModelArgs | None = None) -> dict[st
     elif tokenizer.kind == "sentencepiece":
         from_pieces(tokenizer).save(str(directory / TOKENIZER))
         (directory / "tokenizer.model").write_bytes(tokenizer.vocabulary.model.serialized_model_proto())
-    write_settings(tokenizer, path, directory, args)
+    elif is_gguf(path):
+        model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
+        put_bos_first(model, tokenizer).save(str(directory / TOKENIZER))
+    else:
+        for name in (path.name, *NEIGHBOURS):
+            if (path.parent / name).is_file():
+                shutil.copyfile(path.parent / name, directory / (TOKENIZER if name == path.name else name))
+        given = path.parent / TOKENIZER_CONFIG
+        config |= files.read_json(given) if given.is_file() else {}
+    if args is not None:
+        config.setdefault("model_max_length", args.trained_context)
+        if args.vocab_size > tokenizer.n_words:  # a padded table; its last rows are never drawn
+            generation["suppress_tokens"] = list(range(tokenizer.n_words, args.vocab_size))
+    files.write_json(directory / TOKENIZER_CONFIG, config)
+    files.write_json(directory / GENERATION_CONFIG, generation | sampling_of(path.parent))
     return special_ids(tokenizer)
 
 
@@ -78,37 +94,16 @@ def copy(path: Path | None, directory: Path) -> None:
         shutil.copyfile(path, directory / "tokenizer.model")
 
 
-def write_settings(tokenizer: Tokenizer, path: Path, directory: Path, args: ModelArgs | None) -> None:
-    """Write tokenizer_config.json and generation_config.json, and a tokenizer.json that is the source's own."""
-    config = tokenizer_config(tokenizer)
-    if tokenizer.kind == "hf" and is_gguf(path):
-        model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
-        put_bos_first(model, tokenizer).save(str(directory / TOKENIZER))
-    elif tokenizer.kind == "hf":
-        shutil.copyfile(path, directory / TOKENIZER)
-        for name in NEIGHBOURS:
-            if (path.parent / name).is_file():
-                shutil.copyfile(path.parent / name, directory / name)
-        given = path.parent / TOKENIZER_CONFIG
-        config |= files.read_json(given) if given.is_file() else {}
-    generation = special_ids(tokenizer) | {"pad_token_id": tokenizer.pad_id}  # may be end-of-text: nothing is trained
-    if args is not None:
-        config.setdefault("model_max_length", args.trained_context)
-        if args.vocab_size > tokenizer.n_words:  # a padded table; its last rows are never drawn
-            generation["suppress_tokens"] = list(range(tokenizer.n_words, args.vocab_size))
-    files.write_json(directory / TOKENIZER_CONFIG, config)
-    files.write_json(directory / GENERATION_CONFIG, generation | sampling_of(path.parent))
-
-
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """What AutoTokenizer of transformers 4 and 5 needs beside a tokenizer.json."""
     named = {token: name for name, token in tokenizer.special_tokens.items()}
+    name_of = tokenizer.vocabulary.model.id_to_token if tokenizer.kind == "hf" else named.get  # an end may be a word
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     if tokenizer.pad_id == tokenizer.eos_id:  # trainers leave pads out of the loss, and with them the end of a text
         del ids["pad_token"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["model_input_names"] = ["input_ids", "attention_mask"]  # without it, transformers 4 gives segments as well
-    config |= {name: named[token] for name, token in ids.items() if token is not None}
+    config |= {name: name_of(token) for name, token in ids.items() if token is not None}
     if template := tokenizer.template or chat_template(tokenizer):
         config["chat_template"] = template
     return config

@@ -304,6 +304,17 @@ def test_the_tokenizer_of_a_gguf_file_goes_on(tmp_path, name, layout):
     assert theirs.chat_template == Tokenizer(tmp_path / "m.gguf").template
 
 
+def test_a_text_may_end_with_a_word(tmp_path):
+    """A mirror with a tokenizer.json alone, whose end is no special token and named by its id only."""
+    path = trained_json(tmp_path / "s")
+    word = Tokenizer(path).vocabulary.model.token_to_id("\u0120the")
+    (path.parent / "tokenizer_config.json").unlink()
+    (path.parent / "generation_config.json").write_text(json.dumps({"eos_token_id": word, "pad_token_id": word}))
+    theirs = written(path, tmp_path / "out")
+    assert theirs.eos_token == "\u0120the" and theirs.eos_token_id == word
+    assert word in GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 def test_our_other_layouts_carry_a_tokenizer_json(tmp_path, bits):
     path = trained_json(tmp_path / "s")
