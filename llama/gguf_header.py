@@ -30,6 +30,7 @@ STRING, ARRAY = 8, 9
 MAX_COUNT = 1 << 16  # of fields and of tensors: 1,024 layers have 9,219
 MAX_ITEMS = 1 << 22  # of all arrays together: the largest vocabularies have 0.26 million words and twice as many merges
 MAX_NAME = 256
+MAX_BYTES = 1 << 28  # of the head; Llama 3's has 8 million
 
 
 class Stored(NamedTuple):
@@ -58,16 +59,16 @@ class _Reader:
     """Walks through the head of one file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path = data, path
-        self.at = 0
-        self.items = 0
+        self.data, self.path, self.end = data, path, min(len(data), MAX_BYTES)
+        self.at = len(MAGIC)
+        self.items = 0  # of arrays
 
     def refuse(self, reason: str) -> InputError:
         return InputError(f"{self.path}: {reason}; download it again, or convert the original anew")
 
     def take(self, code: str) -> Any:
         """The next number."""
-        if self.at + struct.calcsize(code) > len(self.data):
+        if self.at + struct.calcsize(code) > self.end:
             raise self.refuse("is truncated")
         (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
         self.at += struct.calcsize(code)
@@ -76,7 +77,7 @@ class _Reader:
     def text(self, longest: int | None = None) -> str:
         """The next string; where `longest` is given, a name of at most so many bytes that can be shown in a line."""
         size = self.take("Q")
-        if size > len(self.data) - self.at:
+        if size > self.end - self.at:
             raise self.refuse(f"a text of {size} bytes at byte {self.at - 8} does not fit in the file")
         raw = self.data[self.at : self.at + size]
         self.at += size
@@ -89,7 +90,6 @@ class _Reader:
         return text
 
     def header(self) -> Header:
-        self.at = 4
         version = self.take("I")
         if version >= 1 << 16:
             raise InputError(f"{self.path}: is big-endian; convert the original for little-endian machines")
@@ -123,7 +123,7 @@ class _Reader:
             raise self.refuse(f"{key} is an array of {'arrays' if kind == ARRAY else f'{count} items'}")
         if kind != STRING and kind < len(SCALARS):
             code = f"<{count}{SCALARS[kind]}"
-            if struct.calcsize(code) > len(self.data) - self.at:
+            if struct.calcsize(code) > self.end - self.at:
                 raise self.refuse(f"{key} is truncated")
             numbers = list(struct.unpack_from(code, self.data, self.at))
             self.at += struct.calcsize(code)
@@ -148,13 +148,12 @@ class _Reader:
             if kind not in set(GGMLQuantizationType):
                 raise InputError(f"{self.path}:{name}: has the type {kind}, which is unknown here; take another file")
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            n = math.prod(dims)
-            if n == 0 or dims[0] % block or n // block * block_bytes > len(self.data):
+            n_bytes = math.prod(dims) // block * block_bytes
+            if dims[0] % block or not 0 < n_bytes <= len(self.data):
                 raise self.refuse(f"tensor {name} cannot have the shape {dims[::-1]}")
-            if offset % alignment or start + offset + n // block * block_bytes > len(self.data):
+            if offset % alignment or start + offset + n_bytes > len(self.data):
                 raise self.refuse(f"tensor {name} lies beyond the end of the file, or is not aligned")
-            at = start + offset
-            stored[name] = Stored(GGMLQuantizationType(kind), tuple(dims[::-1]), at, n // block * block_bytes)
+            stored[name] = Stored(GGMLQuantizationType(kind), tuple(dims[::-1]), start + offset, n_bytes)
         in_order = sorted(stored.items(), key=lambda entry: entry[1].offset)
         for (name, first), (other, second) in itertools.pairwise(in_order):
             if first.offset + first.n_bytes > second.offset:

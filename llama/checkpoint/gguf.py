@@ -61,7 +61,7 @@ class GgufSource(Source):
     def __init__(self, path: Path) -> None:
         header = gguf_header.read(path)
         self.where = path
-        if header.fields.get("split.count", 1) != 1:
+        if header.fields.get("split.count", 1) not in (0, 1):  # 0 where parts have been joined
             raise InputError(f"{path}: is one of {header.fields['split.count']} parts; join them with gguf-split first")
         n_layers = header.fields.get(f"{ARCHITECTURE}.block_count", 0)
         meta_names = {theirs: ours for ours, theirs in names_of(n_layers if isinstance(n_layers, int) else 0).items()}
@@ -129,9 +129,10 @@ def _check_kind(kind: Kind, place: str) -> None:
 
 def _args_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Tensor | None) -> ModelArgs:
     """ModelArgs of the metadata. Raises ValueError for an architecture or field that this code would not honour."""
-    architecture = fields.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise ValueError(f"general.architecture: {architecture!r} is not supported, only {ARCHITECTURE!r}")
+    for name, only in (("architecture", ARCHITECTURE), ("type", "model")):  # of others, an adapter
+        if fields.get(f"general.{name}", "model") != only:
+            given = fields.get(f"general.{name}")
+            raise ValueError(f"general.{name}: {given!r} is not supported, only {only!r}")
     prefix = f"{ARCHITECTURE}."
     own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
     for name in REQUIRED:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from llama import gguf_header
+from llama import files, gguf_header
 from llama.errors import InputError
 from llama.vocabulary import gguf, hf, pieces, ranks
 
@@ -44,13 +44,13 @@ def read(path: Path) -> Vocabulary:
     """The vocabulary in a file, whose kind its content tells. Raises InputError for a file of no kind, or a bad one."""
     if not path.is_file():
         raise InputError(f"tokenizer {path} is not a file; pass tokenizer_path=FILE")
+    if files.head(path).startswith(gguf_header.MAGIC):
+        return gguf.read(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass tokenizer_path=FILE") from error
-    if data.startswith(gguf_header.MAGIC):
-        return gguf.read(path)
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is no tokenizer")
     if data.startswith(b"version https://git-lfs"):

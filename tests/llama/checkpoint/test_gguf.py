@@ -213,6 +213,7 @@ U32, F32, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGU
 ARRAY = gguf.GGUFValueType.ARRAY
 FIELD_DAMAGE = {
     "architecture": ({"general.architecture": ("qwen2", TEXT)}, r"general\.architecture: 'qwen2' is not supp"),
+    "adapter": ({"general.type": ("adapter", TEXT)}, r"general\.type: 'adapter' is not supp"),
     "no layers": ({"llama.block_count": (0, U32)}, r"n_layers"),
     "million layers": ({"llama.block_count": (1 << 20, U32)}, r"n_layers"),
     "more layers": ({"llama.block_count": (9, U32)}, r"blk\.8\.attn_norm\.weight: weight is missing.* 9 layers"),
@@ -257,6 +258,7 @@ def test_unsupported_fields(tmp_path, name):
 
 def test_fields_that_change_nothing_pass(tmp_path):
     fields = {"general.author": ("me", TEXT), "llama.expert_count": (0, U32), "other.field": (3, U32)}
+    fields |= {"split.count": (0, gguf.GGUFValueType.UINT16)}  # as gguf-split leaves it when it joins parts
     fields |= {"llama.rope.scaling.type": ("none", TEXT), "llama.tensor_data_layout": ("Meta AI original pth", TEXT)}
     path = rewritten(saved(tmp_path / "m.gguf", random_model()), fields=fields, drop=("llama.vocab_size",))
     assert same_weights(checkpoint.load(path), random_model())
