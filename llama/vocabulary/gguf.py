@@ -104,7 +104,10 @@ def _pieces(path: Path, own: dict[str, Any], tokens: list[str], types: list[int]
         (2, _message((3, 2), (35, BYTE in types), *named)),  # trainer_spec: model_type BPE, byte_fallback, <unk> ...
         (3, _message((1, b"identity"), (3, adds_space), (4, False), (5, True))),  # normalizer_spec
     )
-    vocabulary = pieces.read(proto, path, template)
+    try:
+        vocabulary = pieces.read(proto, path, template)
+    except InputError as error:
+        raise InputError(f"{path}:{PREFIX}tokens: no sentencepiece model can have these; convert it anew") from error
     vocabulary.adds_bos = own.get("add_bos_token", True) is True
     ends = (own.get(f"{name}_token_id") for name in ("eot", "eom"))
     vocabulary.stop_ids = list(dict.fromkeys([*vocabulary.stop_ids, *(i for i in ends if i is not None)]))

@@ -77,8 +77,10 @@ def rewritten(path, kind=None, fields=None, tensors=None, drop=()):
     return target
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Llama 3.2", torch.float16), ("Llama 3.2", torch.bfloat16), *((name, torch.float32) for name in SHAPES)],
+)
 def test_round_trip_is_bit_equal(tmp_path, name, dtype):
     model = random_model(SHAPES[name]).to(dtype)
     checkpoint.save(model, tmp_path / "m.gguf", "gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import gguf
@@ -15,8 +16,6 @@ from llama.errors import InputError
 from llama.tokenizer import find_tokenizer
 from llama.vocabulary.gguf import CUTS
 
-U32, BOOL, TEXT, ARRAY = (getattr(gguf.GGUFValueType, name) for name in ("UINT32", "BOOL", "STRING", "ARRAY"))
-
 
 def written(folder, path, extra=0):
     """A GGUF file of a small model whose table has `extra` more rows than the tokenizer at `path` has tokens."""
@@ -25,6 +24,13 @@ def written(folder, path, extra=0):
     return folder / "m.gguf"
 
 
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A GGUF file with the embedded model's tokenizer."""
+    return written(tmp_path_factory.mktemp("embedded"), TINY / "tokenizer.model")
+
+
+@functools.cache
 def fields_of(path):
     prefix = "tokenizer.ggml."
     fields = gguf.GGUFReader(path).fields.items()
@@ -89,16 +95,10 @@ def test_pieces_keep_scores_and_types(tmp_path, llama2_tokenizer):
 def changed(path, **fields):
     """A file with the same tokenizer but for some fields; None takes one away."""
     writer = gguf.GGUFWriter(path.with_name("changed.gguf"), "llama")
-    for name, field in gguf.GGUFReader(path).fields.items():
-        key = name.rpartition(".")[2]
-        if name.startswith("tokenizer.") and key not in fields:
-            sub_type = field.types[-1] if field.types[0] == ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
-    for key, value in fields.items():
+    for key, value in {**fields_of(path), **fields}.items():
         if value is not None:
-            kind = gguf.GGUFValueType.get_type(value)
             name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
-            writer.add_key_value(name, value, U32 if kind == gguf.GGUFValueType.INT32 and value >= 0 else kind)
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     writer.add_tensor("x", np.zeros(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -126,17 +126,17 @@ BAD_MERGES = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_metadata_that_are_refused(tmp_path, name):
+def test_metadata_that_are_refused(embedded, name):
     value, message = BAD[name]
-    path = changed(written(tmp_path, TINY / "tokenizer.model"), **{name: value})
+    path = changed(embedded, **{name: value})
     with pytest.raises(InputError, match=message) as error:
         Tokenizer(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", BAD_MERGES)
-def test_merges_that_are_refused(tmp_path, name):
-    path = changed(written(tmp_path, TINY / "tokenizer.model"), merges=BAD_MERGES[name])
+def test_merges_that_are_refused(embedded, name):
+    path = changed(embedded, merges=BAD_MERGES[name])
     with pytest.raises(InputError, match="merges") as error:
         Tokenizer(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -151,10 +151,10 @@ def test_pieces_that_are_refused(tmp_path):
         assert "changed.gguf" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_names_of_cuts(tmp_path):
+def test_names_of_cuts(embedded):
     """A name that is missing, in files from before there were any, is Llama 3's where its tokens are."""
     source = TINY / "tokenizer.model"
-    path, texts = written(tmp_path, source), ["Don't  panic: 12345 + 67!\n\n  ok", "x=f(1234)+$99^2"]
+    path, texts = embedded, ["Don't  panic: 12345 + 67!\n\n  ok", "x=f(1234)+$99^2"]
     expected = [Tokenizer(source).encode(text, True, False) for text in texts]
     for pre in (None, "llama-v3"):
         tokenizer = Tokenizer(changed(path, pre=pre))
@@ -168,8 +168,8 @@ def test_names_of_cuts(tmp_path):
     assert cut["default"].encode(texts[0], False, False) != cut["gpt-2"].encode(texts[0], False, False)
 
 
-def test_a_chat_template_is_text(tmp_path):
+def test_a_chat_template_is_text(embedded):
     """It tells formats apart, and is never executed."""
-    path = changed(written(tmp_path, TINY / "tokenizer.model"), chat_template="{{ 1 / 0 }} <|start_header_id|>")
+    path = changed(embedded, chat_template="{{ 1 / 0 }} <|start_header_id|>")
     assert Tokenizer(path).template == "{{ 1 / 0 }} <|start_header_id|>"
     assert json.dumps(Tokenizer(path).special_tokens)
