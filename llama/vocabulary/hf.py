@@ -38,8 +38,13 @@ DECODED = (
 )
 NO_SPACE = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # in all that can prepend one
 CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # what the parts of a Sequence are called
-AS_IF_ABSENT = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
-MODEL_FIELDS = {*AS_IF_ABSENT, "type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
+MODEL_VALUES = {
+    "type": ("BPE",),
+    "dropout": (None, 0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+}
+MODEL_FIELDS = {*MODEL_VALUES, "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
 # Special tokens that end an answer or a text in every vocabulary that has them.
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
 
@@ -190,12 +195,10 @@ def _check(content: dict[str, Any]) -> None:
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError("model: is missing")
-    if model.get("type") != "BPE":
-        raise _Unsupported(f"model.type: {model.get('type')!r} is not supported, only BPE")
     _require_known("model.", model, MODEL_FIELDS)
-    for name, accepted in AS_IF_ABSENT.items():
+    for name, accepted in MODEL_VALUES.items():
         if model.get(name) not in accepted:
-            raise _Unsupported(f"model.{name}: {model[name]!r} is not supported")
+            raise _Unsupported(f"model.{name}: {model.get(name)!r} is not supported, only {accepted[0]}")
     vocab, merges, added = model.get("vocab"), model.get("merges"), content.setdefault("added_tokens", [])
     for name, value, kind in (("vocab", vocab, dict), ("merges", merges, list), ("added_tokens", added, list)):
         if not isinstance(value, kind) or len(value) > MAX_WORDS:
