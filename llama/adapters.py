@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llama import files
-from llama.checkpoint import hf, meta
+from llama.checkpoint import hf, meta, source
 from llama.checkpoint.locate import locate
 from llama.checkpoint.source import open_safetensors
 from llama.config import ModelArgs
@@ -301,7 +301,7 @@ def _fit(
     """The tensors by module and matrix, in fp32 and Meta's order, once each is known to be there and to fit."""
     names: dict[str, str] = {}
     for name in sorted(tensors):
-        match = TENSOR.fullmatch(hf.WRAPPERS.sub("", name))
+        match = TENSOR.fullmatch(source.WRAPPERS.sub("", name))
         key = name if match is None else match[1]
         if key in names:
             raise InputError(f"{path}:{name}: stands twice, as {names[key]} too")
