@@ -33,7 +33,7 @@ def locate(ckpt_dir: str | Path, what: str = "checkpoint directory") -> Path:
         if not path.is_absolute() and len(path.parts) == 2:
             hint += ", or download it first if that is a repository on Hugging Face"
         raise InputError(f"{what} {path} does not exist; {hint}")
-    if (path / "snapshots").is_dir():
+    if all((path / name).is_dir() for name in ("blobs", "snapshots")):  # a run of finetuning.py has the latter, too
         return _snapshot(path)
     if any((path / folder / name).is_file() for folder in ("", "original") for name in MARKERS):
         return path
@@ -72,6 +72,8 @@ def remedy(directory: Path) -> str:
     below = [path for path in here if path.is_dir() and any((path / name).is_file() for name in MARKERS)]
     if below:
         return f"there is a checkpoint in a folder below, pass ckpt_dir={below[0]}"
+    if adapters := [path.parent for path in sorted(directory.glob("*/adapter_config.json"))]:
+        return f"there is an adapter in a folder below, pass adapter={adapters[0]}, and its base model as ckpt_dir"
     if ggufs := [str(path) for path in here if is_gguf(path)]:
         return f"pass one of its GGUF files, ckpt_dir={' or '.join(ggufs)}"
     if path := first(*ARCHIVES):

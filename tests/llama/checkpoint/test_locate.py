@@ -97,6 +97,8 @@ LYING_AROUND = {
     "a download": ({"config.json": "{}", "model.safetensors.incomplete": ""}, "download of it was not finished"),
     "its cache": ({"config.json": "{}", ".cache/huggingface/download/x.incomplete": ""}, "was not finished"),
     "a folder down": ({"files/config.json": "{}"}, r"folder below, pass ckpt_dir=\S+/files"),
+    "a run": ({"snapshots/step-1/state.json": "{}", "merged/params.json": "{}"}, r"pass ckpt_dir=\S+/merged"),
+    "a run of adapters": ({"snapshots/s/x": "", "adapter/adapter_config.json": "{}"}, r"pass adapter=\S+/adapter, and"),
     "an archive": ({"model.zip": "PK"}, "unpack model.zip first"),
     "no weights": ({"config.json": "{}", "tokenizer.json": "{}"}, "but no .*; download the weights"),
     "weights alone": ({"consolidated.00.pth": ""}, "configuration that belongs to consolidated.00.pth"),
