@@ -39,7 +39,7 @@ TYPES = {
 def write(model: Transformer, path: Path, tokenizer_path: Path | None) -> None:
     """The model in its own dtype."""
     state = model.state_dict()
-    _write(path, model.args, state, state.items(), tokenizer_path, _type_of(model.dtype))
+    _write(path, model.args, state, state.items(), tokenizer_path, _type_of(model.dtype, "the model"))
 
 
 def convert(source: Source, path: Path, tokenizer_path: Path | None, type_name: str | None = None) -> None:
@@ -52,16 +52,22 @@ def convert(source: Source, path: Path, tokenizer_path: Path | None, type_name: 
     def read_all() -> Iterator[tuple[str, Tensor]]:
         for block in by_block(list(layout)):
             with source.open() as read:
-                yield from ((name, read(name)) for name in block)
+                for name in block:
+                    weight = read(name)
+                    _type_of(weight.dtype, source.place(name))
+                    yield name, weight
 
-    if type_name is None and source.dtype is None:
+    if type_name is None:
         with source.open() as read:
-            type_name = _type_of(read(EMBEDDING).dtype)
-    _write(path, source.args, layout, read_all(), tokenizer_path, type_name or _type_of(source.dtype))
+            type_name = _type_of(source.dtype or read(EMBEDDING).dtype, source.place(EMBEDDING))
+    _write(path, source.args, layout, read_all(), tokenizer_path, type_name)
 
 
-def _type_of(dtype: torch.dtype) -> str:
-    return next(name for name, (kind, _) in TYPES.items() if PLAIN.get(kind) is dtype)
+def _type_of(dtype: torch.dtype, place: str) -> str:
+    for name, (kind, _) in TYPES.items():
+        if PLAIN.get(kind) is dtype:
+            return name
+    raise InputError(f"{place}: holds {dtype}; expected float32, bfloat16 or float16 weights")
 
 
 def _write(

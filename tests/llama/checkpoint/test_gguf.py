@@ -192,6 +192,15 @@ def test_a_file_of_mixed_types_has_one_dtype(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"m.gguf", "big"}
 
 
+@pytest.mark.parametrize("type_name", [None, "f16"])
+def test_weights_of_other_types_are_not_converted(tmp_path, type_name):
+    checkpoint.save(random_model(), tmp_path / "m")
+    state = torch.load(tmp_path / "m/consolidated.00.pth", weights_only=True)
+    torch.save({name: weight.double() for name, weight in state.items()}, tmp_path / "m/consolidated.00.pth")
+    with pytest.raises(InputError, match=r"tok_embeddings\.weight: holds torch\.float64"):
+        gguf_files.convert(checkpoint.open_source(tmp_path / "m"), tmp_path / "out", None, type_name)
+
+
 @pytest.mark.parametrize("limit", [10, 30_000])
 def test_a_full_disk_is_named_and_nothing_is_left_behind(tmp_path, model, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
