@@ -41,8 +41,8 @@ HARMLESS = frozenset(
     torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version is_llama_config use_cache
     _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset attn_implementation
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    initializer_range attention_dropout hidden_dropout classifier_dropout gradient_checkpointing is_decoder
-    use_bfloat16 torchscript tf_legacy_loss
+    initializer_range attention_dropout hidden_dropout classifier_dropout neftune_noise_alpha gradient_checkpointing
+    is_decoder use_bfloat16 torchscript tf_legacy_loss
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
     output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
     max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
