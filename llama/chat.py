@@ -130,7 +130,7 @@ class ChatFormat:
         names = ", ".join(list(special)[:12]) or "none"
         raise InputError(
             "the tokenizer has no chat format known here (Llama 2, Llama 3, ChatML); its special tokens begin with "
-            f"{names}; give text instead of a dialog"
+            f"{names}{', its template writes another format' * bool(template)}; give text instead of a dialog"
         )
 
 
