@@ -36,8 +36,7 @@ BLOCK = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
-
-
+# What other programs leave beside or in place of weights in few bits.
 QUANTIZED_KEYS = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|(weight\.)?(absmax|SCB))")
 
 

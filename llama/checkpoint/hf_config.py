@@ -27,6 +27,7 @@ FIELDS = {
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # transformers' own, where they are not Meta's
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
+SCALES = dict.fromkeys(("rope_scale_factor", "rope_linear_factor"), "rope_scaling: factor")
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROPE_SCALING = {
     "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
@@ -53,7 +54,7 @@ HARMLESS = frozenset(
 )
 KNOWN = {*FIELDS.values(), "intermediate_size", *ROPE_FIELDS, *FIXED, *HARMLESS}
 # The value at which a field that is unknown to LlamaForCausalLM does nothing.
-NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish"}  # another name of silu
+NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0}
 
 
 def args_of(config: dict[str, Any]) -> ModelArgs:
@@ -63,7 +64,7 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
         if config.get(name) is None:
             raise ValueError(f"{name}: is missing")
     for name, only in FIXED.items():
-        if config.get(name, only) not in (only, NEUTRAL.get(name, only)):
+        if config.get(name) not in (None, only) and (name, config[name]) != ("hidden_act", "swish"):  # the same as silu
             raise ValueError(f"{name}: {reprlib.repr(config[name])} is not supported, only {only!r}")
     for name, value in config.items():
         if name not in KNOWN and not _is_off(value) and (name not in NEUTRAL or value != NEUTRAL[name]):
@@ -77,7 +78,7 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
         args = ModelArgs(**fields, **_rope_of(config))
     except ValueError as error:
         ours, colon, reason = str(error).partition(":")
-        raise ValueError(FIELDS.get(ours, ours) + colon + reason) from None
+        raise ValueError((FIELDS | SCALES).get(ours, ours) + colon + reason) from None
     if args.max_seq_len == dataclasses.replace(args, max_seq_len=None).trained_context:
         args = dataclasses.replace(args, max_seq_len=None)  # as in Meta's params.json, which does not say it
     ffn = config["intermediate_size"]
