@@ -11,7 +11,6 @@ Left out on purpose: big-endian files, version 1, arrays of arrays (llama.cpp re
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import struct
@@ -25,8 +24,8 @@ from llama import files
 from llama.errors import InputError
 
 MAGIC = b"GGUF"
-SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # struct's codes by GGUF's types
-STRING, ARRAY = 8, 9
+NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # struct's codes by GGUF's types
+FLOAT, STRING, ARRAY = 6, 8, 9
 MAX_COUNT = 1 << 16  # of fields and of tensors: 1,024 layers have 9,219
 MAX_ITEMS = 1 << 22  # of all arrays together: the largest vocabularies have 0.26 million words and twice as many merges
 MAX_NAME = 256
@@ -66,13 +65,17 @@ class _Reader:
     def refuse(self, reason: str) -> InputError:
         return InputError(f"{self.path}: {reason}; download it again, or convert the original anew")
 
-    def take(self, code: str) -> Any:
-        """The next number."""
-        if self.at + struct.calcsize(code) > self.end:
-            raise self.refuse("is truncated")
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
+    def numbers(self, code: str, count: int) -> list[Any]:
+        """The next numbers of one type."""
+        code = f"<{count}{code}"
+        if struct.calcsize(code) > self.end - self.at:
+            raise self.refuse(f"is truncated at byte {self.at}")
+        values = struct.unpack_from(code, self.data, self.at)
         self.at += struct.calcsize(code)
-        return value
+        return list(values)
+
+    def take(self, code: str) -> int:
+        return self.numbers(code, 1)[0]
 
     def text(self, longest: int | None = None) -> str:
         """The next string; where `longest` is given, a name of at most so many bytes that can be shown in a line."""
@@ -104,58 +107,47 @@ class _Reader:
             if key in fields:
                 raise self.refuse(f"{key} is there twice")
             fields[key] = self.value(key)
-        infos: dict[str, tuple[list[int], int, int]] = {}
-        for _ in range(n_tensors):
-            name, n_dims = self.text(MAX_NAME), self.take("I")
-            if name in infos or not 1 <= n_dims <= 4:
-                raise self.refuse(f"tensor {name} " + ("is there twice" if name in infos else f"has {n_dims} axes"))
-            infos[name] = ([self.take("Q") for _ in range(n_dims)], self.take("I"), self.take("Q"))
-        return Header(fields, self.locate(infos, fields.get("general.alignment", 32)))
+        return Header(fields, self.tensors(n_tensors, fields.get("general.alignment", 32)))
 
     def value(self, key: str) -> Any:
         """The value of a field: a number, a string, or a list of either."""
-        kind = self.take("I")
-        if kind != ARRAY:
-            return self.item(kind, key)
-        kind, count = self.take("I"), self.take("Q")
-        self.items += count
-        if self.items > MAX_ITEMS or kind == ARRAY:
-            raise self.refuse(f"{key} is an array of {'arrays' if kind == ARRAY else f'{count} items'}")
-        if kind != STRING and kind < len(SCALARS):
-            code = f"<{count}{SCALARS[kind]}"
-            if struct.calcsize(code) > self.end - self.at:
-                raise self.refuse(f"{key} is truncated")
-            numbers = list(struct.unpack_from(code, self.data, self.at))
-            self.at += struct.calcsize(code)
-            return numbers
-        return [self.item(kind, key) for _ in range(count)]
-
-    def item(self, kind: int, key: str) -> Any:
-        if kind >= len(SCALARS):
+        kind, count = self.take("I"), 1
+        if is_array := kind == ARRAY:
+            kind, count = self.take("I"), self.take("Q")
+            self.items += count
+            if self.items > MAX_ITEMS or kind == ARRAY:
+                raise self.refuse(f"{key} is an array of {'arrays' if kind == ARRAY else f'{count} items'}")
+        if kind >= len(NUMBERS):
             raise self.refuse(f"{key} has the unknown type {kind}")
-        if kind == STRING:
-            return self.text()
-        value = self.take(SCALARS[kind])
-        return float(str(np.float32(value))) if SCALARS[kind] == "f" else value  # 1e-05, not 9.999999747378752e-06
+        values = [self.text() for _ in range(count)] if kind == STRING else self.numbers(NUMBERS[kind], count)
+        if is_array:
+            return values
+        return float(str(np.float32(values[0]))) if kind == FLOAT else values[0]  # 1e-05, not 9.999999747378752e-06
 
-    def locate(self, infos: dict[str, tuple[list[int], int, int]], alignment: Any) -> dict[str, Stored]:
-        """Hold sizes and offsets against the file; no two tensors may share a byte."""
-        if alignment not in (1 << bits for bits in range(3, 17)):
+    def tensors(self, count: int, alignment: Any) -> dict[str, Stored]:
+        """Where each lies, held against the size of the file; no two may share a byte."""
+        if type(alignment) is not int or alignment not in (1 << bits for bits in range(3, 17)):
             raise self.refuse(f"general.alignment: {alignment!r} is not a power of two from 8 to 65536")
-        start = math.ceil(self.at / alignment) * alignment
-        stored = {}
-        for name, (dims, kind, offset) in infos.items():
+        stored: dict[str, Stored] = {}
+        for _ in range(count):
+            name, n_dims = self.text(MAX_NAME), self.take("I")
+            if name in stored or not 1 <= n_dims <= 4:
+                raise self.refuse(f"tensor {name} " + ("is there twice" if name in stored else f"has {n_dims} axes"))
+            shape = tuple(self.numbers("Q", n_dims)[::-1])
+            kind, offset = self.take("I"), self.take("Q")
             if kind not in set(GGMLQuantizationType):
                 raise InputError(f"{self.path}:{name}: has the type {kind}, which is unknown here; take another file")
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            n_bytes = math.prod(dims) // block * block_bytes
-            if dims[0] % block or not 0 < n_bytes <= len(self.data):
-                raise self.refuse(f"tensor {name} cannot have the shape {dims[::-1]}")
-            if offset % alignment or start + offset + n_bytes > len(self.data):
+            n_bytes = math.prod(shape) // block * block_bytes
+            if shape[-1] % block or not 0 < n_bytes <= len(self.data):
+                raise self.refuse(f"tensor {name} cannot have the shape {list(shape)}")
+            stored[name] = Stored(GGMLQuantizationType(kind), shape, offset, n_bytes)
+        start = end = math.ceil(self.at / alignment) * alignment
+        for name, tensor in sorted(stored.items(), key=lambda entry: entry[1].offset):
+            offset = start + tensor.offset
+            if offset % alignment or offset + tensor.n_bytes > len(self.data):
                 raise self.refuse(f"tensor {name} lies beyond the end of the file, or is not aligned")
-            stored[name] = Stored(GGMLQuantizationType(kind), tuple(dims[::-1]), start + offset, n_bytes)
-        in_order = sorted(stored.items(), key=lambda entry: entry[1].offset)
-        for (name, first), (other, second) in itertools.pairwise(in_order):
-            if first.offset + first.n_bytes > second.offset:
-                raise self.refuse(f"the tensors {name} and {other} overlap")
+            if offset < end:
+                raise self.refuse(f"tensor {name} and the one before it overlap")
+            stored[name], end = tensor._replace(offset=offset), offset + tensor.n_bytes
         return stored
