@@ -144,6 +144,7 @@ class ModelArgs:
 
         Meta's params.json has no field for the size itself, so a multiplier and a rounding are chosen that give it.
         """
+        _require("ffn_dim", ffn_dim, int, 1, LARGEST["dim"])
         for multiple_of in (256, 1024):
             for multiplier in (None, 1.0, 1.3, 1.5):  # those of the released models
                 args = replace(self, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)

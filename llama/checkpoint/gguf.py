@@ -11,6 +11,7 @@ Left out on purpose: architectures besides llama, files in parts, computing on t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,34 +24,37 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from llama import gguf_header
-from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming
-from llama.config import ModelArgs
+from llama.checkpoint import hf
+from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, read_fields
+from llama.config import LARGEST, ModelArgs
 from llama.errors import InputError
 from llama.gguf_header import Stored
 from llama.model import rope_frequencies
 
 ARCHITECTURE = "llama"
-# Meta's name -> GGUF's, for everything outside and inside a block.
-TOP = {EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", HEAD: "output.weight"}
-BLOCK = {
-    "attention.wq.weight": "attn_q.weight",
-    "attention.wk.weight": "attn_k.weight",
-    "attention.wv.weight": "attn_v.weight",
-    "attention.wo.weight": "attn_output.weight",
-    "feed_forward.w1.weight": "ffn_gate.weight",
-    "feed_forward.w2.weight": "ffn_down.weight",
-    "feed_forward.w3.weight": "ffn_up.weight",
-    "attention_norm.weight": "attn_norm.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
-}
 ROPE_FACTORS = "rope_freqs.weight"  # by what llama.cpp divides each frequency; absent: 1
-REQUIRED = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count")
-REQUIRED += ("attention.layer_norm_rms_epsilon",)
-# Fields of the architecture that may be there: what else is read, what must have one value, what changes nothing.
-READ = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "context_length", "vocab_size")
-READ += ("rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
-FIXED = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0}
-IDLE = ("tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
+FIELDS = {  # our name -> theirs
+    "dim": "llama.embedding_length",
+    "n_layers": "llama.block_count",
+    "n_heads": "llama.attention.head_count",
+    "n_kv_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "ffn_dim": "llama.feed_forward_length",
+    "vocab_size": "llama.vocab_size",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "max_seq_len": "llama.context_length",
+    "rope_theta": "llama.rope.freq_base",
+}
+HEAD_DIMS = ("llama.attention.value_length", "llama.rope.dimension_count")  # must be that of the keys
+FIXED = {
+    "llama.expert_count": 0,
+    "llama.expert_used_count": 0,
+    "llama.attention.causal": True,
+    "llama.rope.scaling.attn_factor": 1.0,
+}
+SCALING = ("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear")
+IDLE = ("llama.tensor_data_layout", "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
+KNOWN = {*FIELDS.values(), *HEAD_DIMS, *SCALING, *IDLE}
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 ROWS = 1024  # dequantized at once; the package needs several times their size
 
@@ -63,32 +67,22 @@ class GgufSource(Source):
         self.where = path
         if header.fields.get("split.count", 1) not in (0, 1):  # 0 where parts have been joined
             raise InputError(f"{path}: is one of {header.fields['split.count']} parts; join them with gguf-split first")
-        n_layers = header.fields.get(f"{ARCHITECTURE}.block_count", 0)
-        meta_names = {theirs: ours for ours, theirs in names_of(n_layers if isinstance(n_layers, int) else 0).items()}
-        self.stored = {meta_names.get(name, name): tensor for name, tensor in header.tensors.items()}
-        self.names = {ours: theirs for theirs, ours in meta_names.items()}
+        self.names = names_of(header.fields.get(FIELDS["n_layers"]))
+        ours = {theirs: name for name, theirs in self.names.items()}
+        self.stored = {ours.get(name, name): tensor for name, tensor in header.tensors.items()}
         if len(self.stored) != len(header.tensors):
             raise InputError(f"{path}: has a tensor under Meta's name as well as under GGUF's; convert it anew")
-        factors = self._rope_factors()
-        self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         for name, tensor in self.stored.items():
             _check_kind(tensor.kind, self.place(name))
-        with naming(path):
-            self.args = _args_of(header.fields, self.shapes, factors)
+        factors = self.stored.pop(ROPE_FACTORS, None)
+        self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        with naming(path, FIELDS):
+            self.args = _args_of(header.fields, self.shapes, factors and _read(_map(path), factors).float())
         kinds = {tensor.kind for tensor in self.stored.values() if len(tensor.shape) > 1}
         self.dtype = PLAIN.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
     def place(self, name: str) -> str:
         return super().place(self.names.get(name, name))
-
-    def _rope_factors(self) -> Tensor | None:
-        """Those that the file holds; no weight of the model."""
-        tensor = self.stored.pop(ROPE_FACTORS, None)
-        if tensor is None:
-            return None
-        if tensor.kind is not Kind.F32 or len(tensor.shape) != 1:
-            raise InputError(f"{self.place(ROPE_FACTORS)}: is not a list of float32")
-        return _read(_map(self.where), tensor)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
@@ -96,10 +90,12 @@ class GgufSource(Source):
         yield lambda name: _read(data, self.stored[name])
 
 
-def names_of(n_layers: int) -> dict[str, str]:
-    """Meta's name -> GGUF's for a model of so many layers."""
-    layers = range(min(n_layers, 1024))
-    return TOP | {f"layers.{i}.{meta}": f"blk.{i}.{theirs}" for i in layers for meta, theirs in BLOCK.items()}
+def names_of(n_layers: Any) -> dict[str, str]:
+    """Meta's name -> GGUF's for a model of so many layers; of none where that cannot be their number."""
+    n_layers = n_layers if isinstance(n_layers, int) and n_layers <= LARGEST["n_layers"] else 0
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
+    ours = [*hf.TOP, *(f"layers.{i}.{name}" for i in range(n_layers) for name in hf.BLOCK)]
+    return {name: known.get_name(name, [".weight"]) for name in ours}
 
 
 def _map(path: Path) -> Tensor:
@@ -112,11 +108,11 @@ def _read(data: Tensor, tensor: Stored) -> Tensor:
     if tensor.kind in PLAIN:
         weight = part.view(PLAIN[tensor.kind]).view(tensor.shape)
         return weight.clone() if weight.dim() == 1 else weight  # a norm that is kept would keep the pages of its block
-    weight = torch.empty(tensor.shape)
+    weight = torch.empty(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     with np.errstate(all="ignore"):  # what a damaged file holds may overflow; it is judged where it is used
-        for codes, rows in zip(part.view(tensor.shape[0], -1).split(ROWS), weight.split(ROWS), strict=True):
-            rows.copy_(torch.from_numpy(gguf.dequantize(codes.numpy(), tensor.kind)).view(rows.shape))
-    return weight
+        for codes, rows in zip(part.view(len(weight), -1).split(ROWS), weight.split(ROWS), strict=True):
+            rows.copy_(torch.from_numpy(gguf.dequantize(codes.numpy(), tensor.kind)))
+    return weight.view(tensor.shape)
 
 
 def _check_kind(kind: Kind, place: str) -> None:
@@ -133,59 +129,39 @@ def _args_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors
         if fields.get(f"general.{name}", "model") != only:
             given = fields.get(f"general.{name}")
             raise ValueError(f"general.{name}: {given!r} is not supported, only {only!r}")
-    prefix = f"{ARCHITECTURE}."
-    own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
-    for name in REQUIRED:
-        if name not in own:
-            raise ValueError(f"{prefix}{name}: is missing")
+    own = {name: value for name, value in fields.items() if name.startswith(f"{ARCHITECTURE}.")}
     for name, value in own.items():
-        if name not in (*REQUIRED, *READ, *IDLE) and FIXED.get(name, ...) != value:
+        if name not in KNOWN and FIXED.get(name, ...) != value:
             only = f"only {FIXED[name]!r}" if name in FIXED else "nothing is known of it here"
-            raise ValueError(f"{prefix}{name}: {value!r} is not supported, {only}")
-    args = ModelArgs(
-        dim=own["embedding_length"],
-        n_layers=own["block_count"],
-        n_heads=own["attention.head_count"],
-        n_kv_heads=own.get("attention.head_count_kv"),
-        head_dim=own.get("attention.key_length"),
-        vocab_size=own.get("vocab_size", shapes.get(EMBEDDING, (-1,))[0]),
-        norm_eps=own["attention.layer_norm_rms_epsilon"],
+            raise ValueError(f"{name}: {value!r} is not supported, {only}")
+    # The file holds what came of Llama 3.1's scaling, not its parameters: the slowest pair is divided by the factor.
+    scaling = {"use_scaled_rope": factors is not None and not (factors == 1).all()}
+    if scaling["use_scaled_rope"]:
+        scaling["rope_scale_factor"] = factors.flatten()[-1].item()
+    args = read_fields(
+        FIELDS,
+        {FIELDS["vocab_size"]: shapes.get(EMBEDDING, (-1,))[0]} | own,
         tie_word_embeddings=HEAD not in shapes,
-        max_seq_len=own.get("context_length"),
-        rope_theta=own.get("rope.freq_base", 10_000.0),
         rope_linear_factor=_linear_factor(own),
+        **scaling,
     )
-    for name in ("attention.value_length", "rope.dimension_count"):
+    for name in HEAD_DIMS:
         if own.get(name, args.head_dim) != args.head_dim:
-            raise ValueError(f"{prefix}{name}: {own[name]!r} is not supported, only that of the keys, {args.head_dim}")
-    ffn = own["feed_forward_length"]
-    if not isinstance(ffn, int) or not 0 < ffn < 1 << 20:
-        raise ValueError(f"{prefix}feed_forward_length: {ffn!r} is not a size")
-    return _scaled(args.with_ffn_dim(ffn), factors)
+            raise ValueError(f"{name}: {own[name]!r} is not supported, only that of the keys, {args.head_dim}")
+    if factors is not None:
+        expected = rope_factors(args)
+        if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4, atol=0):
+            raise ValueError(f"{ROPE_FACTORS}: is not the scaling of Llama 3.1 and 3.2, the only one that is supported")
+    return args
 
 
 def _linear_factor(own: dict[str, Any]) -> float | None:
     """By what positions are divided, as llama.cpp reads it: linear where no type is given, 0 for none."""
-    kind = own.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise ValueError(f"{ARCHITECTURE}.rope.scaling.type: {kind!r} is not supported, only 'none' and 'linear'")
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
+    kind, *factors = (own.get(name) for name in SCALING)
+    if kind not in (None, "none", "linear"):
+        raise ValueError(f"{SCALING[0]}: {kind!r} is not supported, only 'none' and 'linear'")
+    factor = next((factor for factor in factors if factor is not None), 0.0)
     return None if kind == "none" or factor in (0.0, 1.0) else factor
-
-
-def _scaled(args: ModelArgs, factors: Tensor | None) -> ModelArgs:
-    """With the scaling of Llama 3.1 and 3.2 that divides each frequency by its factor.
-
-    The file holds what came of the scaling, not its parameters: the slowest pair is divided by `rope_scale_factor`
-    itself. Raises ValueError where ours would divide by anything else.
-    """
-    if factors is None or (len(factors) == args.head_dim // 2 and (factors == 1).all()):
-        return args
-    scaled = replace(args, use_scaled_rope=True, rope_scale_factor=factors[-1].item())
-    expected = rope_factors(scaled)
-    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4, atol=0):
-        raise ValueError(f"{ROPE_FACTORS}: is not the scaling of Llama 3.1 and 3.2, the only one that is supported")
-    return scaled
 
 
 def rope_factors(args: ModelArgs) -> Tensor:

@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from llama.checkpoint import tokenizer_files
-from llama.checkpoint.gguf import ARCHITECTURE, PLAIN, ROPE_FACTORS, ROWS, names_of, rope_factors
-from llama.checkpoint.source import EMBEDDING, Source, by_block
+from llama.checkpoint.gguf import ARCHITECTURE, FIELDS, HEAD_DIMS, PLAIN, ROPE_FACTORS, ROWS, names_of, rope_factors
+from llama.checkpoint.source import EMBEDDING, Source, by_block, write_fields
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import Transformer
@@ -103,18 +103,11 @@ def _write(
 def _add_shape(writer: gguf.GGUFWriter, args: ModelArgs) -> None:
     writer.add_type("model")
     writer.add_name("Llama")
-    writer.add_block_count(args.n_layers)
-    writer.add_context_length(args.trained_context)
-    writer.add_embedding_length(args.dim)
-    writer.add_feed_forward_length(args.ffn_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.n_kv_heads)
-    writer.add_rope_freq_base(args.rope_theta)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_key_length(args.head_dim)
-    writer.add_value_length(args.head_dim)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_vocab_size(args.vocab_size)
+    for name, value in write_fields(FIELDS, args).items():
+        is_real = name in (FIELDS["norm_eps"], FIELDS["rope_theta"])
+        (writer.add_float32 if is_real else writer.add_uint32)(name, value)
+    for name in HEAD_DIMS:
+        writer.add_uint32(name, args.head_dim)
     if args.rope_linear_factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(args.rope_linear_factor)

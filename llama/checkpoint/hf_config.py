@@ -6,10 +6,10 @@ refused as well, unless it is off (null, false, empty): that nobody has heard of
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
 from typing import Any
 
+from llama.checkpoint.source import read_fields
 from llama.config import ROPE_HIGH_FREQ_FACTOR, ROPE_LOW_FREQ_FACTOR, ROPE_ORIGINAL_CONTEXT, ModelArgs
 
 # Our name -> theirs, of what is taken over as it is.
@@ -19,15 +19,14 @@ FIELDS = {
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
     "max_seq_len": "max_position_embeddings",
 }
-REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # transformers' own, where they are not Meta's
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
-SCALES = dict.fromkeys(("rope_scale_factor", "rope_linear_factor"), "rope_scaling: factor")
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROPE_SCALING = {
     "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
@@ -52,19 +51,16 @@ HARMLESS = frozenset(
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
-KNOWN = {*FIELDS.values(), "intermediate_size", *ROPE_FIELDS, *FIXED, *HARMLESS}
+KNOWN = {*FIELDS.values(), *ROPE_FIELDS, *FIXED, *HARMLESS}
 # The value at which a field that is unknown to LlamaForCausalLM does nothing.
-NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0}
+NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish"}  # another name of silu
 
 
 def args_of(config: dict[str, Any]) -> ModelArgs:
-    """The shape of a model. Raises ValueError, `field: reason`, for what this code would not honour."""
+    """The shape of a model. Raises ValueError, `field: reason` with their name or ours, for what is not honoured."""
     _refuse_other_models(config)
-    for name in REQUIRED:
-        if config.get(name) is None:
-            raise ValueError(f"{name}: is missing")
     for name, only in FIXED.items():
-        if config.get(name) not in (None, only) and (name, config[name]) != ("hidden_act", "swish"):  # the same as silu
+        if config.get(name, only) not in (only, NEUTRAL.get(name, only)):
             raise ValueError(f"{name}: {reprlib.repr(config[name])} is not supported, only {only!r}")
     for name, value in config.items():
         if name not in KNOWN and not _is_off(value) and (name not in NEUTRAL or value != NEUTRAL[name]):
@@ -73,18 +69,7 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
                 "field if it does not"
             )
     given = DEFAULTS | {name: value for name, value in config.items() if value is not None}
-    fields = {ours: given[theirs] for ours, theirs in FIELDS.items() if theirs in given}
-    try:
-        args = ModelArgs(**fields, **_rope_of(config))
-    except ValueError as error:
-        ours, colon, reason = str(error).partition(":")
-        raise ValueError((FIELDS | SCALES).get(ours, ours) + colon + reason) from None
-    if args.max_seq_len == dataclasses.replace(args, max_seq_len=None).trained_context:
-        args = dataclasses.replace(args, max_seq_len=None)  # as in Meta's params.json, which does not say it
-    ffn = config["intermediate_size"]
-    if not isinstance(ffn, int) or not 0 < ffn < 1 << 20:
-        raise ValueError(f"intermediate_size: {reprlib.repr(ffn)} is not a size")
-    return args.with_ffn_dim(ffn)
+    return read_fields(FIELDS, given, **_rope_of(config))
 
 
 def _is_off(value: Any) -> bool:

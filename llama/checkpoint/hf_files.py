@@ -17,6 +17,7 @@ import torch
 
 from llama import files
 from llama.checkpoint import hf, hf_config, tokenizer_files
+from llama.checkpoint.source import write_fields
 from llama.config import ModelArgs
 from llama.device import dtype_name
 from llama.model import Transformer
@@ -46,17 +47,8 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         **hf_config.FIXED,
-        "hidden_size": args.dim,
-        "intermediate_size": args.ffn_dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size,
-        "rms_norm_eps": args.norm_eps,
+        **write_fields(hf_config.FIELDS, args),
         "rope_theta": args.rope_theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": args.trained_context,
-        "tie_word_embeddings": args.tie_word_embeddings,
         "torch_dtype": dtype_name(dtype),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from llama.errors import InputError
 from llama.model import Transformer
 from llama.quantization import Quantization
 
+REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "ffn_dim")  # of a file that is not Meta's
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Tables that follow from the configuration; old checkpoints carry them, no model needs them.
 DERIVED_KEYS = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
@@ -114,12 +116,35 @@ def open_safetensors(path: Path) -> Any:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn `field: reason` of ModelArgs into `reason in file:field`."""
+def naming(path: Path, names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Turn `field: reason` of ModelArgs into `reason in file:field`, with the field's name there."""
     try:
         yield
     except InputError:
         raise
     except ValueError as error:
-        text = str(error)  # it may quote what a hostile file says
+        field, colon, reason = str(error).partition(":")
+        text = names.get(field, field) + colon + reason  # it may quote what a hostile file says
         raise InputError(f"{path}:{text if len(text) < 400 else f'{text[:200]} ... {text[-200:]}'}") from error
+
+
+def read_fields(names: Mapping[str, str], given: Mapping[str, Any], **others: Any) -> ModelArgs:
+    """ModelArgs of a file with names of its own for them. Raises ValueError, `field: reason`, with ours.
+
+    A context length that the other fields imply is left out, as in Meta's params.json, which does not say it.
+    """
+    values = {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs) is not None}
+    for ours in REQUIRED:
+        if ours not in values:
+            raise ValueError(f"{ours}: is missing")
+    ffn_dim = values.pop("ffn_dim")
+    args = ModelArgs(**values, **others)
+    implied = dataclasses.replace(args, max_seq_len=None)
+    return (implied if implied.trained_context == args.max_seq_len else args).with_ffn_dim(ffn_dim)
+
+
+def write_fields(names: Mapping[str, str], args: ModelArgs) -> dict[str, Any]:
+    """What read_fields reads, with the context length always."""
+    return {theirs: getattr(args, ours) for ours, theirs in names.items()} | {
+        names["max_seq_len"]: args.trained_context
+    }

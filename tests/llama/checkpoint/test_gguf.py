@@ -225,16 +225,16 @@ ARRAY = gguf.GGUFValueType.ARRAY
 FIELD_DAMAGE = {
     "architecture": ({"general.architecture": ("qwen2", TEXT)}, r"general\.architecture: 'qwen2' is not supp"),
     "adapter": ({"general.type": ("adapter", TEXT)}, r"general\.type: 'adapter' is not supp"),
-    "no layers": ({"llama.block_count": (0, U32)}, r"n_layers"),
-    "million layers": ({"llama.block_count": (1 << 20, U32)}, r"n_layers"),
+    "no layers": ({"llama.block_count": (0, U32)}, r"llama\.block_count: 0 is not"),
+    "million layers": ({"llama.block_count": (1 << 20, U32)}, r"llama\.block_count: 1048576 is not"),
     "more layers": ({"llama.block_count": (9, U32)}, r"blk\.8\.attn_norm\.weight: weight is missing.* 9 layers"),
     "fewer layers": ({"llama.block_count": (2, U32)}, r"blk\.2\.\S+: unexpected weight"),
-    "text": ({"llama.embedding_length": ("64", TEXT)}, r"dim: '64'"),
-    "heads by layer": ({"llama.attention.head_count_kv": ([2, 2, 2, 2], ARRAY)}, r"n_kv_heads: \[2"),
+    "text": ({"llama.embedding_length": ("64", TEXT)}, r"llama\.embedding_length: '64'"),
+    "heads by layer": ({"llama.attention.head_count_kv": ([2, 2, 2, 2], ARRAY)}, r"head_count_kv: \[2"),
     "width": ({"llama.feed_forward_length": (96, U32)}, r"ffn_gate\.weight: has shape \[192, 64\]"),
     "huge width": ({"llama.feed_forward_length": (1 << 31, U32)}, r"feed_forward_length: 2147483648 is no"),
     "vocabulary": ({"llama.vocab_size": (511, U32)}, r"token_embd\.weight: has shape \[512, 64\]"),
-    "theta": ({"llama.rope.freq_base": (float("nan"), F32)}, r"rope_theta: nan"),
+    "theta": ({"llama.rope.freq_base": (float("nan"), F32)}, r"rope\.freq_base: nan"),
     "partial rotary": ({"llama.rope.dimension_count": (8, U32)}, r"rope\.dimension_count: 8 is not supp"),
     "values": ({"llama.attention.value_length": (8, U32)}, r"attention\.value_length: 8 is not supp"),
     "YaRN": ({"llama.rope.scaling.type": ("yarn", TEXT)}, r"rope\.scaling\.type: 'yarn' is not supp"),
@@ -273,6 +273,28 @@ def test_fields_that_change_nothing_pass(tmp_path):
     fields |= {"llama.rope.scaling.type": ("none", TEXT), "llama.tensor_data_layout": ("Meta AI original pth", TEXT)}
     path = rewritten(saved(tmp_path / "m.gguf", random_model()), fields=fields, drop=("llama.vocab_size",))
     assert same_weights(checkpoint.load(path), random_model())
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+    path = rewritten(saved(tmp_path / "m.gguf", random_model()), drop=("llama.block_count",))
+    with pytest.raises(InputError, match=r"rewritten\.gguf:llama\.block_count: is missing"):
+        checkpoint.load(path)
+
+
+def test_an_alignment_is_an_integer(tmp_path):
+    path = rewritten(saved(tmp_path / "m.gguf", random_model()), fields={"general.alignment": (32.0, F32)})
+    with pytest.raises(InputError, match=r"general\.alignment: 32\.0 is not a power"):
+        checkpoint.load(path)
+
+
+def test_norms_of_a_quantized_type(tmp_path):
+    """No converter writes them; one row of blocks, as the package sees them."""
+    path = saved(tmp_path / "m.gguf", random_model())
+    data = path.read_bytes()
+    path.write_bytes(counted(data, info_of(data) + 12, Kind.Q8_0, "I"))
+    (norm,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output_norm.weight")
+    expected = torch.from_numpy(np.array(gguf.dequantize(norm.data, Kind.Q8_0)))
+    torch.testing.assert_close(checkpoint.load(path, torch.float32).norm.weight.data, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
