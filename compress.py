@@ -52,7 +52,7 @@ class QuantizeOptions(cli.Options):
     """Write a checkpoint whose weights have 8 or 4 bits, and say what each matrix lost."""
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
-    tokenizer_path: str | None = option(None, "tokenizer.model, which is copied; default: the one in ckpt_dir")
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     bits: int = option(8, "8, with one scale per row, or 4, with one per group of a row; tables have 8 in both")
     group_size: int | None = option(None, f"of 4 bits: {GROUP_SIZES} neighbouring weights share a scale; default: 32")
     dtype: str = option("auto", DTYPE, choices=DTYPES)

@@ -58,14 +58,17 @@ def load(
 def _encode(
     entries: list[records.Record], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[Sample], list[str], list[str]]:
-    """As samples.encode; of texts every block, and nothing is cut or left out."""
+    """As samples.encode; of texts every block, and nothing is cut."""
     if not isinstance(entries[0], records.Text):
         return samples.encode(tokenizer, entries, max_seq_len)
-    blocks = []
+    blocks, left_out = [], []
     for number, record in enumerate(entries, 1):
+        if not record.text.strip():
+            left_out.append(f"record {number}: no text")
+            continue
         ids = text.encode(record.text, tokenizer) + [tokenizer.eos_id] * record.has_end
         blocks += text.blocks(ids, max_seq_len, f"record {number} token")
-    return blocks, [], []
+    return blocks, [], left_out
 
 
 def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> Iterator[str]:

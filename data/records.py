@@ -32,6 +32,7 @@ MAX_FIELD = 1 << 20  # characters
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 JSON_START = re.compile(r'\s*(\{\s*["}]|\[\s*(["\[\]{]|\Z))')  # prose may begin with a bracket, too
 SPACE = re.compile(r"[ \t\n\r]*")
+EXCEL_HINT = re.compile(r"\Asep=[,;\t]\r?\n")  # for Excel alone, above the header
 FIRST_LINE = re.compile(r"\s*([^\r\n]*)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 TABLES = (".csv", ".tsv")
@@ -138,11 +139,13 @@ def entries(path: Path, known: Iterable[tuple[str, ...]]) -> tuple[str, list[Any
     if JSON_START.match(text):
         container, found = _json_entries(path, text)
     else:
+        text = EXCEL_HINT.sub("", text)
         first_line = FIRST_LINE.match(text)[1]
+        is_named = path.suffix.lower() in TABLES
         for delimiter in ",;\t":
             header = [name.strip(' "') for name in first_line.split(delimiter)]
-            # A first line of one word makes a table only of a file that is called so.
-            is_table = len(header) > 1 or path.suffix.lower() in TABLES
+            # Prose may begin with a line that holds such a word; a first line of one word is a table only by its name.
+            is_table = is_named or (len(header) > 1 and not any(" " in name for name in header))
             if is_table and any(set(fields) <= set(header) for fields in known):
                 container, found = "CSV", _rows(path, text, delimiter, header)
                 break
@@ -212,11 +215,12 @@ def _json_entries(path: Path, text: str) -> tuple[str, list[Any]]:
 
 def _rows(path: Path, text: str, delimiter: str, header: list[str]) -> list[dict[str, str]]:
     """The rows of a CSV file, below its header."""
-    if len(set(header)) < len(header):
+    names = [name for name in header if name]  # Excel writes columns that were used once, without a name
+    if len(set(names)) < len(names):
         raise InputError(f"{path}: a column stands twice in the header: {listed(header)}")
     usual, found = csv.field_size_limit(len(text)), []  # the limit of the module, for all its readers
     try:
-        for row in filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)):
+        for row in filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)):
             if len(row) != len(header):
                 reason = f"has {len(row)} fields, the header {len(header)}; quote a field that holds {delimiter!r}"
                 raise InputError(f"{path}:record {len(found)}: {reason}")

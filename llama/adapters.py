@@ -10,6 +10,7 @@ is honoured, known to leave the result alone, or refused by name. A test compare
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -79,7 +80,9 @@ class Adapter:
 
 def folders(adapter: str | Path) -> list[Path]:
     """The directories that "one" or "one,two" names. Raises InputError where one holds no adapter."""
-    names = [str(adapter)] if os.path.exists(os.path.expanduser(adapter)) else str(adapter).split(",")
+    parts = [str(adapter)] if os.path.exists(os.path.expanduser(adapter)) else str(adapter).split(",")
+    if not (names := [part.strip() for part in parts if part.strip()]):
+        raise InputError(f"adapter={adapter} names no directory")
     found = [locate(name, "adapter directory") for name in names]
     for folder in found:
         if not (folder / CONFIG).is_file():
@@ -361,7 +364,16 @@ def save(
     }
     with files.new_directory(directory) as scratch:
         files.write_json(scratch / CONFIG, settings)
-        safetensors.torch.save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "base_sha256": base})
+        (scratch / WEIGHTS).write_bytes(_serialized(tensors, {"base_sha256": base, "format": "pt"}))
+
+
+def _serialized(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """A safetensors file: of equal adapters equal ones, where the library writes what is about it in a random order."""
+    data = safetensors.torch.save(tensors, about)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    head = json.dumps({**header, "__metadata__": about}, separators=(",", ":")).encode()
+    return data[:8] + head.ljust(end - 8) + data[end:]
 
 
 def _whole(alpha: float) -> float:

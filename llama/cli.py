@@ -49,8 +49,11 @@ from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinit
 
 COLUMN = 38  # two of them and a rule fit a terminal of 80
 # The help of options that several scripts have.
-CKPT_DIR = "checkpoint directory in Meta's or Hugging Face's layout; without it, the small embedded model"
-TOKENIZER_PATH = "tokenizer.model; default: the one in ckpt_dir"
+CKPT_DIR = (
+    "checkpoint: a directory in Meta's or Hugging Face's layout, a file in it, or a GGUF file; without it, the small "
+    "embedded model"
+)
+TOKENIZER_PATH = "tokenizer.json, tokenizer.model or a GGUF file; default: the one of ckpt_dir"
 ADAPTER = "directory of a LoRA adapter for the model, from finetuning.py or PEFT; of several, one,two, the sum"
 ANY_BASE = (
     "take an adapter for a model that it was not trained on, such as the original of its quantized base; names and "

@@ -101,7 +101,7 @@ class Llama:
         decoding: str = "auto",
         progress: bool = False,
     ) -> Llama:
-        """Load a checkpoint directory in Meta's or Hugging Face's layout.
+        """Load a checkpoint in Meta's or Hugging Face's layout, or a GGUF file.
 
         See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding. All arguments are
         checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one process, so

@@ -147,7 +147,9 @@ def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = Non
     for path in (directory / name for name in TOKENIZER_PATHS):
         if path.is_file():
             return path
-    raise InputError(f"{ckpt_dir} holds no tokenizer.json or tokenizer.model; pass tokenizer_path=FILE")
+    is_adapter = (directory / "adapter_config.json").is_file()
+    remedy = "this is an adapter: pass it as adapter=DIR, and its base" if is_adapter else "pass tokenizer_path=FILE"
+    raise InputError(f"{ckpt_dir} holds no tokenizer.json or tokenizer.model; {remedy}")
 
 
 def other_tokenizer(ckpt_dir: str | Path, tokenizer: Tokenizer) -> Path | None:

@@ -4,7 +4,7 @@
     save(model, "converted", "hf", tokenizer_path)
 
     layouts.py      the table of layouts; meta.py, hf.py, gguf.py and quantized.py, a layout each
-    source.py       what all of them are read as; locate.py, where it is that a path leads to
+    hf_config.py    what a config.json says; source.py, what all layouts are read as; locate.py, where a path leads to
 
 Reading is strict: every key is accounted for and every shape checked, against a model that is first built on the meta
 device, so nothing is allocated before the files are known to fit. The weights are memory-mapped and assigned block by

@@ -36,8 +36,7 @@ BLOCK = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # their rows are in a different order in the two layouts
-
-
+# What other programs leave beside or in place of weights in few bits.
 QUANTIZED_KEYS = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|(weight\.)?(absmax|SCB))")
 
 
@@ -45,7 +44,7 @@ class HfSource(Source):
     """What it reads has Meta's names and row order."""
 
     def __init__(self, directory: Path) -> None:
-        with naming(directory / CONFIG, hf_config.FIELDS):
+        with naming(directory / CONFIG, hf_config.FIELDS | hf_config.SCALES):
             self.args = hf_config.args_of(files.read_json(directory / CONFIG))
         self.where = directory
         self.names = names_of(self.args)

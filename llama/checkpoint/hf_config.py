@@ -27,6 +27,7 @@ FIELDS = {
 }
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # transformers' own, where they are not Meta's
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
+SCALES = dict.fromkeys(("rope_scale_factor", "rope_linear_factor"), "rope_scaling: factor")
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROPE_SCALING = {
     "low_freq_factor": ROPE_LOW_FREQ_FACTOR,
@@ -53,14 +54,14 @@ HARMLESS = frozenset(
 )
 KNOWN = {*FIELDS.values(), *ROPE_FIELDS, *FIXED, *HARMLESS}
 # The value at which a field that is unknown to LlamaForCausalLM does nothing.
-NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish"}  # another name of silu
+NEUTRAL = {"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0}
 
 
 def args_of(config: dict[str, Any]) -> ModelArgs:
     """The shape of a model. Raises ValueError, `field: reason` with their name or ours, for what is not honoured."""
     _refuse_other_models(config)
     for name, only in FIXED.items():
-        if config.get(name, only) not in (only, NEUTRAL.get(name, only)):
+        if config.get(name) not in (None, only) and (name, config[name]) != ("hidden_act", "swish"):  # the same as silu
             raise ValueError(f"{name}: {reprlib.repr(config[name])} is not supported, only {only!r}")
     for name, value in config.items():
         if name not in KNOWN and not _is_off(value) and (name not in NEUTRAL or value != NEUTRAL[name]):

@@ -132,6 +132,8 @@ def test_records_that_teach_nothing_are_counted_and_named(tmp_path):
         write(tmp_path / "alpaca", [empty, {**empty, "input": "a"}, {**empty, "instruction": "a", "output": ""}])
     ).notes
     assert notes == "; 2 left out (record 1: no instruction, record 3: no answer)"
+    found = load(write(tmp_path / "texts", [{"text": text} for text in ("", "The fox", " \n")]))
+    assert found.notes == "; 2 left out (record 1: no text, record 3: no text)" and len(found.training) == 1
 
 
 def test_a_pair_is_what_it_says(tmp_path):

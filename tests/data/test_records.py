@@ -88,6 +88,7 @@ PROSE = [
     "{\\it TeX}",
     '"Quoted", he said.\n',
     "text",
+    "Image, text, and sound\nare all there is.",
     "3",
 ]
 
@@ -107,6 +108,14 @@ def test_fields_that_are_not_used_are_named(tmp_path):
     assert found.unused == ("messages.weight",) and found.records == [Chat(tuple(HI))]
     found = read(write(tmp_path / "data.csv", ",output,instruction,source\n0,b,a,x\n"))  # as pandas writes its index
     assert found.unused == ("", "source") and found.records == [Record("a", "", "b")]
+
+
+def test_tables_as_excel_writes_them(tmp_path):
+    """A first line for Excel alone, columns that were used once, rows that were emptied."""
+    table = 'instruction;input;output;;\r\n"Say ""hi""";;"Hi\r\nthere";;\r\n;;;;\r\na;;b;;\r\n;;;;\r\n'
+    wanted = [Record('Say "hi"', "", "Hi\r\nthere"), Record("a", "", "b")]
+    for start in ("\ufeff", "sep=;\r\n", "\ufeffsep=;\r\n"):
+        assert read(write(tmp_path / "data.csv", start + table)).records == wanted
 
 
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)

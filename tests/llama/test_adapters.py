@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import LlamaForCausalLM
 from llama import Transformer, adapters, checkpoint, lora
 from llama.errors import InputError
 from llama.lora import LoRAConfig
+from llama.tokenizer import find_tokenizer
 
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 BASE = "f" * 64  # stands for a fingerprint
@@ -300,6 +302,9 @@ def test_an_adapter_file_holds_what_it_should(tmp_path):
     assert json.loads((tmp_path / "a" / adapters.CONFIG).read_text())["base_model_name_or_path"] == "the base"
     with pytest.raises(InputError, match="already exists"):
         adapters.save(model, SMALL_LORA, tmp_path / "a", BASE)
+    for i in range(8):  # the library alone writes one of two files, as chance has it
+        adapters.save(model, SMALL_LORA, tmp_path / str(i), BASE, "the base")
+        assert adapters.fingerprint(tmp_path / str(i)) == adapters.fingerprint(tmp_path / "a")
 
 
 def test_an_adapter_of_another_base_is_refused_unless_any_will_do(tmp_path):
@@ -320,6 +325,13 @@ def test_an_adapter_is_found_from_a_file_in_it_and_named_from_above(tmp_path):
     assert adapters.folders(path / adapters.WEIGHTS) == adapters.folders(path) == [path]
     with pytest.raises(InputError, match=re.escape(f"holds no {adapters.CONFIG}; look at {path}")):
         adapters.folders(path.parent)
+    shutil.copytree(path, other := tmp_path / "other")
+    assert adapters.folders(f"{other}, {other},") == [other, other]
+    for nothing in ("", " ,"):
+        with pytest.raises(InputError, match=f"adapter={nothing} names no directory"):
+            adapters.folders(nothing)
+    with pytest.raises(InputError, match="this is an adapter: pass it as adapter=DIR"):  # before weights are looked for
+        find_tokenizer(other)
 
 
 def test_a_fingerprint_is_that_of_the_values(tmp_path):

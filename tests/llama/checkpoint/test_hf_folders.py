@@ -189,6 +189,10 @@ OTHER_MODELS = {
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: type 'yarn' is not supported"),
     "longrope": ({"rope_parameters": {"rope_type": "longrope"}, "rope_scaling": None}, "rope_parameters: .*'longrope'"),
     "two types": ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2}}, "contradicts rope_type"),
+    "absurd factor": (
+        {"rope_scaling": {"type": "linear", "factor": -1}},
+        r"config\.json:rope_scaling: factor: -1 is not",
+    ),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
     "other factors": (
         {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}},
@@ -218,7 +222,7 @@ def test_what_people_find_in_a_config_does_no_harm(saved, model):
         **{"_name_or_path": "x", "unsloth_version": "2025.1", "pretraining_tp": 2, "auto_map": {"AutoModel": "x.Y"}},
         **{"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {}, "sliding_window": None},
         **{"eos_token_id": [1, 2], "bos_token_id": None, "quantization_config": None, "temperature": 0.6},
-        **{"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish"},
+        **{"partial_rotary_factor": 1.0, "chunk_size_feed_forward": 0, "hidden_act": "swish", "mlp_bias": None},
     )
     assert same_weights(model, checkpoint.load(saved))
 
