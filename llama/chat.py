@@ -1,7 +1,8 @@
-"""Dialogs as token ids: the formats of Llama 2, of Llama 3 and ChatML, told apart by the vocabulary's special tokens.
+"""Dialogs as token ids: formats of Llama 2 and 3, ChatML and Zephyr, told apart by the vocabulary's special tokens.
 
     Llama 3   <|begin_of_text|> <|start_header_id|>user<|end_header_id|>\\n\\n question <|eot_id|> ...
     ChatML    <|im_start|>user\\n question <|im_end|>\\n ...
+    Zephyr    <|user|>\\n question </s>\\n ...                       (TinyLlama-Chat; the roles are plain text)
     Llama 2   <s>[INST] question [/INST] answer </s> ...          (the tags are plain text)
 
 A checkpoint's chat template is a program, so it is never run. Its text says which format is meant where a vocabulary
@@ -17,11 +18,14 @@ from typing import Any, Literal, TypedDict
 
 from llama.errors import InputError
 
-# Each format by what its templates write, and the special tokens that it needs.
+# Each format by what its templates write, and the special tokens that it needs. Zephyr's needs a template: others that
+# write the same roles end their turns differently.
+ZEPHYR = "'<|user|>\n' + message['content'] + eos_token"
 FORMATS = {
     "<|im_start|>": ("<|im_start|>", "<|im_end|>"),
     "<|start_header_id|>": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "[INST]": ("<s>", "</s>"),
+    ZEPHYR: (),
 }
 DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\n|\\n)([^<{}'"\\]+)<\|im_end\|>""")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
@@ -63,12 +67,13 @@ class ChatFormat:
         kind, template = self.kind(), self.tokenizer.template
         if kind == "[INST]":
             return self._encode_llama2(dialog)
-        has_bos = self.tokenizer.adds_bos and (kind != "<|im_start|>" or not template or "bos_token" in template)
+        is_llama3 = kind == "<|start_header_id|>"
+        has_bos = self.tokenizer.adds_bos and (is_llama3 or not template or "bos_token" in template)
         parts = [([self.tokenizer.bos_id], False)] if has_bos else []
         if kind == "<|im_start|>" and dialog[0]["role"] != "system" and (found := DEFAULT_SYSTEM.search(template)):
             dialog = [{"role": "system", "content": found[1]}, *dialog]
         for message in dialog:
-            header, content, behind = self._encode_parts(message)
+            header, content, behind = self._encode_parts(message, starts=not parts)
             parts += [(header, False), (content, message["role"] == "assistant"), (behind, False)]
         return parts
 
@@ -81,27 +86,34 @@ class ChatFormat:
     def encode_header(self, message: Message) -> list[int]:
         """What stands before a message's content: its role."""
         special, role = self.tokenizer.special_tokens, message["role"]
-        if self.kind() == "<|im_start|>":
-            return [special["<|im_start|>"], *self._encode(f"{role}\n")]
         if self.kind() == "[INST]":
             raise InputError("Llama 2's chat format has no headers; use encode_dialog_prompt")
-        role_ids, line_feeds = self._encode(role), self._encode("\n\n")
-        return [special["<|start_header_id|>"], *role_ids, special["<|end_header_id|>"], *line_feeds]
+        if self.kind() == "<|start_header_id|>":
+            role_ids, line_feeds = self._encode(role), self._encode("\n\n")
+            return [special["<|start_header_id|>"], *role_ids, special["<|end_header_id|>"], *line_feeds]
+        mark, text, continues = self._role(role)
+        return mark + self._encode(text, continues)
 
     def encode_message(self, message: Message) -> list[int]:
         """Header, content and the token that ends it."""
         return [token for part in self._encode_parts(message) for token in part]
 
-    def _encode_parts(self, message: Message) -> tuple[list[int], list[int], list[int]]:
-        """Header; content with its end token; and what follows it."""
-        special, header = self.tokenizer.special_tokens, self.encode_header(message)
+    def _encode_parts(self, message: Message, starts: bool = False) -> tuple[list[int], list[int], list[int]]:
+        """Header; content with its end token; and what follows it. starts: nothing stands before it."""
+        special, content = self.tokenizer.special_tokens, message["content"]
         if self.kind() == "<|start_header_id|>":
-            return header, [*self._encode(message["content"].strip()), special["<|eot_id|>"]], []
-        content, ending = message["content"], [special["<|im_end|>"]]
+            return self.encode_header(message), [*self._encode(content.strip()), special["<|eot_id|>"]], []
+        mark, text, continues = self._role(message["role"], starts)
+        end = [special["<|im_end|>"] if mark else self.tokenizer.eos_id]
         if message["role"] == "assistant":  # apart from its header, as it is generated
-            content = self.tokenizer.encode(content, bos=False, eos=False, continues=True)
-            return header, content + ending, self._encode("\n")
-        return header[:1], self._encode(f"{message['role']}\n{content}") + ending, self._encode("\n")
+            return mark + self._encode(text, continues), self._encode(content, True) + end, self._encode("\n")
+        return mark, self._encode(text + content, continues) + end, self._encode("\n")
+
+    def _role(self, role: str, starts: bool = False) -> tuple[list[int], str, bool]:
+        """ChatML's and Zephyr's header: a special token; text behind it, or that goes on behind a line feed."""
+        if self.kind() == ZEPHYR:
+            return [], f"<|{role}|>\n", not starts
+        return [self.tokenizer.special_tokens["<|im_start|>"]], f"{role}\n", not self.tokenizer.vocabulary.spaces_parts
 
     def _encode_llama2(self, dialog: Dialog) -> list[tuple[list[int], bool]]:
         """<s>[INST] question [/INST] answer </s> for each exchange; the first question holds the system."""
@@ -118,19 +130,21 @@ class ChatFormat:
                 parts.append((encode(f" {turn} ", bos=False, eos=True, continues=True), True))
         return parts
 
-    def _encode(self, text: str) -> list[int]:
-        """Of a text behind a special token."""
-        return self.tokenizer.encode(text, bos=False, eos=False, continues=not self.tokenizer.vocabulary.spaces_parts)
+    def _encode(self, text: str, continues: bool | None = None) -> list[int]:
+        """Of a text that goes on behind text; None: of one behind a special token."""
+        continues = not self.tokenizer.vocabulary.spaces_parts if continues is None else continues
+        return self.tokenizer.encode(text, bos=False, eos=False, continues=continues)
 
     def kind(self) -> str:
-        special, template = self.tokenizer.special_tokens, self.tokenizer.template
+        """The entry of FORMATS. Raises InputError where there is none."""
+        special, template = self.tokenizer.special_tokens, self.tokenizer.template.replace("\\n", "\n")
         for mark, needed in FORMATS.items():
-            if all(name in special for name in needed) and (not template or mark in template):
+            if all(name in special for name in needed) and (mark in template if template else needed):
                 return mark
         names = ", ".join(list(special)[:12]) or "none"
         raise InputError(
-            "the tokenizer has no chat format known here (Llama 2, Llama 3, ChatML); its special tokens begin with "
-            f"{names}{', its template writes another format' * bool(template)}; give text instead of a dialog"
+            "the tokenizer has no chat format known here (Llama 2, Llama 3, ChatML, Zephyr); its special tokens begin "
+            f"with {names}{', its template writes another format' * bool(template)}; give text instead of a dialog"
         )
 
 

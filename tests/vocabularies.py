@@ -36,6 +36,13 @@ LLAMA2_TEMPLATE = (  # of Llama-2-7b-chat-hf, without its checks
     "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+ZEPHYR_TEMPLATE = (  # of TinyLlama-1.1B-Chat-v1.0
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
 # The real SmolLM2 names GPT2Tokenizer, for which transformers 5 leaves out the file's splitting of digits.
 CONFIGS = {
     "llama3": {

@@ -60,4 +60,4 @@ def read(path: Path) -> Vocabulary:
     first_line = data.split(b"\n", 1)[0].split(b" ")
     if len(first_line) == 2 and first_line[1].strip().isdigit():
         return ranks.read(data, path)
-    return pieces.read(data, path)
+    return pieces.read(data, path, hf.template_of(path.parent))

@@ -304,18 +304,20 @@ def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any
     eos = [*eos, *of_id("eos_token_id"), *_ends(model)]
     if not eos:
         raise InputError(f"{path.parent}: no file says which token ends a text; add eos_token to tokenizer_config.json")
-    adds_bos, template = near[names[0]].get("add_bos_token"), near[names[0]].get("chat_template")
+    adds_bos = near[names[0]].get("add_bos_token")
     return {
         "eos_ids": eos,
         "bos_id": bos[0] if bos else None,
         "pad_id": [*pad, *of_id("pad_token_id"), eos[0]][0],
         "adds_bos": adds_bos if isinstance(adds_bos, bool) else bool(first),
-        "template": _template(path.parent, template),
+        "template": template_of(path.parent),
     }
 
 
-def _template(directory: Path, template: Any) -> str:
-    """The text of a chat template: one, or a list of named ones, or a file of its own."""
+def template_of(directory: Path) -> str:
+    """The text of a checkpoint's chat template: one, or a list of named ones, or a file of its own; empty for none."""
+    config = directory / "tokenizer_config.json"
+    template = files.read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):
         template = " ".join(str(entry.get("template")) for entry in template if isinstance(entry, dict))
     file = directory / "chat_template.jinja"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+import sentencepiece
 import transformers
 import vocabularies
 from conftest import TINY
 
 from llama import Tokenizer
+from llama.chat import ZEPHYR
 from llama.errors import InputError
 from llama.tokenizer import ChatFormat
 
@@ -92,6 +95,46 @@ def test_chatml_over_pieces(tmp_path, scheme):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": theirs.chat_template}))
     expected = theirs.apply_chat_template(DIALOG[:4], add_generation_prompt=True, return_dict=False)
     assert ChatFormat(Tokenizer(path)).encode_dialog_prompt(DIALOG[:4]) == expected
+
+
+@pytest.mark.parametrize("style", ["tinyllama", "smollm2"])
+@pytest.mark.parametrize("has_system", [True, False])
+def test_zephyr(tmp_path, style, has_system):
+    """TinyLlama-Chat's format: roles in plain text. Other templates with these roles end turns differently."""
+    config = {**vocabularies.CONFIGS[style], "chat_template": vocabularies.ZEPHYR_TEMPLATE}
+    path = vocabularies.write(tmp_path, style, tokenizer_config=config)
+    theirs, chat = transformers.AutoTokenizer.from_pretrained(tmp_path), ChatFormat(Tokenizer(path))
+    dialog = [{**DIALOG[0], "content": "\n x"}, {**DIALOG[1], "content": " \n<|user|>"}, *DIALOG[2:4]][not has_system :]
+    expected = theirs.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
+    assert chat.encode_dialog_prompt(dialog) == expected
+    *question, (answer, is_answer), behind = chat.encode_dialog(dialog[:-1])
+    asked = [token for part, _ in question for token in part]
+    assert is_answer and asked == chat.encode_dialog_prompt(dialog[:-2]) and expected[: len(asked)] == asked
+    assert answer[-1] == chat.tokenizer.eos_id and chat.tokenizer.decode(answer[:-1]).strip() == "Hello"
+    assert expected[len(asked) :][: len(answer) + len(behind[0])] == answer + behind[0]
+    tulu = config["chat_template"].replace(
+        "'<|user|>\n' + message['content'] + eos_token", "'<|user|>\n' + message['content']"
+    )
+    vocabularies.write(tmp_path, style, tokenizer_config={**config, "chat_template": tulu})
+    with pytest.raises(InputError, match="another format"):
+        ChatFormat(Tokenizer(path)).kind()
+
+
+def test_a_tokenizer_model_has_the_template_beside_it(tmp_path):
+    """Without it, a dialog of Vicuna or TinyLlama-Chat would silently be one of Llama 2."""
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Hello <s>", "good bye"]), model_writer=proto, vocab_size=280, model_type="bpe",
+        byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(proto.getvalue())
+    kinds = {}
+    for name, template in {"": None, "zephyr": vocabularies.ZEPHYR_TEMPLATE, "vicuna": "USER: "}.items():
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        kinds[name] = ChatFormat(Tokenizer(tmp_path / "tokenizer.model"))
+    assert (kinds[""].kind(), kinds["zephyr"].kind()) == ("[INST]", ZEPHYR)
+    with pytest.raises(InputError, match="another format"):
+        kinds["vicuna"].encode_dialog_prompt([USER])
 
 
 def add_tokens(content, *names):
