@@ -39,7 +39,7 @@ from llama.errors import InputError
 from llama.evaluation.agreement import verdict
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.stops import StopStrings, cut
-from llama.tokenizer import StreamDecoder, find_tokenizer, other_tokenizer
+from llama.tokenizer import ChatFormat, StreamDecoder, Tokenizer, find_tokenizer, other_tokenizer
 
 SAMPLE_CHATS = (
     "What colour is the sky on a clear day?",
@@ -139,14 +139,18 @@ def main(options: Options) -> None:
     elif options.prompt_file is not None:
         texts = read_prompts(Path(options.prompt_file).expanduser())
     directory = directory_of(options.ckpt_dir)
-    llama = load(options, directory)
+    tokenizer = Tokenizer(find_tokenizer(directory, options.tokenizer_path))
+    prompts = [] if options.is_conversation else [Prompt(text, encode(tokenizer, text, options)) for text in texts]
+    if options.chat:
+        ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
+    llama = load(options, directory, tokenizer)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = None if draft is None else Speculation(draft, options.draft_tokens)
     if options.is_conversation:
         print(describe(llama, directory, options.max_seq_len))
         settings = settings_of(options, llama, speculation)
-        return converse(llama, settings | {"max_gen_len": options.max_gen_len or options.max_seq_len})
-    prompts = [Prompt(text, encode(llama, text, options)) for text in texts]
+        limit = options.max_seq_len if options.max_gen_len is None else options.max_gen_len
+        return converse(llama, settings | {"max_gen_len": limit})
     settings = settings_of(options, llama, speculation)
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
     print(describe(llama, directory, min(longest, options.max_seq_len)))
@@ -176,11 +180,10 @@ def settings_of(options: Options, llama: Llama, speculation: Speculation | None)
     }
 
 
-def load(options: Options, directory: Path) -> Llama:
-    """The model and its tokenizer, with the adapter in place."""
-    path = find_tokenizer(directory, options.tokenizer_path)
+def load(options: Options, directory: Path, tokenizer: Tokenizer) -> Llama:
+    """The model, with the adapter in place."""
     names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding")
-    llama = Llama.build(directory, path, progress=True, **{name: getattr(options, name) for name in names})
+    llama = Llama.build(directory, tokenizer, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:
         base = None if options.any_base else partial(checkpoint.fingerprint, directory)
         adapters.load(llama.model, options.adapter, base)
@@ -199,12 +202,12 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     return ModelDraft(checkpoint.load(directory, llama.model.dtype, llama.device, progress=True), decoding)
 
 
-def encode(llama: Llama, text: str, options: Options) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, options: Options) -> list[int]:
     if options.alpaca:
-        return encode_instruction(llama.tokenizer, text)
+        return encode_instruction(tokenizer, text)
     if options.chat:
-        return llama.formatter.encode_dialog_prompt([{"role": "user", "content": text}])
-    return llama.encode_prompt(text)
+        return ChatFormat(tokenizer).encode_dialog_prompt([{"role": "user", "content": text}])
+    return tokenizer.encode_prompt(text)
 
 
 def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
@@ -273,7 +276,7 @@ def converse(llama: Llama, settings: dict[str, Any]) -> None:
             elif command.startswith("/"):
                 print(f"[{command} is unknown; there are /reset, /system TEXT and /quit]\n")
             else:
-                say(conversation, line)
+                say(conversation, line, is_typed)
 
 
 def messages(is_typed: bool) -> Iterator[str]:
@@ -283,7 +286,7 @@ def messages(is_typed: bool) -> Iterator[str]:
         try:
             line = input("> " if is_typed else "").strip()
             was_interrupted = False
-        except EOFError:
+        except (EOFError, RuntimeError):  # the latter where the caller has closed it
             return
         except KeyboardInterrupt:
             if was_interrupted or not is_typed:
@@ -297,8 +300,8 @@ def messages(is_typed: bool) -> Iterator[str]:
             yield line
 
 
-def say(conversation: Conversation, message: str) -> None:
-    """Print an answer as it comes, and how fast that was."""
+def say(conversation: Conversation, message: str, is_typed: bool) -> None:
+    """Print an answer as it comes, and how fast that was. Raises InputError for a message that is not typed."""
     start, first = time.perf_counter(), None
     try:
         for piece in conversation.answer(message):
@@ -309,7 +312,9 @@ def say(conversation: Conversation, message: str) -> None:
     except KeyboardInterrupt:
         print("\n[stopped]", end="")
     except InputError as error:
-        return print(f"[{error}: /reset]\n")
+        if not is_typed:  # whatever reads the answers must not take the next for this one
+            raise
+        return print(f"[{error}]\n")
     seconds, n = time.perf_counter() - start, conversation.n_drawn
     print(f"\n[{n} tokens, {n / seconds:.1f} tokens/s, first after {first or seconds:.2f} s]\n")
 

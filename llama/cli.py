@@ -135,6 +135,8 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character: no reason to abort
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the command line: the tokenizer refuses what is no text
     debug = "--debug" in argv
     warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     try:

@@ -44,7 +44,9 @@ class Conversation:
         dialog = [*self.messages, {"role": "user", "content": text}]
         ids = llama.formatter.encode_dialog_prompt(dialog)
         if len(ids) >= limit:
-            raise InputError(f"the conversation has {len(ids)} tokens, of at most max_seq_len={limit}; start a new one")
+            raise InputError(
+                f"the conversation has {len(ids)} tokens, of at most max_seq_len={limit}; begin anew, or raise that"
+            )
         decoder, stop, said = StreamDecoder(llama.tokenizer), StopStrings(self.settings.get("stop", ())), []
         self.n_drawn = 0
         try:

@@ -90,7 +90,7 @@ class Llama:
     @staticmethod
     def build(
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path,
+        tokenizer_path: str | Path | Tokenizer,
         max_seq_len: int,
         max_batch_size: int,
         model_parallel_size: int | None = None,
@@ -101,7 +101,7 @@ class Llama:
         decoding: str = "auto",
         progress: bool = False,
     ) -> Llama:
-        """Load a checkpoint in Meta's or Hugging Face's layout, or a GGUF file.
+        """Load a checkpoint in Meta's or Hugging Face's layout, or a GGUF file, with a tokenizer or the path of one.
 
         See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding. All arguments are
         checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one process, so
@@ -110,7 +110,7 @@ class Llama:
         if model_parallel_size not in (None, 1):
             raise InputError(f"model_parallel_size={model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = tokenizer_path if isinstance(tokenizer_path, Tokenizer) else Tokenizer(tokenizer_path)
         source = checkpoint.open_source(ckpt_dir)
         _check_limits(tokenizer, source.args, max_seq_len, max_batch_size, seed, decoding)
         model = checkpoint.load(source, weights, target, progress)
@@ -309,10 +309,7 @@ class Llama:
         return {"tokens": [self.tokenizer.decode([token]) for token in drawn], "logprobs": logprobs}
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Begin-of-text and the ids of a prompt. Raises InputError for an empty one."""
-        if prompt == "":
-            raise InputError("the prompt is empty; write at least one character")
-        return self.tokenizer.encode(prompt, bos=True, eos=False)
+        return self.tokenizer.encode_prompt(prompt)
 
     def _batch(self, prompts: Sequence[Sequence[int]], max_gen_len: int) -> _Batch:
         """Check the prompts against the limits, then pad them."""

@@ -63,7 +63,7 @@ class Tokenizer:
             raise InputError(f"a prompt must be text, not {type(s).__name__}")
         try:
             s.encode()
-        except UnicodeEncodeError as error:
+        except UnicodeEncodeError as error:  # Python gives bytes that it could not decode as such
             raise InputError(
                 f"the text has a lone surrogate (U+{ord(s[error.start]):04X}) at character {error.start}, which is no "
                 "character; re-encode it as UTF-8"
@@ -78,6 +78,12 @@ class Tokenizer:
         for i, part in enumerate(re.split(f"({names})", s) if names else [s]):
             ids += [special[part]] if i % 2 else self.vocabulary.encode(part, continues)
         return ids + [self.eos_id] * eos
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Begin-of-text and the ids of a prompt. Raises InputError for an empty one."""
+        if prompt == "":
+            raise InputError("the prompt is empty; write at least one character")
+        return self.encode(prompt, bos=True, eos=False)
 
     def decode(self, t: Sequence[int]) -> str:
         """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens show as their names (not Llama 2's)."""
@@ -132,10 +138,12 @@ class StreamDecoder:
 def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = None) -> Path:
     """The file that the user names, or the one of the checkpoint. Raises InputError where there is none.
 
-    A file inside a checkpoint's directory stands for the directory; a GGUF file holds its tokenizer itself.
+    A file inside a checkpoint's directory stands for the directory; a GGUF file holds its tokenizer itself. The user
+    may name a directory, too.
     """
     if tokenizer_path is not None:
-        return Path(tokenizer_path).expanduser()
+        path = Path(tokenizer_path).expanduser()
+        return find_tokenizer(path) if path.is_dir() else path
     directory = Path(ckpt_dir).expanduser()
     if directory.is_file():
         with directory.open("rb") as file:

@@ -13,6 +13,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+import vocabularies
 from conftest import ROOT, SMALL, TINY, random_model
 
 import inference
@@ -189,6 +190,32 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, flags):
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 300
     assert re.search(BAD[flags], err)
+
+
+def test_a_checkpoint_without_a_chat_format_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, capsys):
+    """Also where a conversation would say so only at its first message."""
+    vocabularies.write(tmp_path, "llama3", tokenizer_config={"chat_template": "USER: "})
+    for flags in (("--chat",), ("--chat", PROMPT)):
+        code, out, err = call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}", *flags)
+        assert (code, out) == (2, "") and "its template writes another format" in err
+    assert call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}", PROMPT)[2].startswith(f"error: {tmp_path}")
+
+
+def test_a_pipe_that_cannot_be_answered_ends_with_exit_2(monkeypatch, capsys):
+    for data, flags, reason in (
+        (b"Hello\n", ("--max_seq_len=4",), "of at most --max_seq_len=4"),
+        (b"caf\xe9\nHello\n", (), "lone surrogate"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        code, out, err = call(monkeypatch, capsys, "--chat", "--device=cpu", *flags)
+        assert code == 2 and reason in err and "tokens/s" not in out
+
+
+def test_a_closed_input_is_an_empty_one_and_no_tokens_are_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert call(monkeypatch, capsys, "--chat", "--device=cpu")[::2] == (0, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert "\n[0 tokens" in call(monkeypatch, capsys, "--chat", "--device=cpu", "--max_gen_len=0")[1]
 
 
 def test_bad_input_in_a_real_process():

@@ -245,6 +245,7 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "model.safetensors").touch()
     assert find_tokenizer(tmp_path) == find_tokenizer(tmp_path / "model.safetensors") == tmp_path / "tokenizer.json"
+    assert find_tokenizer("/nowhere", tmp_path) == tmp_path / "tokenizer.json"
     (tmp_path / "named.bin").write_bytes(b"GGUF....")
     assert find_tokenizer(tmp_path / "named.bin") == tmp_path / "named.bin"
     with pytest.raises(InputError, match="is not a file"):
