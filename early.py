@@ -1,4 +1,4 @@
-"""Imported by every script before anything else: a start that fails ends in one line, too.
+"""Imported by every script, and what fetches, before anything else: a start that fails ends in one line, too.
 
 An old Python, a package that is not installed, Ctrl-C while torch loads. From `cli.run` on, errors are llama/cli.py's.
 """
@@ -29,8 +29,15 @@ def report(kind: type[BaseException], error: BaseException, traceback: Traceback
     sys.__excepthook__(kind, error, traceback)
 
 
+def report_ignored(ignored: sys.UnraisableHookArgs) -> None:
+    """Python goes on after what is raised in a callback, such as those of its imports; after Ctrl-C it shall not."""
+    if ignored.exc_type is KeyboardInterrupt:
+        stop("interrupted", 130)
+    sys.__unraisablehook__(ignored)
+
+
 if "--debug" not in sys.argv:
-    sys.excepthook = report
+    sys.excepthook, sys.unraisablehook = report, report_ignored
 if sys.version_info < OLDEST:
     found = ".".join(map(str, sys.version_info[:2]))
     stop(f"Python {found} is too old; use {'.'.join(map(str, OLDEST))} or newer", 3)

@@ -7,6 +7,8 @@ A download that breaks off is tried again, and continued by the same command. St
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 import http.client
 import json
 import random

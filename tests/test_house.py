@@ -168,11 +168,19 @@ def test_a_start_that_fails_ends_in_one_line(script, tmp_path):
     """Of each script, without its packages; and interrupted while the first of them loads."""
     run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 3 and re.fullmatch(r"error: the package \w+ is not installed for .*\n", run.stderr)
-    for package in ("torch", "tqdm"):
-        (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    in_callback = "class C:\n  def __del__(self): raise KeyboardInterrupt\nC()\nprint('goes on')"  # imports have some
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, env=environment)
-    assert (run.returncode, run.stderr) == (130, "error: interrupted\n")
+    for content in ("raise KeyboardInterrupt", in_callback):
+        for package in ("torch", "tqdm"):
+            (tmp_path / f"{package}.py").write_text(content)
+        run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, env=environment)
+        assert (run.returncode, run.stdout, run.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["data.download", "data.model"])
+def test_so_does_that_of_a_module(module):
+    run = subprocess.run([sys.executable, "-S", "-m", module], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 3 and re.fullmatch(r"error: the package \w+ is not installed for .*\n", run.stderr)
 
 
 def test_an_old_python_is_named():
