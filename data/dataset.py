@@ -38,6 +38,9 @@ def load(
     encoded, cut, left_out = _encode(found.records, tokenizer, max_seq_len)
     is_text = isinstance(found.records[0], records.Text)
     n = min(n_held_out, max(1, len(encoded) // 10)) if is_text else n_held_out
+    if not encoded:
+        reason = f"nothing can be trained on within max_seq_len={max_seq_len}{_about(left_out, 'left out')}"
+        raise InputError(f"data={path}: {found.what}, of which {reason}")
     if len(encoded) <= n:
         raise InputError(
             f"data={path}: {found.what}, {len(encoded)} samples within max_seq_len={max_seq_len}; "
@@ -74,7 +77,10 @@ def _encode(
 def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> Iterator[str]:
     """Lines: the first samples as the model will see them, and how the file was read."""
     found = records.read(path)
-    shown, cut, left_out = _encode(found.records[: max(1, n_shown)], tokenizer, max_seq_len)
+    for end in (max(1, n_shown), 20 * n_shown, len(found.records)):  # the first of them may be left out
+        shown, cut, left_out = _encode(found.records[:end], tokenizer, max_seq_len)
+        if len(shown) >= n_shown:
+            break
     for sample in shown[:n_shown]:
         yield from (*samples.show(sample, tokenizer), "")
     yield f"{len(shown[:n_shown])} samples of {path}, {found.what}{_notes(found, tokenizer, cut, left_out)}"

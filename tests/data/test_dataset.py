@@ -120,6 +120,14 @@ def test_records_that_teach_nothing_are_counted_and_named(tmp_path):
         InputError, match=r"held_out=1 leaves none of them to train on, use a smaller one; 5 left out \(record 2: roles"
     ):
         load(tmp_path / "chats", held_out=1)
+    (shown,) = dataset.show(write(tmp_path / "late", [{"messages": dialogs[1]}] * 30), EMBEDDED, 512, 1)
+    assert shown.startswith("0 samples") and "30 left out (record 1: roles" in shown
+    late = [{"messages": dialog} for dialog in [*dialogs[1:], *dialogs]]
+    assert next(dataset.show(write(tmp_path / "late", late), EMBEDDED, 512, 1)).startswith("record 6: ")
+    with pytest.raises(
+        InputError, match=r"nothing can be trained on within max_seq_len=3; 6 left out \(record 1: no ro"
+    ):
+        load(tmp_path / "chats", max_seq_len=3)
     pairs = [
         {"prompt": "a", "completion": "b"},
         {"prompt": "<|eot_id|>", "completion": "b"},
