@@ -315,10 +315,15 @@ def _special_ids(model: tokenizers.Tokenizer, path: Path, content: dict[str, Any
 
 
 def template_of(directory: Path) -> str:
-    """The text of a checkpoint's chat template: one, or a list of named ones, or a file of its own; empty for none."""
-    config = directory / "tokenizer_config.json"
+    """The text of a checkpoint's chat template, from where transformers takes it; empty for none.
+
+    Of several with names it is the default: those for tools and documents have system messages of their own.
+    """
+    config, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    if file.is_file():
+        return files.read_text(file)
     template = files.read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):
-        template = " ".join(str(entry.get("template")) for entry in template if isinstance(entry, dict))
-    file = directory / "chat_template.jinja"
-    return template if isinstance(template, str) else files.read_text(file) if file.is_file() else ""
+        defaults = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = defaults[0].get("template") if defaults else None
+    return template if isinstance(template, str) else ""

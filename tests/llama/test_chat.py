@@ -120,6 +120,20 @@ def test_zephyr(tmp_path, style, has_system):
         ChatFormat(Tokenizer(path)).kind()
 
 
+def test_the_template_is_the_one_that_transformers_takes(tmp_path):
+    """A file of its own before the configuration's; of several with names, the default."""
+    for_tools = vocabularies.SMOLLM2_TEMPLATE.replace("You are a helpful", "You call tools, a")
+    default = vocabularies.SMOLLM2_TEMPLATE.replace("SmolLM", "Other")
+    named = [{"name": "tool_use", "template": for_tools}, {"name": "default", "template": default}]
+    config = {**vocabularies.CONFIGS["smollm2"], "chat_template": named}
+    path = vocabularies.write(tmp_path, "smollm2", tokenizer_config=config)
+    for name in ("Other", "Third"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        expected = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+        assert ChatFormat(Tokenizer(path)).encode_dialog_prompt([USER]) == expected and name in theirs.decode(expected)
+        (tmp_path / "chat_template.jinja").write_text(default.replace("Other", "Third"))
+
+
 def test_a_tokenizer_model_has_the_template_beside_it(tmp_path):
     """Without it, a dialog of Vicuna or TinyLlama-Chat would silently be one of Llama 2."""
     proto = io.BytesIO()
