@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llama.checkpoint import tokenizer_files
 from llama.checkpoint.gguf import ARCHITECTURE, FIELDS, HEAD_DIMS, PLAIN, ROPE_FACTORS, ROWS, names_of, rope_factors
 from llama.checkpoint.source import EMBEDDING, Source, by_block, write_fields
 from llama.config import ModelArgs
-from llama.errors import InputError
+from llama.errors import InputError, Notice
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.vocabulary.gguf import BYTE, CONTROL, CUTS, GPT2_PATTERN, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -34,6 +35,9 @@ TYPES = {
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+NORMALIZES = (
+    "the tokenizer replaces characters or takes spaces out, which is not done behind GGUF; ids may differ there"
+)
 
 
 def write(model: Transformer, path: Path, tokenizer_path: Path | None) -> None:
@@ -178,12 +182,10 @@ def _of_pieces(writer: gguf.GGUFWriter, model: Any) -> list[Word]:
     writer.add_tokenizer_pre("default")
     writer.add_unk_token_id(model.unk_id())
     writer.add_add_space_prefix(model.encode("a", out_type=str)[0].startswith("\u2581"))
-    kinds = {BYTE: model.is_byte, CONTROL: model.is_control, UNKNOWN: model.is_unknown, UNUSED: model.is_unused}
-
-    def kind(i: int) -> int:
-        return next((kind for kind, is_it in kinds.items() if is_it(i)), NORMAL)
-
-    return [(model.id_to_piece(i), kind(i), model.get_score(i)) for i in range(model.vocab_size())]
+    types, spec = tokenizer_files.types_and_spec(model)
+    if spec.get(2) or spec.get(4, 1):  # precompiled_charsmap, remove_extra_whitespaces
+        warnings.warn(NORMALIZES, Notice, stacklevel=2)
+    return [(model.id_to_piece(i), kind, model.get_score(i)) for i, kind in enumerate(types)]
 
 
 def _of_merges(writer: gguf.GGUFWriter, content: dict[str, Any], leading_space: bool) -> list[Word]:
@@ -201,6 +203,8 @@ def _of_merges(writer: gguf.GGUFWriter, content: dict[str, Any], leading_space: 
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(leading_space)
+    if any(part in json.dumps(content["normalizer"]) for part in ("NFC", "Precompiled", "Regex")):
+        warnings.warn(NORMALIZES, Notice, stacklevel=2)
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i)

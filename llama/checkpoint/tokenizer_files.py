@@ -185,10 +185,7 @@ def from_pieces(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     the library does so cluster by cluster and differs for rare combinations, as in all that transformers converts.
     """
     model = tokenizer.vocabulary.model
-    fields = list(wire_fields(model.serialized_model_proto()))  # 1: pieces, 2: trainer_spec, 3: normalizer_spec
-    if dict(wire_fields(dict(fields)[2])).get(3) != 2:
-        raise InputError("a sentencepiece model has a form in a tokenizer.json only where it is of byte pairs")
-    types = [dict(wire_fields(value)).get(3, 1) for number, value in fields if number == 1]
+    types, spec = types_and_spec(model)
     pieces = [model.id_to_piece(i) for i in range(len(types))]
     rank = {pieces[i]: -model.get_score(i) for i, kind in enumerate(types) if kind == 1}
     whole = sorted((pieces[i] for i, kind in enumerate(types) if kind == 4), key=len, reverse=True)  # user-defined
@@ -202,13 +199,21 @@ def from_pieces(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             ignore_merges=bool(whole),
         )
     )
-    spec = dict(wire_fields(dict(fields)[3]))
     result.normalizer = normalizers.Sequence(list(spacing(spec)))
     if whole:
         result.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), behavior="isolated")
     bytes_too = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     result.decoder = decoders.Sequence([*bytes_too, *[decoders.Strip(" ", 1, 0)] * spec.get(3, 1)])
     return with_special(result, tokenizer)
+
+
+def types_and_spec(model: Any) -> tuple[list[int], dict[int, Any]]:
+    """The type of each piece of a sentencepiece model of byte pairs, else InputError, and its normalizer_spec."""
+    fields = list(wire_fields(model.serialized_model_proto()))  # 1: pieces, 2: trainer_spec, 3: normalizer_spec
+    if dict(wire_fields(dict(fields)[2])).get(3) != 2:
+        raise InputError("a sentencepiece model has a form in other layouts only where it is of byte pairs")
+    types = [dict(wire_fields(value)).get(3, 1) for number, value in fields if number == 1]
+    return types, dict(wire_fields(dict(fields)[3]))
 
 
 def spacing(spec: dict[int, Any]) -> Iterator[normalizers.Normalizer]:

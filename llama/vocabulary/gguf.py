@@ -129,8 +129,5 @@ def _message(*fields: tuple[int, int | float | bytes]) -> bytes:
 
 def _varint(value: int) -> bytes:
     """Seven bits per byte, the lowest first; the eighth says that there are more."""
-    parts = []
-    while value >= 128:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
+    low = bytes([value & 127 | 128 * (value > 127)])
+    return low + _varint(value >> 7) if value > 127 else low

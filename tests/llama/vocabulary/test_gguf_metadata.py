@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import warnings
 
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import vocabularies
 from conftest import TINY, asset, random_model
 
 from llama import ModelArgs, Tokenizer, checkpoint
-from llama.errors import InputError
+from llama.checkpoint import tokenizer_files
+from llama.errors import InputError, Notice
 from llama.tokenizer import find_tokenizer
 from llama.vocabulary.gguf import CUTS
 
@@ -105,6 +109,41 @@ def changed(path, **fields):
     writer.write_tensors_to_file()
     writer.close()
     return path.with_name("changed.gguf")
+
+
+def pieces(path, **options):
+    """A small sentencepiece model; by default without anything that changes a text."""
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    texts, file = (TINY / "alpaca_200.json").read_text().splitlines(), io.BytesIO()
+    rules = {"byte_fallback": True, "vocab_size": 500, "minloglevel": 2, **plain, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **rules)
+    path.write_bytes(file.getvalue())
+    return path
+
+
+def test_user_defined_pieces_stay_what_they_are(tmp_path):
+    source = pieces(tmp_path / "p.model", user_defined_symbols=["<tool>", "ab c"])
+    path = written(tmp_path, source)
+    assert fields_of(path)["token_type"][3:5] == [4, 4]
+    assert_same(Tokenizer(path), Tokenizer(source), ["a <tool>b", "ab cab c", *vocabularies.random_texts(100)])
+
+
+def test_pieces_that_gguf_cannot_say(tmp_path):
+    """Scores of a unigram model are no order of merges; texts that are changed first are a warning."""
+    with pytest.raises(InputError, match="only where it is of byte pairs"):
+        written(tmp_path, pieces(tmp_path / "u.model", model_type="unigram"))
+    for options in ({"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}):
+        source, folder = pieces(tmp_path / "n.model", **options), tmp_path / next(iter(options))
+        folder.mkdir()
+        with pytest.warns(Notice, match="ids may differ"):
+            written(folder, source)
+        tokenizer_files.write(source, folder)
+        with pytest.warns(Notice, match="ids may differ"):
+            written(tmp_path, folder / "tokenizer.json")
+        (tmp_path / "m.gguf").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        written(tmp_path, pieces(tmp_path / "p.model"))
 
 
 BAD = {
