@@ -29,6 +29,7 @@ from llama.tokenizer import ChatFormat, Message, Tokenizer
 
 MAX_FILE_BYTES = 1 << 30
 MAX_FIELD = 1 << 20  # characters
+MAX_HEADER = 1 << 16
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 JSON_START = re.compile(r'\s*(\{\s*["}]|\[\s*(["\[\]{]|\Z))')  # prose may begin with a bracket, too
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -141,13 +142,14 @@ def entries(path: Path, known: Iterable[tuple[str, ...]]) -> tuple[str, list[Any
     else:
         text = EXCEL_HINT.sub("", text)
         first_line = FIRST_LINE.match(text)[1]
-        is_named = path.suffix.lower() in TABLES
         for delimiter in ",;\t":
-            header = [name.strip(' "') for name in first_line.split(delimiter)]
-            # Prose may begin with a line that holds such a word; a first line of one word is a table only by its name.
-            is_table = is_named or (len(header) > 1 and not any(" " in name for name in header))
-            if is_table and any(set(fields) <= set(header) for fields in known):
-                container, found = "CSV", _rows(path, text, delimiter, header)
+            first_row = next(csv.reader([first_line[:MAX_HEADER]], delimiter=delimiter, skipinitialspace=True))
+            header = [name.strip() for name in first_row]
+            fields = max((fields for fields in known if set(fields) <= set(header)), key=len, default=())
+            # One such word in a first line may be prose; a first line of one word is a table only by its name.
+            is_prose = len(header) == 1 or (len(fields) == 1 and any(" " in name for name in header))
+            if fields and (path.suffix.lower() in TABLES or not is_prose):
+                container, found = "CSV", _rows(path, text, delimiter, header, f"{delimiter} " in first_line)
                 break
         else:
             if path.suffix.lower() in NAMED:
@@ -213,14 +215,15 @@ def _json_entries(path: Path, text: str) -> tuple[str, list[Any]]:
     return "JSON", found[0]
 
 
-def _rows(path: Path, text: str, delimiter: str, header: list[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file, below its header."""
+def _rows(path: Path, text: str, delimiter: str, header: list[str], is_spaced: bool) -> list[dict[str, str]]:
+    """The rows of a CSV file, below its header. is_spaced: spaces behind a delimiter are no part of a field."""
     names = [name for name in header if name]  # Excel writes columns that were used once, without a name
     if len(set(names)) < len(names):
         raise InputError(f"{path}: a column stands twice in the header: {listed(header)}")
     usual, found = csv.field_size_limit(len(text)), []  # the limit of the module, for all its readers
     try:
-        for row in filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)):
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=is_spaced)
+        for row in filter(any, rows):
             if len(row) != len(header):
                 reason = f"has {len(row)} fields, the header {len(header)}; quote a field that holds {delimiter!r}"
                 raise InputError(f"{path}:record {len(found)}: {reason}")

@@ -143,7 +143,7 @@ def read_text(path: Path, newline: str | None = None) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); convert it") from error
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

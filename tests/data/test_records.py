@@ -116,6 +116,10 @@ def test_tables_as_excel_writes_them(tmp_path):
     wanted = [Record('Say "hi"', "", "Hi\r\nthere"), Record("a", "", "b")]
     for start in ("\ufeff", "sep=;\r\n", "\ufeffsep=;\r\n"):
         assert read(write(tmp_path / "data.csv", start + table)).records == wanted
+    spaced = '"instruction", output, "note, or none"\na, "b, c", d\na,b,\n'  # as people write them
+    assert read(write(tmp_path / "data", spaced)).records == [Record("a", "", "b, c"), Record("a", "", "b")]
+    assert read(write(tmp_path / "data", "instruction,output\na, b\n")).records == [Record("a", "", " b")]
+    assert read(write(tmp_path / "data", '"a,' + "b" * (1 << 20))).what == "plain text"  # longer than csv's fields
 
 
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
