@@ -31,13 +31,12 @@ from llama import device as devices
 from llama.cli import option
 from llama.errors import InputError
 from llama.evaluation import perplexity
-from llama.evaluation.intervals import confidence
+from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.tokenizer import Tokenizer, find_tokenizer, other_tokenizer
 from reports import render, tables
 
 CONTEXT = 2048  # what papers on quantization use
 WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
-LEAST_STRETCHES = 10  # for an interval; a bootstrap over fewer claims more than it knows
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def difference(ours: perplexity.Perplexity, theirs: perplexity.Perplexity, conte
     """
     values = {"difference_nats": ours.loss - theirs.loss}
     pieces = [result.stretches(context - 1) for result in (ours, theirs)]
-    if len(pieces[0].sums) >= LEAST_STRETCHES:
+    if len(pieces[0].sums) >= LEAST_PIECES:
         values["difference_low_nats"], values["difference_high_nats"] = confidence(*pieces)
     return values
 

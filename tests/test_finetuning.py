@@ -311,10 +311,10 @@ def test_a_base_of_16_bits_trains_fp32_adapters(base, tmp_path, capsys):
 # Verdicts
 
 
-def verdict(before: float, after: float, copied: float = 9.0, **options) -> str:
+def verdict(before: float, after: float, copied: float = 9.0, held_out: int = 30, **options) -> str:
     def made(loss: float, copy_loss: float) -> Evaluation:
-        noise = [0.01 * math.sin(i) for i in range(30)]
-        return Evaluation([10 * (loss + x) for x in noise], [10] * 30, [10 * copy_loss] * 30)
+        noise = [0.01 * math.sin(i) for i in range(held_out)]
+        return Evaluation([10 * (loss + x) for x in noise], [10] * held_out, [10 * copy_loss] * held_out)
 
     given = TrainingOptions.resolve(options)
     return " ".join(verdicts.verdict(given, 4096, made(before, 9.0), made(after, copied), 0.5))
@@ -326,6 +326,9 @@ def test_verdicts_are_plain():
     hardly = verdict(3.0, 2.9999)
     assert "It learned nothing that shows." in hardly and "The preset learn" in hardly
     assert "The preset learn" not in verdict(3.0, 3.0, preset="learn")
+    assert "B starts at zero" not in verdict(3.0, 3.0, adapter="runs/finetuning/adapter")
+    few = verdict(3.0, 2.5, held_out=1)
+    assert "Held-out loss 3.0000 before, 2.5000 after; too few" in few and "It learned" not in few and "95 %" not in few
     assert "ALARM: the loss started at 9.00, above ln(vocabulary) = 8.32" in verdict(9.0, 2.0)
     assert "ALARM: the model is better at repeating" in verdict(3.0, 2.5, copied=1.0)
 

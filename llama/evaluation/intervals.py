@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+LEAST_PIECES = 10  # for an interval; a bootstrap over fewer claims more than it knows, over one it has no width
 PICKS_AT_ONCE = 1 << 20  # pieces drawn in one go: 8 MB of indices
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
-from llama.evaluation.intervals import confidence
+from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.training import batch, memory, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
@@ -407,7 +407,8 @@ class Run:
             n = len(self.data.questions)
             right = [verdict.count_right(found[n:], self.references) for found in (self.answers_before, answers)]
             summary |= {"held_out_loss_before": self.before.loss, "held_out_loss": after.loss}
-            summary |= {"held_out_fall_95": confidence(self.before, after)}
+            if len(after.counts) >= LEAST_PIECES:
+                summary |= {"held_out_fall_95": confidence(self.before, after)}
             summary |= {"held_out_right_before": right[0], "held_out_right": right[1]}
             summary["held_out_asked"] = len(self.references)
         return summary

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama import Llama, cli
-from llama.evaluation.intervals import confidence
+from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.training.options import TrainingOptions
 from llama.training.step import Evaluation
 
@@ -62,11 +62,14 @@ def verdict(
             f"ALARM: the model is better at repeating the token that it was given (loss {after.copy_loss:.2f}) than at "
             f"the next one ({after.loss:.2f}): it was trained on labels that are not shifted."
         )
+    losses, held_out = f"Held-out loss {before.loss:.4f} before, {after.loss:.4f} after", len(before.counts)
+    if held_out < LEAST_PIECES:
+        few = f"too few held-out samples ({held_out} of at least {LEAST_PIECES}) to say whether it learned"
+        return [*lines, f"{losses}; {few}."]
     level, fall = confidence(after), confidence(before, after)
     change = before.loss - after.loss
     lines.append(
-        f"Held-out loss {before.loss:.4f} before, {after.loss:.4f} after [95 %: {level[0]:.4f} to {level[1]:.4f}]; "
-        f"it fell by {change:.4f} [{fall[0]:.4f} to {fall[1]:.4f}]."
+        f"{losses} [95 %: {level[0]:.4f} to {level[1]:.4f}]; it fell by {change:.4f} [{fall[0]:.4f} to {fall[1]:.4f}]."
     )
     if fall[0] > 0 and change >= 0.01:
         lines.append("It learned.")
@@ -74,7 +77,7 @@ def verdict(
         lines.append("It got worse: use a lower learning rate, or train on more records.")
     else:
         lines.append("It learned nothing that shows.")
-        if options.optimizer == "sgd" and options.lora:
+        if options.optimizer == "sgd" and options.lora and not options.adapter:
             lines.append(
                 f"SGD at lr {options.lr:g} hardly moves LoRA: its B starts at zero, and the gradient of A with it. "
                 "The preset learn has settings that do."
