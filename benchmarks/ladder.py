@@ -55,7 +55,7 @@ TESTS = {
     "C step": "tests/llama/test_decoding.py::test_native_step_is_as_exact_as_the_eager_one",
     "Triton": "tests/llama/kernels/test_gpu_kernels.py::test_fused_step_is_as_exact_as_the_eager_one",
     "CUDA graph": "tests/llama/test_decoding.py::test_captured_step_equals_eager",
-    "auto": "tests/llama/test_decoding.py::test_without_a_compiler_generation_goes_on",
+    "auto": "tests/llama/test_decoding.py::test_a_machine_that_cannot_compile_kernels_says_so_and_goes_on",
     "int8": "tests/llama/test_quantization.py::test_int8_loses_at_most_half_a_step",
     "int4": "tests/llama/test_quantization.py::test_int4_is_bounded_and_better_than_rounding",
     "pruned": "tests/llama/test_pruning.py::test_the_strongest_units_are_left_in_their_order",

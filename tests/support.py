@@ -48,7 +48,7 @@ needs_kernel = pytest.mark.skipif(decode_step.library() is None, reason="no CPU 
 
 SHAPES = {
     "tiny": PRESETS["tiny"],
-    "heads of 32": dataclasses.replace(SMALL, dim=256, n_heads=8, n_kv_heads=2, multiple_of=96),
+    "heads of 32": dataclasses.replace(SMALL, head_dim=None, dim=256, n_heads=8, n_kv_heads=2, multiple_of=96),
     "heads of 96": ModelArgs(dim=192, n_layers=2, n_heads=2, vocab_size=208, multiple_of=32),
 }
 

@@ -264,7 +264,7 @@ def test_kernels_take_every_share_of_the_real_shape():
 
 def test_a_smaller_model_generates_on_every_path():
     """Cache on and off, on the fast path where the machine has one."""
-    args = dataclasses.replace(SMALL, dim=128, n_heads=4, n_kv_heads=2)
+    args = dataclasses.replace(SMALL, head_dim=None, dim=128, n_heads=4, n_kv_heads=2)
     whole = random_model(args).bfloat16()
     smaller = pruning.keep_units(whole, 96)
     assert Decoder(smaller, "auto").name == Decoder(whole, "auto").name
@@ -475,7 +475,7 @@ BAD = {
     "rounds of one": ("--rounds=3", r"--rounds=3: needs --iterative"),
     "method": ("--method=luck", r"--method=luck: expected one of magnitude, dimensions"),
     "no directory": ("--ckpt_dir=nowhere", r"nowhere does not exist"),
-    "no data": ("--data=nowhere.txt", r"--data=nowhere.txt is not a file"),
+    "no data": ("--data=nowhere.txt", r"cannot read nowhere.txt: No such file"),
     "steps": ("--iterative --steps=3", r"--steps=3: expected at least 8"),
     "bound": ("--max_loss_increase=0.1", r"with --iterative"),
     "lr": ("--lr=-1", r"--lr=-1"),
@@ -528,7 +528,7 @@ def test_a_quantized_checkpoint_is_one_line(base, tmp_path, monkeypatch, capsys)
 
 def test_an_unknown_command_is_named(monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "prone", "--share=0.5")
-    assert code == 2 and err == "error: expected a command: compress.py quantize, compress.py prune; see --help\n"
+    assert code == 2 and err.startswith("error: expected a command: compress.py quantize, compress.py prune, ")
     assert call(monkeypatch, capsys, "prune", "--help")[0] == 0
     assert ROOT.joinpath("compress.py").exists()
 

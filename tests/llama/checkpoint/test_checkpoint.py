@@ -386,7 +386,7 @@ def test_damaged_hf_directory(tmp_path, model, name):
 
 @pytest.mark.parametrize("file", ["params.json", "consolidated.00.pth", "config.json", "model.safetensors"])
 def test_mutated_files_load_or_end_in_one_line(tmp_path, file):
-    args = dataclasses.replace(SMALL, dim=32, n_layers=2, vocab_size=64)
+    args = dataclasses.replace(SMALL, head_dim=None, dim=32, n_layers=2, vocab_size=64)
     checkpoint.save(
         random_model(args), tmp_path / "m", "meta" if file in ("params.json", "consolidated.00.pth") else "hf"
     )

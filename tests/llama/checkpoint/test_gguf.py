@@ -373,7 +373,7 @@ def test_damaged_file(tmp_path, name):
 def test_mutated_files_load_or_end_in_one_line(tmp_path):
     """2,500 damaged copies of a model with a tokenizer: an InputError in one line, or a model or tokenizer."""
     source, path = vocabularies.write(tmp_path, "llama3"), tmp_path / "mutant.gguf"
-    args = dataclasses.replace(LLAMA2, dim=32, vocab_size=Tokenizer(source).n_words, n_layers=1)
+    args = dataclasses.replace(LLAMA2, head_dim=None, dim=32, vocab_size=Tokenizer(source).n_words, n_layers=1)
     checkpoint.save(random_model(args), tmp_path / "m.gguf", "gguf", source)
     good = (tmp_path / "m.gguf").read_bytes()
     rng, refused = random.Random(0), 0

@@ -346,7 +346,7 @@ def nasty_json(good: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("n", [20, pytest.param(625, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "pytorch_model.bin", "params.json"])
 def test_mutants_load_or_end_in_one_line(tmp_path, file, n):
-    model = random_model(dataclasses.replace(SMALL, dim=32, n_layers=2, vocab_size=64, max_seq_len=512))
+    model = random_model(dataclasses.replace(SMALL, head_dim=None, dim=32, n_layers=2, vocab_size=64, max_seq_len=512))
     checkpoint.save(model, tmp_path / "m", "meta" if file == "params.json" else "hf")
     weights = tmp_path / "m" / "model.safetensors"
     if file == "model.safetensors.index.json":

@@ -105,7 +105,7 @@ def test_llama_2s_text_gets_one_leading_space(llama2_tokenizer):
 def test_the_context_that_a_config_says_counts(tmp_path, monkeypatch, capsys):
     """Theta 100,000 alone would look like Llama 2 and its 4,096."""
     args = dataclasses.replace(SMALL, vocab_size=4096, use_scaled_rope=False, rope_scale_factor=None, rope_theta=1e5)
-    model = random_model(dataclasses.replace(args, dim=16, n_layers=1, max_seq_len=8192))
+    model = random_model(dataclasses.replace(args, head_dim=None, dim=16, n_layers=1, max_seq_len=8192))
     checkpoint.save(model, tmp_path / "m", "hf", TINY / "tokenizer.model")
     (tmp_path / "t.txt").write_text("The little fox ran home. " * 4)
     flags = (f"--ckpt_dir={tmp_path / 'm'}", f"--data={tmp_path / 't.txt'}")

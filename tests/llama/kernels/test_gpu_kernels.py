@@ -91,7 +91,7 @@ def test_silu_mul(ops, device, shape):
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 1), (2, 4)])
 def test_rotate_and_store(ops, device, B, T, D, K, groups):
     """Queries, keys and values as apply_rope and KVCache.update leave them, at far positions too; no other slot."""
-    args = dataclasses.replace(SMALL, n_layers=2, dim=D * K * groups, n_heads=K * groups, n_kv_heads=K)
+    args = dataclasses.replace(SMALL, head_dim=None, n_layers=2, dim=D * K * groups, n_heads=K * groups, n_kv_heads=K)
     pos = torch.tensor([[3], [0], [11]], device=device)[:B] + torch.arange(T, device=device)
     freqs_cis = rope_table(pos * 1000, rope_frequencies(args).to(device))
     for dtype in DTYPES[device.type]:
@@ -162,7 +162,9 @@ def test_layers_take_the_kernels_for_a_few_rows_and_slabs_otherwise(ops, device,
 
 def changed(kind: str):
     """A small model as it comes, quantized, pruned, with an adapter."""
-    args = dataclasses.replace(SMALL, dim=128, n_layers=2 if kind == "plain" else 1, vocab_size=64, multiple_of=128)
+    args = dataclasses.replace(
+        SMALL, head_dim=None, dim=128, n_layers=2 if kind == "plain" else 1, vocab_size=64, multiple_of=128
+    )
     model = random_model(args, std=0.05)
     if kind in CONFIGS:
         quantize(model, CONFIGS[kind])

@@ -71,7 +71,10 @@ def allocated_peak(trainer: Trainer, window) -> int:
 @pytest.mark.parametrize(("adapters", "lean"), [(None, False), (ADAPTERS, False), (ADAPTERS, True)])
 def test_the_peak_is_what_the_allocator_counts(adapters, lean, amp, accumulation):
     """A table that outweighs all else, so that its two gradients meet at the peak: kept, copied, added up in place."""
-    args, window = dataclasses.replace(TWO, vocab_size=8192, dim=128), Shape(1, 40, 40, accumulation).window()
+    args, window = (
+        dataclasses.replace(TWO, head_dim=None, vocab_size=8192, dim=128),
+        Shape(1, 40, 40, accumulation).window(),
+    )
     trainers = []
     for _ in range(2):  # one each: lean mode keeps its buffers after the first step
         model = random_model(args).requires_grad_(True)
@@ -177,7 +180,7 @@ from llama import device
 from llama.config import PRESETS
 from llama.model import Transformer
 from llama.training.step import Settings, Trainer
-args = dataclasses.replace(PRESETS["tiny"], dim=768, n_heads=12, n_kv_heads=4, n_layers=6)
+args = dataclasses.replace(PRESETS["tiny"], head_dim=None, dim=768, n_heads=12, n_kv_heads=4, n_layers=6)
 device.return_freed_memory()
 settings, shape, cpu = Settings(lean={lean}), memory.Shape(4, 512, 2048), torch.device("cpu")
 small = Trainer(Transformer(PRESETS["tiny-draft"]), settings, 1)
