@@ -290,6 +290,15 @@ def test_packing_and_batches_train_on_the_same_tokens(base, tmp_path):
     assert len(counts) == 1
 
 
+def test_samples_beyond_the_models_own_context_are_warned_of(base, tmp_path):
+    run = prepared(options_of(base, tmp_path / "run"))
+    longest = max(len(sample.tokens) for sequence in run.data.sequences for sample in sequence)
+    for context in (longest, longest - 1):
+        run.model.args = dataclasses.replace(run.model.args, max_seq_len=context)
+        line = f"warning    samples reach {longest} tokens, but the model is meant for {context}\n"
+        assert (line in run.describe()) == (context < longest)
+
+
 def test_no_held_out_records_no_verdict(base, tmp_path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, *flags(base, tmp_path / "run", held_out=0, max_steps=2))
     assert code == 0 and "nothing can be said about learning" in out

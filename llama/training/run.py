@@ -220,8 +220,12 @@ class Run:
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         method += f", from {options.adapter}" if options.adapter is not None else ""
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
+        context = self.model.args.trained_context
+        longest = max(len(sample.tokens) for sequence in self.data.sequences for sample in sequence)
+        beyond = f"warning    samples reach {longest} tokens, but the model is meant for {context}"
         return "\n".join(
             (
+                *[beyond] * (longest > context),
                 f"model      {name}, {options.dtype} on {devices.device_name(self.device)}, seed {options.seed}",
                 f"training   {method if options.lora else 'all weights'}, amp {options.amp}, "
                 f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' * options.lean}",
