@@ -655,7 +655,7 @@ BAD = {
     "epochs": ("0", "--epochs=0: expected at least 1"),
     "accumulation": ("0", "--accumulation=0"),
     "held_out": ("5", "none of them to train on"),
-    "max_seq_len": ("8", "none of them to train on"),
+    "max_seq_len": ("8", "nothing can be trained on within --max_seq_len=8"),
     "keep": ("0", "--keep=0"),
     "seed": ("99999999999999999999", "--seed=99999999999999999999: expected less than 9.22"),
     "export": ("onnx", "--export=onnx"),
