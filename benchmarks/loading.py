@@ -1,6 +1,6 @@
 """How long a checkpoint takes to load, and how much memory at its peak.
 
-    python -m benchmarks.loading                  # Llama 3.2 1B, random weights; needs 5 GB of disk
+    python -m benchmarks.loading                  # Llama 3.2 1B, random weights; needs 7.5 GB of disk
     python -m benchmarks.loading --model=tiny     # in seconds
 
 Each load happens in a fresh process, so that its peak of resident memory is its own. "ready" is the moment when every
@@ -28,34 +28,36 @@ from llama.config import PRESETS
 from llama.errors import EnvironmentFailure
 from reports import tables
 
+FILES = {"meta": "meta", "hf": "hf", "gguf": "model.gguf"}  # where each layout is written
+
 
 @dataclass(frozen=True)
 class Options(shared.Options):
-    """Measure loading time and peak memory from both layouts, with and without a change of dtype."""
+    """Measure loading time and peak memory from each layout, with and without a change of dtype."""
 
     work_dir: str | None = option(None, shared.WORK_DIR)
 
 
 def main(options: Options) -> None:
-    """Write a checkpoint in both layouts, and load each in both dtypes, in turns: a slow minute hits all of them."""
+    """Write a checkpoint in each layout, and load all in both dtypes, in turns: a slow minute hits all of them."""
     path = options.results_file("loading")
     runs: dict[LoadRunner, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         weights = Transformer.random(PRESETS[options.model], torch.bfloat16, seed=options.seed)
-        for layout in ("meta", "hf"):
-            checkpoint.save(weights, Path(folder) / layout, layout)
-            runs |= {LoadRunner(str(Path(folder) / layout), dtype): [] for dtype in ("bfloat16", "float32")}
+        for layout, name in FILES.items():
+            checkpoint.save(weights, Path(folder) / name, layout)
+            runs |= {LoadRunner(str(Path(folder) / name), layout, dtype): [] for dtype in ("bfloat16", "float32")}
         del weights
         for _ in tqdm(range(options.repeats), desc="loading", unit="round"):
             for runner, own in runs.items():
                 with closing(Worker(runner)) as worker:
                     own.append(worker.ask())
                 if own[-1] is None:
-                    what = f"{Path(runner.directory).name} as {runner.dtype}"
+                    what = f"{runner.layout} as {runner.dtype}"
                     raise EnvironmentFailure(f"{what}: memory ran out; choose a smaller --model")
     found = []
     for runner, own in runs.items():
-        cell = {"model": options.model, "layout": Path(runner.directory).name, "stored": "bfloat16"}
+        cell = {"model": options.model, "layout": runner.layout, "stored": "bfloat16"}
         metrics, cpu = rows.by_metric(own), torch.device("cpu")
         found.append(rows.record(path, "loading", cell, metrics, cpu, runner.dtype, options.seed))
     shared.finish(path, "loading", found, tables.loading(found))
@@ -66,6 +68,7 @@ class LoadRunner:
     """A load in its own process. Peak memory is that of the whole process, Python and torch included."""
 
     directory: str
+    layout: str
     dtype: str  # to load in; the checkpoint is in bfloat16
 
     def prepare(self) -> None:
