@@ -103,10 +103,11 @@ class Tokenizer:
         Tables are often padded to a round number, or extended for tokens to come: up to an eighth more is accepted.
         """
         if not self.n_words <= vocab_size <= self.n_words * 9 // 8:
-            raise InputError(
-                f"the tokenizer has {self.n_words} words, {model} {vocab_size}; "
-                "pass the one that belongs to this checkpoint, tokenizer_path=FILE"
-            )
+            remedy = "pass the one that belongs to this checkpoint, tokenizer_path=FILE"
+            added = [name for name, i in self.special_tokens.items() if i >= vocab_size]
+            if self.kind == "hf" and len(added) == self.n_words - vocab_size > 0:  # mostly a padding token
+                remedy = f"take {', '.join(added[:3])} out of its added_tokens, for which {model} has no row"
+            raise InputError(f"the tokenizer has {self.n_words} words, {model} {vocab_size}; {remedy}")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for. Raises InputError for an id outside the vocabulary."""

@@ -234,6 +234,18 @@ def test_a_table_may_be_larger_than_its_tokenizer():
             EMBEDDED.check_vocabulary(vocab_size)
 
 
+def test_a_token_that_was_added_without_a_row_is_named(tmp_path):
+    path = vocabularies.write(tmp_path, "llama3")
+    before = Tokenizer(path).n_words
+    content = json.loads(path.read_text())
+    added = {"id": before, "content": "[PAD]", "special": True}
+    switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], added | switches]}))
+    with pytest.raises(InputError, match=r"take \[PAD\] out of its added_tokens, for which the model has no row"):
+        Tokenizer(path).check_vocabulary(before)
+    Tokenizer(path).check_vocabulary(before + 1)
+
+
 def test_where_a_tokenizer_is_looked_for(tmp_path):
     with pytest.raises(InputError, match="tokenizer_path=FILE"):
         find_tokenizer(tmp_path)
