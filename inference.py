@@ -376,6 +376,10 @@ def cell_of(options: Options, llama: Llama) -> dict[str, Any]:
     cell = {**model, "max_gen_len": options.max_gen_len, "decoding": llama.decoder.name}
     if options.chat or options.alpaca:
         cell["template"] = "chat" if options.chat else "alpaca"
+    if options.repetition_penalty != 1:
+        cell["repetition_penalty"] = options.repetition_penalty
+    if options.stop is not None:
+        cell["stop"] = options.stop
     if options.draft is None:
         return {**cell, "what": "KV cache"}
     draft = "lookup" if options.draft == "lookup" else name_of(directory_of(options.draft))

@@ -446,6 +446,7 @@ def test_what_changes_a_comparison_is_part_of_its_cell(tmp_path, monkeypatch, ca
             layer.lora_B.data.fill_(scale)
         adapters.save(model, lora.LoRAConfig(r=2), tmp_path / str(scale) / "adapter", checkpoint.fingerprint(TINY))
     more = [[f"--adapter={tmp_path}/{scale}/adapter"] for scale in (0, 1)]
+    more += [["--repetition_penalty=1.5"], ["--stop=qqq"]]
     more += [["--chat"], ["--alpaca"], ["--draft=lookup"], ["--draft=lookup", "--draft_tokens=2"]]
     more += [[f"--draft={TINY}/draft"]]
     for flags in ([], *more):
