@@ -28,7 +28,7 @@ from llama.config import PRESETS
 from llama.errors import EnvironmentFailure
 from reports import tables
 
-FILES = {"meta": "meta", "hf": "hf", "gguf": "model.gguf"}  # where each layout is written
+FILES = {"meta": "meta", "hf": "hf", "model.gguf": "gguf"}  # what is written, and in which layout
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ def main(options: Options) -> None:
     runs: dict[LoadRunner, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         weights = Transformer.random(PRESETS[options.model], torch.bfloat16, seed=options.seed)
-        for layout, name in FILES.items():
+        for name, layout in FILES.items():
             checkpoint.save(weights, Path(folder) / name, layout)
-            runs |= {LoadRunner(str(Path(folder) / name), layout, dtype): [] for dtype in ("bfloat16", "float32")}
+            runs |= {LoadRunner(str(Path(folder) / name), dtype): [] for dtype in ("bfloat16", "float32")}
         del weights
         for _ in tqdm(range(options.repeats), desc="loading", unit="round"):
             for runner, own in runs.items():
                 with closing(Worker(runner)) as worker:
                     own.append(worker.ask())
                 if own[-1] is None:
-                    what = f"{runner.layout} as {runner.dtype}"
+                    what = f"{Path(runner.directory).name} as {runner.dtype}"
                     raise EnvironmentFailure(f"{what}: memory ran out; choose a smaller --model")
     found = []
     for runner, own in runs.items():
-        cell = {"model": options.model, "layout": runner.layout, "stored": "bfloat16"}
+        cell = {"model": options.model, "layout": FILES[Path(runner.directory).name], "stored": "bfloat16"}
         metrics, cpu = rows.by_metric(own), torch.device("cpu")
         found.append(rows.record(path, "loading", cell, metrics, cpu, runner.dtype, options.seed))
     shared.finish(path, "loading", found, tables.loading(found))
@@ -68,7 +68,6 @@ class LoadRunner:
     """A load in its own process. Peak memory is that of the whole process, Python and torch included."""
 
     directory: str
-    layout: str
     dtype: str  # to load in; the checkpoint is in bfloat16
 
     def prepare(self) -> None:
