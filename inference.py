@@ -146,12 +146,10 @@ def main(options: Options) -> None:
     llama = load(options, directory, tokenizer)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = None if draft is None else Speculation(draft, options.draft_tokens)
+    settings = settings_of(options, llama, speculation)
     if options.is_conversation:
         print(describe(llama, directory, options.max_seq_len))
-        settings = settings_of(options, llama, speculation)
-        limit = options.max_seq_len if options.max_gen_len is None else options.max_gen_len
-        return converse(llama, settings | {"max_gen_len": limit})
-    settings = settings_of(options, llama, speculation)
+        return converse(llama, settings)
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
     print(describe(llama, directory, min(longest, options.max_seq_len)))
     if options.compare:
@@ -169,9 +167,10 @@ def main(options: Options) -> None:
 def settings_of(options: Options, llama: Llama, speculation: Speculation | None) -> dict[str, Any]:
     """The keyword arguments of `generate` and `stream`."""
     usual = 0.0 if options.compare else 0.6
+    usual_len = options.max_seq_len if options.is_conversation else 64
     names = ("top_p", "top_k", "min_p", "repetition_penalty", "use_cache")
     return {
-        "max_gen_len": 64 if options.max_gen_len is None else options.max_gen_len,
+        "max_gen_len": usual_len if options.max_gen_len is None else options.max_gen_len,
         "temperature": usual if options.temperature is None else options.temperature,
         "stop_tokens": llama.tokenizer.stop_tokens,
         "stop": () if options.stop is None else tuple(options.stop.split(",")),

@@ -170,7 +170,7 @@ class Session:
     def step(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [1, 1, V] of the newest token [1, 1] at its position."""
         logits = self.run.step(tokens, pos)
-        self.tokens = [*self.tokens[: pos.item()], tokens.item()]
+        self.tokens.append(tokens.item())  # it stands behind them: a prompt comes first, and steps follow
         self.n_computed += 1
         return logits
 

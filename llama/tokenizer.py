@@ -15,9 +15,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from llama import vocabulary
+from llama import files, vocabulary
 from llama.chat import ChatFormat, Dialog, Message
 from llama.errors import InputError
+from llama.gguf_header import MAGIC
 from llama.vocabulary.ranks import llama3_special_tokens
 
 __all__ = [
@@ -147,9 +148,8 @@ def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = Non
         return find_tokenizer(path) if path.is_dir() else path
     directory = Path(ckpt_dir).expanduser()
     if directory.is_file():
-        with directory.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return directory
+        if files.head(directory).startswith(MAGIC):
+            return directory
         directory = directory.parent
     if not directory.is_dir():
         raise InputError(f"checkpoint directory {ckpt_dir} does not exist; check its name")

@@ -27,6 +27,7 @@ from llama.errors import InputError, Notice
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.vocabulary.gguf import BYTE, CONTROL, CUTS, GPT2_PATTERN, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llama.vocabulary.pieces import Pieces
 
 # What is written by name, and how the file calls itself then. Norms are float32 in all of them.
 TYPES = {
@@ -149,7 +150,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
     """Tokens, merges or scores, special ids and chat template."""
     vocabulary = tokenizer.vocabulary
     if tokenizer.kind == "sentencepiece":
-        words = _of_pieces(writer, vocabulary.model)
+        words = _of_pieces(writer, vocabulary)
     else:
         model = tokenizer_files.byte_level(tokenizer) if tokenizer.kind == "tiktoken" else vocabulary.model
         words = _of_merges(writer, json.loads(model.to_str()), vocabulary.leading_space)
@@ -176,12 +177,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
 Word = tuple[str, int, float]  # text, type and score of a token
 
 
-def _of_pieces(writer: gguf.GGUFWriter, model: Any) -> list[Word]:
+def _of_pieces(writer: gguf.GGUFWriter, vocabulary: Pieces) -> list[Word]:
     """A sentencepiece model as it is."""
+    model = vocabulary.model
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_unk_token_id(model.unk_id())
-    writer.add_add_space_prefix(model.encode("a", out_type=str)[0].startswith("\u2581"))
+    writer.add_add_space_prefix(vocabulary.leading_space)
     types, spec = tokenizer_files.types_and_spec(model)
     if spec.get(2) or spec.get(4, 1):  # precompiled_charsmap, remove_extra_whitespaces
         warnings.warn(NORMALIZES, Notice, stacklevel=2)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from llama import files
 from llama.errors import InputError
+from llama.gguf_header import MAGIC
 
-GGUF_MAGIC = b"GGUF"
 MARKERS = ("params.json", "config.json")  # Meta's layout, Hugging Face's
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z")
@@ -43,7 +43,7 @@ def locate(ckpt_dir: str | Path, what: str = "checkpoint directory") -> Path:
 
 def is_gguf(path: Path) -> bool:
     """By content; one that is damaged by its name, so that it is the file that a message speaks of."""
-    return path.is_file() and (files.head(path).startswith(GGUF_MAGIC) or path.suffix == ".gguf")
+    return path.is_file() and (files.head(path).startswith(MAGIC) or path.suffix == ".gguf")
 
 
 def _snapshot(repository: Path) -> Path:

@@ -53,8 +53,8 @@ def read(path: Path) -> Vocabulary:
         raise InputError(f"cannot read tokenizer {path}: {error.strerror}; pass tokenizer_path=FILE") from error
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is no tokenizer")
-    if data.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a git-LFS pointer, not the tokenizer itself; run `git lfs pull` in its repository")
+    if (reason := files.stand_in(path)) is not None:
+        raise InputError(f"{path} is {reason}")
     if data.lstrip()[:1] == b"{":
         return hf.read(data, path)
     first_line = data.split(b"\n", 1)[0].split(b" ")
