@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rows as row_files
-from data import dataset
+from data import alpaca, dataset
 from data.tiny import EMBEDDED, directory_of, name_of
 from llama import checkpoint, cli, files
 from llama.errors import InputError
@@ -37,6 +37,7 @@ from llama.training.run import Data, Run, StopSignal
 from reports import charts
 
 INSTRUCTIONS = ("Name three colours.", "What is the capital of France?", "Explain how to make a cup of tea.")
+N_SHOWN = 10  # held-out answers in a row
 CELL = ("preset", "lora", "optimizer", "batch_size", "accumulation", "amp", "lean", "checkpointing", "max_seq_len")
 FIGURES = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
 
@@ -150,6 +151,9 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     """Write summary.json, loss.png and, the first time that a run ends, its row, with the curves of its losses."""
     options, figures, lines = run.options, run.figures, run.log.lines()
     runs = {f"{name}_nats" if "loss" in name else name: [summary[name]] for name in FIGURES if name in summary}
+    if "held_out_fall_95" in summary:
+        low, high = summary["held_out_fall_95"]
+        runs |= {"held_out_fall_low_nats": [low], "held_out_fall_high_nats": [high]}
     runs |= {"moved_share_x": [summary["moved_share"]], "step_s": figures.step_seconds}
     runs["peak_memory_mb"] = [] if figures.peak_mb is None else [figures.peak_mb]
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
@@ -157,6 +161,9 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
         held_out = [(0, summary["held_out_loss_before"]), *held_out, (run.total, summary["held_out_loss"])]
     series = {"loss_nats": [(line["step"], line["loss"]) for line in lines if "loss" in line]}
     series |= {"held_out_loss_nats": held_out, "answers": [list(answer.values()) for answer in summary["answers"]]}
+    if options.data is None:  # a user's records stay in the run's directory
+        asked = [list(answer.values()) for answer in summary.get("held_out_answers", [])[:N_SHOWN]]
+        series["held_out_answers"] = [[alpaca.task(prompt), *texts] for prompt, *texts in asked]
     is_kept = options.results is not None and not figures.steps_before and not (options.root / "summary.json").exists()
     path = Path(options.results) if is_kept else None
     runs = {name: values for name, values in runs.items() if values}

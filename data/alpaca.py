@@ -58,6 +58,11 @@ def prompt(instruction: str, input: str = "") -> str:
     return template.format(instruction=instruction, input=input)
 
 
+def task(text: str) -> str:
+    """Instruction and input of a prompt, without the sentences around them; any other text as it is."""
+    return text.partition("### Instruction:\n")[2].removesuffix("\n\n### Response:") or text
+
+
 def encode_prompt(tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
     """Begin-of-text and the ids of the prompt."""
     return tokenizer.encode(prompt(instruction, input), bos=True, eos=False)

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.rows import Row
 from reports.cells import NOT_MEASURED, Cell, Figure, Table, chosen, computed, figure, newest, ratio
 from reports.columns import RELATIVE, Column, Tables, faster, line_per_row, metric, per_setting, relative, runs, word
-from reports.training_tables import answers, estimates, learning, step_details, table_2, table_3
+from reports.training_tables import answers, estimates, held_out_answers, learning, step_details, table_2, table_3
 
 PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format
 PRUNED = ("one-round", "one-shot", "iterative")  # modes of pruning, beside each other
@@ -354,7 +354,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "formats": (generation_details,),
     "benchmark_finetuning": (table_2, table_3, step_details),
     "estimates": (estimates,),
-    "finetuning": (learning, answers),
+    "finetuning": (learning, answers, held_out_answers),
     "perplexity": (perplexity,),
     "loading": (loading,),
     "ladder": (ladder, drafts),

@@ -5,6 +5,7 @@ Each function is made like those of tables.py, which names the tables of every e
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -220,11 +221,22 @@ def learning(rows: list[Row]) -> list[Table]:
         return lambda row: (figure(row, name, ".0f"), " of ", figure(row, "held_out_asked", ".0f"))
 
     columns = {"preset": word("preset"), "held-out loss before": metric("held_out_loss_before_nats", ".3f")}
-    columns |= {"held-out loss after": metric("held_out_loss_nats", ".3f")}
+    columns |= {"held-out loss after": metric("held_out_loss_nats", ".3f"), "it fell by": _fall}
     columns |= {"right answers before": right("held_out_right_before"), "right answers after": right("held_out_right")}
     columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".3f")}
-    note = "Loss in nats per label token, on held-out samples; a right answer is the sample's word for word."
+    note = "Loss in nats per label token, on held-out samples, with the 95 % interval of its fall over the samples; "
+    note += "a right answer is the sample's word for word."
     return line_per_row("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)
+
+
+def _fall(row: Row) -> Cell:
+    """How far the held-out loss fell, and the interval of that, where the row has one."""
+    pair = [(row, f"held_out_loss{when}_nats") for when in ("_before", "")]
+    fell = computed("{} - {}", operator.sub, ".3f", *pair)
+    if not row.has("held_out_fall_low_nats"):
+        return fell
+    low, high = (figure(row, f"held_out_fall_{end}_nats", ".3f") for end in ("low", "high"))
+    return (fell, " [", low, " to ", high, "]")
 
 
 def answers(rows: Sequence[Row]) -> list[Table]:
@@ -233,3 +245,13 @@ def answers(rows: Sequence[Row]) -> list[Table]:
     found = [(row, row.data.get("series", {}).get("answers")) for row in rows]
     title = "{model}, preset {preset}: answers"
     return [Table("answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body]
+
+
+def held_out_answers(rows: Sequence[Row]) -> list[Table]:
+    """The same of instructions that were held out, beside the sample's answer."""
+    head = ["held-out instruction", "the sample's answer", "before", "after"]
+    found = [(row, row.data.get("series", {}).get("held_out_answers")) for row in rows]
+    title = "{model}, preset {preset}: answers to held-out instructions"
+    return [
+        Table("held-out-answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body
+    ]

@@ -155,6 +155,25 @@ def test_a_run_leaves_what_it_promises(base, tmp_path, monkeypatch, capsys):
     assert [p.name for p in snapshot.listed(root / "snapshots")] == ["step-00000005", "step-00000006"]
     summary = json.loads((root / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["skipped"] == 0 and summary["held_out_loss"] > 0
+    assert len(summary["held_out_answers"]) == summary["held_out_asked"] > 0
+    assert "held_out_answers" not in measured["series"]  # a user's records stay in the run's directory
+
+
+def test_a_row_shows_answers_to_held_out_instructions_of_our_own_records(tmp_path, monkeypatch, capsys):
+    root, results = tmp_path / "run", tmp_path / "rows.jsonl"
+    arguments = ["--max_steps=1", "--held_out=12", "--export=none", f"--out_dir={root}", f"--results={results}"]
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    row, summary = json.loads(results.read_text()), json.loads((root / "summary.json").read_text())
+    low, high = summary["held_out_fall_95"]
+    assert row["metrics"]["held_out_fall_low_nats"]["median"] == low
+    assert row["metrics"]["held_out_fall_high_nats"]["median"] == high
+    shown = row["series"]["held_out_answers"]
+    assert len(shown) == finetuning.N_SHOWN < len(summary["held_out_answers"])
+    records = {record["instruction"]: record["output"] for record in json.loads((TINY / "alpaca_200.json").read_text())}
+    for (asked, reference, _, _), full in zip(shown, summary["held_out_answers"], strict=False):
+        assert reference == records[asked.partition("\n\n### Input:")[0]] == full["reference"]
+        assert full["prompt"].endswith(f"### Instruction:\n{asked}\n\n### Response:")
 
 
 def test_adapter_and_merged_models_are_the_trained_model(base, tmp_path):

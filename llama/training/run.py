@@ -415,6 +415,12 @@ class Run:
                 summary |= {"held_out_fall_95": confidence(self.before, after)}
             summary |= {"held_out_right_before": right[0], "held_out_right": right[1]}
             summary["held_out_asked"] = len(self.references)
+            asked = zip(self.prompts[n:], self.references, self.answers_before[n:], answers[n:], strict=True)
+            summary["held_out_answers"] = [
+                {"prompt": self.tokenizer.decode(prompt), "reference": reference}
+                | {"before": old["text"], "after": new["text"]}
+                for prompt, reference, old, new in asked
+            ]
         return summary
 
     def export(self) -> list[str]:
