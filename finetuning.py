@@ -38,7 +38,7 @@ from reports import charts
 
 INSTRUCTIONS = ("Name three colours.", "What is the capital of France?", "Explain how to make a cup of tea.")
 N_SHOWN = 10  # held-out answers in a row
-CELL = ("preset", "lora", "optimizer", "batch_size", "accumulation", "amp", "lean", "checkpointing", "max_seq_len")
+CELL = ("preset", "lora", "optimizer", "lr", "batch_size", "accumulation", "amp", "lean", "checkpointing", "max_seq_len")
 FIGURES = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
 
 
@@ -155,6 +155,7 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
         low, high = summary["held_out_fall_95"]
         runs |= {"held_out_fall_low_nats": [low], "held_out_fall_high_nats": [high]}
     runs |= {"moved_share_x": [summary["moved_share"]], "step_s": figures.step_seconds}
+    runs["samples"] = [sum(map(len, run.data.sequences))]
     runs["peak_memory_mb"] = [] if figures.peak_mb is None else [figures.peak_mb]
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if "held_out_loss" in summary:
@@ -168,7 +169,8 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     path = Path(options.results) if is_kept else None
     runs = {name: values for name, values in runs.items() if values}
     cell, dtype = cell_of(options, run.device), options.dtype
-    row = row_files.record(path, "finetuning", cell, runs, run.device, dtype, options.seed, series)
+    experiment = path.stem if path is not None else "finetuning"
+    row = row_files.record(path, experiment, cell, runs, run.device, dtype, options.seed, series)
     files.replace_json(options.root / "summary.json", summary)
     save_chart(row, options.root / "loss.png")
 

@@ -27,8 +27,9 @@ from typing import Any
 from benchmarks import stopwatch
 from benchmarks.rows import model_cell, record, require_writable
 from data.alpaca import encode_prompt as encode_instruction
+from data.prompts import COURSE_PROMPTS
 from data.prompts import read as read_prompts
-from data.tiny import EMBEDDED, directory_of, name_of
+from data.tiny import EMBEDDED, directory_of, has_tokenizer, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, adapters, checkpoint, cli, quantization
 from llama import device as devices
@@ -133,14 +134,10 @@ class Prompt:
 def main(options: Options) -> None:
     if options.results is not None:
         require_writable(Path(options.results))
-    texts = list(SAMPLE_CHATS if options.chat else SAMPLE_PROMPTS)
-    if options.prompt is not None:
-        texts = [options.prompt]
-    elif options.prompt_file is not None:
-        texts = read_prompts(Path(options.prompt_file).expanduser())
     directory = directory_of(options.ckpt_dir)
     tokenizer = Tokenizer(find_tokenizer(directory, options.tokenizer_path))
-    prompts = [] if options.is_conversation else [Prompt(text, encode(tokenizer, text, options)) for text in texts]
+    texts = [] if options.is_conversation else prompt_texts(options, tokenizer)
+    prompts = [Prompt(text, encode(tokenizer, text, options)) for text in texts]
     if options.chat:
         ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
     llama = load(options, directory, tokenizer)
@@ -162,6 +159,17 @@ def main(options: Options) -> None:
         show_batch(llama, prompts, settings)
     if speculation is not None:
         print(describe_draft(speculation.counts))
+
+
+def prompt_texts(options: Options, tokenizer: Tokenizer) -> list[str]:
+    """What the user gave, or samples of what the model can continue."""
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompt_file is not None:
+        return read_prompts(Path(options.prompt_file).expanduser())
+    if options.chat:
+        return list(SAMPLE_CHATS)
+    return list(SAMPLE_PROMPTS if has_tokenizer(tokenizer) else COURSE_PROMPTS)
 
 
 def settings_of(options: Options, llama: Llama, speculation: Speculation | None) -> dict[str, Any]:

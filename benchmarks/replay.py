@@ -1,6 +1,7 @@
 """Record the replay of the results page: one prompt continued with the KV cache and without, and when each token came.
 
     python -m benchmarks.replay                        # the embedded model: its text, and the second of each token
+    python -m benchmarks.replay --ckpt_dir=models/smollm2-135m     # the same of other weights
     python -m benchmarks.replay --model=llama3.2-1b --repeats=1    # Llama 3.2 1B, random weights: the seconds
 
 Both modes take turns in one process, greedily, after a warm-up that is not counted. Of the repeated runs, the row keeps
@@ -18,13 +19,13 @@ from typing import Any
 
 from benchmarks import inputs, rows
 from benchmarks.options import DeviceOptions
-from data.tiny import EMBEDDED
+from data.tiny import directory_of, name_of
 from llama import Llama, Transformer, cli
 from llama import device as devices
 from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError, InternalError
-from llama.tokenizer import StreamDecoder
+from llama.tokenizer import StreamDecoder, find_tokenizer
 
 TimedText = tuple[list[int], list[float]]  # the tokens, and the seconds from the start at which each was there
 
@@ -33,12 +34,18 @@ TimedText = tuple[list[int], list[float]]  # the tokens, and the seconds from th
 class Options(DeviceOptions):
     """Record one prompt's continuation with and without the KV cache, token by token."""
 
-    model: str = option("tiny", "tiny, the embedded model; or another preset with random weights", choices=PRESETS)
-    prompt: str = option("Once upon a time, there was a little fox named", "what the embedded model continues")
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    model: str = option("tiny", "tiny, weights of ckpt_dir; or another preset with random weights", choices=PRESETS)
+    prompt: str = option("Once upon a time, there was a little fox named", "what trained weights continue")
     input_len: int = option(256, "tokens of the prompt where weights are random; it is random too", least=1)
-    output_len: int | None = option(None, "tokens at most; default: 200 of the embedded model, else 32", least=2)
+    output_len: int | None = option(None, "tokens at most; default: 200 of trained weights, else 32", least=2)
     repeats: int = option(3, "runs of each mode, of which the middle one is kept", least=1)
     dtype: str = option("auto", f"{cli.DTYPE}; for random weights 16 bits on a CPU, too")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ckpt_dir is not None and self.model != "tiny":
+            raise InputError(f"--model={self.model} has random weights; leave it out, or --ckpt_dir")
 
 
 def main(options: Options) -> None:
@@ -46,9 +53,11 @@ def main(options: Options) -> None:
     path = options.results_file("replay")
     output_len = options.output_len or (200 if options.model == "tiny" else 32)
     prompt: str | None = options.prompt
+    name = options.model
     if options.model == "tiny":
-        tokenizer = EMBEDDED / "tokenizer.model"
-        llama = Llama.build(EMBEDDED, tokenizer, 2048, 1, device=options.device, dtype=options.dtype)
+        directory = directory_of(options.ckpt_dir)
+        name, tokenizer = name_of(directory), find_tokenizer(directory, None)
+        llama = Llama.build(directory, tokenizer, 2048, 1, device=options.device, dtype=options.dtype)
         ids = llama.encode_prompt(prompt)
     else:
         args, prompt = PRESETS[options.model], None
@@ -60,7 +69,7 @@ def main(options: Options) -> None:
     if llama.tokenizer is not None and runs[True][0][0] != runs[False][0][0]:
         raise InternalError("the tokens with and without the KV cache differ, so the replay would compare two texts")
     for use_cache, found in runs.items():
-        cell = {"model": options.model, "use_cache": use_cache, "batch_size": 1, "prompt": prompt}
+        cell = {"model": name, "use_cache": use_cache, "batch_size": 1, "prompt": prompt}
         row = keep(path, llama, cell | {"input_len": len(ids)}, found, options.seed)
         seconds = row.median("runtime_s")
         print(f"KV cache {'on ' if use_cache else 'off'} {len(found[0][0])} tokens in {seconds:.2f} s")

@@ -1,4 +1,4 @@
-"""Prompts from a file: one per line, a JSON list of strings, or records with a field for the prompt."""
+"""Sample prompts, and prompts from a file: one per line, a JSON list, or records with a field for the prompt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from data import records
 from llama.errors import InputError
 
 FIELDS = (("prompt",), ("instruction",), ("text",))
+COURSE_PROMPTS = (  # of the course's kinds: a continuation, a definition, a message, a translation; and one of ours
+    "The most important thing that travelling teaches you is",
+    "In simple words, photosynthesis is the process in which",
+    "A short message to thank the team after the launch:\n\nHi everyone,\n\nI just wanted to",
+    "Translate English to French:\n\nthank you => merci\ngood night => bonne nuit\nthe red house => la maison rouge\n"
+    "cheese =>",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+)
 
 
 def read(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from benchmarks.rows import Row, group
 from reports.cells import chosen
 from reports.tables import weights_of
-from reports.training_tables import step_label, step_order
+from reports.training_tables import run_label, step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
 BLUE, RED, GREY = "#1b5e99", "#b3420d", "#4d4d4d"  # the page replaces these, black and white by its own
@@ -109,7 +109,7 @@ def loss(rows: list[Row]) -> Drawn:
     for row in rows:
         series = row.data.get("series", {})
         if series.get("loss_nats"):
-            preset = row.cell.get("preset", "run")
+            preset = run_label(row)
             about = "Training loss at every step, and held-out loss where it was measured."
             figure, axes = _plot(f"Loss (nats per label token), {preset}", [row], about)
             _draw(axes, series["loss_nats"], "training", "x-.", GREY)
@@ -163,7 +163,7 @@ def pruning(rows: list[Row]) -> Drawn:
 
 
 CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
-CHARTS |= {"ladder": ladder, "pruning": pruning}  # by the experiment whose rows they take
+CHARTS |= {"pretraining": loss, "ladder": ladder, "pruning": pruning}  # by the experiment whose rows they take
 
 
 def _plot(title: str, rows: Sequence[Row], about: str, height: float = HEIGHT) -> tuple[Figure, Axes]:

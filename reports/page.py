@@ -27,6 +27,8 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning", (tables.table_3, tables.step_details)),
     ("estimates", "Predicted memory of a fine-tuning step", "estimates"),
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
+    ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
+    ("pre-training", "Continued pre-training", "pretraining"),
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
     ("ladder", "The ladder: one change per row", "ladder"),

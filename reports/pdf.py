@@ -25,6 +25,7 @@ from reports.charts import CHARTS
 from reports.facts import facts
 from reports.render import Provenance, svg, text, typst
 from reports.tables import TABLES
+from reports.training_tables import run_label
 
 SOURCES = Path(__file__).parent
 PHASES = ("phase_1", "phase_2", "phase_3")
@@ -34,9 +35,12 @@ COMMANDS = {  # what measures the rows of an experiment
     "comparison": "python inference.py --compare --max_gen_len=48 --results=reports/results/comparison.jsonl",
     "benchmark_finetuning": "python benchmark_finetuning.py --cells=course,lean,half,table2 --against=peers",
     "finetuning": "python finetuning.py --preset=learn --results=reports/results/finetuning.jsonl",
+    "sweep": "python finetuning.py --preset=learn --lr=5e-4 --seed=2 --results=reports/results/sweep.jsonl",
+    "pretraining": "python finetuning.py --data=TEXT --lora=False --results=reports/results/pretraining.jsonl",
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
 }
+WRITTEN = ("comparison", "finetuning", "sweep", "pretraining", "leaderboard")  # experiments that need trained weights
 
 
 def choose_device(rows: Sequence[Row], wanted: str | None) -> str | None:
@@ -87,17 +91,20 @@ def gather(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[s
 
 
 def rows_of(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[str, list[Row]]:
-    """The rows of a device by experiment, oldest first, without those that belong to tables of an earlier setting."""
+    """The rows of a device by experiment, oldest first, without those that belong to tables of an earlier setting.
+
+    Texts, losses and answers are those of real weights, where any were measured.
+    """
     here = {}
     for name in COMMANDS:
         own = [row for row in rows.get(name, []) if row.device_name == device]
+        if name in WRITTEN:  # what a model says depends on its weights: real ones, wherever they ran
+            own = [row for row in rows.get(name, []) if row.cell["model"] != "tiny"] or own
         here[name] = sorted(own, key=lambda row: row.data["time"])
     generation, steps = (chosen(here[name], model=model) for name in ("inference", "benchmark_finetuning"))
     here["inference"] = like_the_newest(generation, "input_len", "output_len", "memory_limit_gb")
     here["benchmark_finetuning"] = like_the_newest(steps, "seq_len", "memory_limit_gb", dtype=False)
     here["ladder"] = like_the_newest(here["ladder"])
-    runs = {(row.cell["model"] == "tiny", row.cell["preset"], row.cell["model"]): row for row in here["finetuning"]}
-    here["finetuning"] = [row for _, row in sorted(runs.items())]  # real weights first
     return here
 
 
@@ -135,7 +142,7 @@ def loss_log(row: Row) -> dict[str, Any]:
     """The loss of about a dozen steps of a run, the first and the last among them."""
     points = row.data.get("series", {}).get("loss_nats", [])
     shown = [*points[: -1 : max(1, math.ceil(len(points) / 12))], *points[-1:]]
-    about = {"model": row.cell["model"], "preset": row.cell["preset"]}
+    about = {"model": row.cell["model"], "preset": run_label(row)}
     return about | {"points": [[str(step), f"{loss:.3f}"] for step, loss in shown]}
 
 

@@ -18,7 +18,17 @@ from typing import Any
 from benchmarks.rows import Row
 from reports.cells import NOT_MEASURED, Cell, Figure, Table, chosen, computed, figure, newest, ratio
 from reports.columns import RELATIVE, Column, Tables, faster, line_per_row, metric, per_setting, relative, runs, word
-from reports.training_tables import answers, estimates, held_out_answers, learning, step_details, table_2, table_3
+from reports.training_tables import (
+    answers,
+    estimates,
+    held_out_answers,
+    learning,
+    pretraining,
+    step_details,
+    sweep,
+    table_2,
+    table_3,
+)
 
 PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format
 PRUNED = ("one-round", "one-shot", "iterative")  # modes of pruning, beside each other
@@ -355,6 +365,8 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "benchmark_finetuning": (table_2, table_3, step_details),
     "estimates": (estimates,),
     "finetuning": (learning, answers, held_out_answers),
+    "sweep": (sweep,),
+    "pretraining": (pretraining,),
     "perplexity": (perplexity,),
     "loading": (loading,),
     "ladder": (ladder, drafts),

@@ -5,6 +5,8 @@ Each function is made like those of tables.py, which names the tables of every e
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import Any
 from benchmarks.rows import Row
 from llama.training import memory
 from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
-from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs, word
+from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
@@ -220,13 +222,65 @@ def learning(rows: list[Row]) -> list[Table]:
     def right(name: str) -> Column:
         return lambda row: (figure(row, name, ".0f"), " of ", figure(row, "held_out_asked", ".0f"))
 
-    columns = {"preset": word("preset"), "held-out loss before": metric("held_out_loss_before_nats", ".3f")}
+    columns = {"preset": run_label, "samples": metric("samples", ",.0f")}
+    columns |= {"held-out loss before": metric("held_out_loss_before_nats", ".3f")}
     columns |= {"held-out loss after": metric("held_out_loss_nats", ".3f"), "it fell by": _fall}
     columns |= {"right answers before": right("held_out_right_before"), "right answers after": right("held_out_right")}
     columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".3f")}
     note = "Loss in nats per label token, on held-out samples, with the 95 % interval of its fall over the samples; "
     note += "a right answer is the sample's word for word."
     return line_per_row("learning", f"{rows[0].cell['model']}: before and after fine-tuning", rows, columns, note)
+
+
+def run_label(row: Row) -> str:
+    """The preset of a run, and where it did more than that says."""
+    cell = row.cell
+    words = [cell["preset"], *["all weights"] * (not cell.get("lora", True))]
+    return ", ".join(words + ["other data"] * ("data_sha256" in cell))
+
+
+@per_setting("model", dtype=False)
+def pretraining(rows: list[Row]) -> list[Table]:
+    """Continued pre-training on plain text: the loss on another text, before and after."""
+
+    def per_token(name: str) -> Column:
+        return lambda row: computed("exp({})", math.exp, ".2f", (row, name))
+
+    columns = {"preset": run_label, "blocks": metric("samples", ",.0f")}
+    columns |= {"tokens of a block": lambda row: f"{row.cell['max_seq_len']:,}"}
+    columns |= {"blocks of a step": lambda row: f"{row.cell['batch_size'] * row.cell['accumulation']}"}
+    columns |= {"loss before": metric("held_out_loss_before_nats", ".3f")}
+    columns |= {"loss after": metric("held_out_loss_nats", ".3f"), "it fell by": _fall}
+    columns |= {"perplexity before": per_token("held_out_loss_before_nats")}
+    columns |= {"perplexity after": per_token("held_out_loss_nats")}
+    columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".1f")}
+    columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
+    note = "Loss in nats per token on blocks of the other text, with the 95 % interval of its fall over the blocks."
+    return line_per_row("pretraining", f"{rows[0].cell['model']}: continued pre-training", rows, columns, note)
+
+
+@per_setting("model", "preset")
+def sweep(rows: list[Row]) -> list[Table]:
+    """Runs of one preset that differ in the peak learning rate: the held-out loss on the way and at the end."""
+    rows.sort(key=lambda row: row.cell["lr"])
+    ends = [step for step, _ in rows[0].data["series"]["held_out_loss_nats"][1:]]
+    columns: dict[str, Column] = {"peak learning rate": lambda row: f"{row.cell['lr']:g}"}
+    columns |= {"before": metric("held_out_loss_before_nats", ".3f")}
+    for number, step in enumerate(ends[:-1], 1):
+        columns[f"step {step}"] = functools.partial(_on_the_way, number)
+    columns |= {f"step {ends[-1]}": metric("held_out_loss_nats", ".3f"), "it fell by": _fall}
+    cell = rows[0].cell
+    title = "{model}, preset {preset}: held-out loss by learning rate".format_map(cell)
+    note = (
+        f"Another split than that of the runs above: {cell['held_out']} samples held out, seed {rows[0].data['seed']}."
+    )
+    return line_per_row("sweep", title, rows, columns, note)
+
+
+def _on_the_way(number: int, row: Row) -> Cell:
+    """A point of the curve of held-out losses."""
+    (_, loss), source = row.data["series"]["held_out_loss_nats"][number], f"series.held_out_loss_nats.{number}.1"
+    return Figure(f"{loss:.3f}", loss, row.source(source), row.source(source))
 
 
 def _fall(row: Row) -> Cell:
@@ -243,8 +297,11 @@ def answers(rows: Sequence[Row]) -> list[Table]:
     """What the model answered before each run and after it."""
     head = ["instruction", "before", "after"]
     found = [(row, row.data.get("series", {}).get("answers")) for row in rows]
-    title = "{model}, preset {preset}: answers"
-    return [Table("answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body]
+    return [Table("answers", _answers_title(row), head, body, rows=[row]) for row, body in found if body]
+
+
+def _answers_title(row: Row) -> str:
+    return f"{row.cell['model']}, preset {run_label(row)}: answers"
 
 
 def held_out_answers(rows: Sequence[Row]) -> list[Table]:

@@ -14,7 +14,8 @@ def directory_of(ckpt_dir: str | None) -> Path:
 
 def name_of(directory: Path) -> str:
     """What a measured row calls a model: the last part of its path, for where it lies changes no figure."""
-    return "tiny" if directory.resolve() == EMBEDDED.resolve() else directory.resolve().name
+    name = directory.resolve().name.removesuffix(".gguf")
+    return "tiny" if directory.resolve() == EMBEDDED.resolve() else name
 
 
 def has_tokenizer(tokenizer: Tokenizer) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
+from conftest import TINY
 
 from benchmarks import replay as record_replay
 from llama import cli
@@ -39,6 +41,14 @@ def test_random_weights_have_times_and_no_text(tmp_path):
         assert (row["cell"]["input_len"], row["cell"]["output_len"], len(row["series"]["token_s"])) == (5, 4, 4)
 
 
+def test_other_trained_weights_have_texts_under_their_name(tmp_path):
+    shutil.copytree(TINY, tmp_path / "other", ignore=shutil.ignore_patterns("*.py", "__pycache__", "draft"))
+    flags = (f"--ckpt_dir={tmp_path / 'other'}", "--output_len=4", "--repeats=1")
+    rows = recorded(tmp_path / "rows.jsonl", *flags)
+    assert {row["cell"]["model"] for row in rows.values()} == {"other"}
+    assert len({"".join(row["series"]["text"]) for row in rows.values()}) == 1
+
+
 def test_two_texts_are_not_replayed_against_each_other(tmp_path, monkeypatch):
     runs = {True: [([1, 2], [0.1, 0.2])], False: [([1, 3], [0.1, 0.2])]}
     monkeypatch.setattr(record_replay, "record", lambda *_: runs)
@@ -51,6 +61,7 @@ def test_two_texts_are_not_replayed_against_each_other(tmp_path, monkeypatch):
     ("flag", "message"),
     [
         ("--model=gpt", "--model=gpt: expected one of"),
+        ("--model=llama3.2-1b --ckpt_dir=data/tiny", "has random weights"),
         ("--output_len=1", "--output_len=1: expected at least 2"),
         ("--repeats=0", "--repeats=0: expected at least 1"),
         ("--results=/dev/null/rows.jsonl", "cannot be written"),
@@ -58,4 +69,4 @@ def test_two_texts_are_not_replayed_against_each_other(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_recorded_is_refused(flag, message):
     with pytest.raises(InputError, match=message):
-        cli.call(record_replay.main, [flag])
+        cli.call(record_replay.main, flag.split())

@@ -36,7 +36,7 @@ def value_at(source: str) -> float:
         file, line, path = match.groups()
         found = json.loads((build.RESULTS / file).read_text(encoding="utf-8").splitlines()[int(line) - 1])
         for part in path.split("."):
-            found = found[part]
+            found = found[int(part)] if isinstance(found, list) else found[part]
         return repr(found)
 
     return eval(PLACE.sub(look_up, source), {"exp": math.exp, "__builtins__": {}})
@@ -52,7 +52,7 @@ def is_rounding(shown: str, value: float) -> bool:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.title)
 def test_every_figure_stands_at_its_place(table):
     found = figures_of(table)
-    assert found or table.name == "answers"
+    assert found or "answers" in table.name
     for figure in found:
         assert value_at(figure.source) == pytest.approx(figure.value, rel=1e-12)
         assert is_rounding(figure.text, figure.value * figure.scale), figure
