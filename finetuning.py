@@ -38,7 +38,8 @@ from reports import charts
 
 INSTRUCTIONS = ("Name three colours.", "What is the capital of France?", "Explain how to make a cup of tea.")
 N_SHOWN = 10  # held-out answers in a row
-CELL = ("preset", "lora", "optimizer", "lr", "batch_size", "accumulation", "amp", "lean", "checkpointing", "max_seq_len")
+CELL = ("preset", "lora", "optimizer", "lr", "batch_size", "accumulation", "amp", "lean", "checkpointing")
+CELL += ("max_seq_len",)
 FIGURES = ("held_out_loss_before", "held_out_loss", "held_out_right_before", "held_out_right", "held_out_asked")
 
 
