@@ -53,8 +53,13 @@ class QuantizeOptions(cli.Options):
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
-    bits: int = option(8, "8, with one scale per row, or 4, with one per group of a row; tables have 8 in both")
-    group_size: int | None = option(None, f"of 4 bits: {GROUP_SIZES} neighbouring weights share a scale; default: 32")
+    bits: int = option(8, "8 or 4; tables have 8 in both")
+    group_size: int | None = option(
+        None, f"{GROUP_SIZES} neighbouring weights of a row share a scale; default: 32 of 4 bits, of 8 the whole row"
+    )
+    zero_points: bool = option(
+        False, "of 4 bits: each group has an offset beside its scale, which loses less and takes 16 bits more per group"
+    )
     dtype: str = option("auto", DTYPE, choices=DTYPES)
     out_dir: str = option("runs/quantized", "directory of the checkpoint; must be new")
 
@@ -62,19 +67,21 @@ class QuantizeOptions(cli.Options):
 def quantize(options: QuantizeOptions) -> None:
     directory, target = directory_of(options.ckpt_dir), files.require_new(options.out_dir)
     try:
-        config = Quantization(options.bits, options.group_size)
+        config = Quantization(options.bits, options.group_size, options.zero_points)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    present = checkpoint.read_quantization(directory)
-    if present is not None:
-        raise InputError(f"{directory} is quantized already, in {present.bits} bits; quantize the original")
+    source = checkpoint.open_source(directory)
+    if source.quantization is not None:
+        raise InputError(f"{directory} is quantized already, in {source.quantization.bits} bits; quantize the original")
     tokenizer = tokenizer_file(options.tokenizer_path, directory)
-    model = checkpoint.load(directory, devices.DTYPES.get(options.dtype), progress=True)
+    dtype = devices.DTYPES.get(options.dtype)
+    exact = torch.float32 if dtype is None and source.dtype is not None else dtype  # as a file's own codes may need it
+    model = checkpoint.load(source, exact, progress=True)
     try:
         errors = quantization.quantize(model, config, progress=True)
     except InputError as error:
         raise InputError(f"{directory}:{error}") from None
-    checkpoint.save(model, target, tokenizer_path=tokenizer)
+    checkpoint.save(model.to(dtype or source.dtype or model.dtype), target, tokenizer_path=tokenizer)
     print(report(model, errors))
     before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
     print(

@@ -223,7 +223,7 @@ def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
     Those are that the weights slow decoding down, and that texts of `longest` tokens are beyond the model.
     """
     dtype, config = dtype_name(llama.model.dtype), quantization.quantization_of(llama.model)
-    dtype += f" over int{config.bits} weights" if config is not None else ""
+    dtype += f" over {config.name} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""

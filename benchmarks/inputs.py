@@ -51,7 +51,10 @@ def random_codes(
     for module in model.modules():
         if hasattr(module, "scales"):
             module.weight.random_(generator=generator)  # every value of the type
-            module.scales.fill_(0.02 / (4.6 if module.weight.dtype == torch.uint8 else 74))  # codes' deviation
+            scale = 0.02 / (4.6 if module.weight.dtype == torch.uint8 else 74)  # codes' deviation
+            module.scales.fill_(scale)
+            if getattr(module, "offsets", None) is not None:
+                module.offsets.fill_(-7.5 * scale)
         elif isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
     return model

@@ -116,6 +116,8 @@ def model_cell(name: str, quantization: Quantization | None, adapter: str | None
         cell["weights"] = f"int{quantization.bits}"
     if quantization is not None and quantization.group_size is not None:
         cell["group_size"] = quantization.group_size
+    if quantization is not None and quantization.zero_points:
+        cell["zero_points"] = True
     if adapter is not None:
         names = [folder.resolve().name for folder in adapters.folders(adapter)]
         cell |= {"adapter": ",".join(names), "adapter_sha256": adapters.fingerprint(adapter)}

@@ -17,7 +17,7 @@ from llama import KVCache, ModelArgs, Transformer, lora
 from llama.config import PRESETS
 from llama.kernels.cpu import decode_step
 from llama.lora import LoRAConfig
-from llama.quantization import Int4Linear, Int8Linear, Quantization, pack, quantize_groups, quantize_rows
+from llama.quantization import Quantization, rounded
 from llama.training.batch import Batch, collate
 from reports import build, tables
 from reports.cells import Table
@@ -77,11 +77,8 @@ def hard_rows(dtype: torch.dtype = torch.float32, n_columns: int = 256) -> torch
 
 
 def make_layer(config: Quantization, n: int = 300, k: int = 256):
-    w = hard_rows(n_columns=k).repeat(5, 1)[:n]
-    if config.bits == 8:
-        return Int8Linear(*quantize_rows(w))
-    codes, scales = quantize_groups(w, config.group_size)
-    return Int4Linear(pack(codes), scales, config.group_size)
+    """A layer of hard rows, 64 of them again and again."""
+    return rounded(hard_rows(n_columns=k).repeat(5, 1)[:n], config)
 
 
 def widened(layer) -> torch.Tensor:

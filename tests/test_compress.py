@@ -40,6 +40,7 @@ from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
 
 CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
+CONFIGS |= {"int4-zero": Quantization(4, 32, True), "int8-g32": Quantization(8, 32)}
 FITTING = dataclasses.replace(SMALL, vocab_size=4096)  # the tokenizer's
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -83,7 +84,9 @@ def quantized(plain: Path, target: Path, config: Quantization) -> Path:
 BESIDE = ("tokenizer_config.json", "generation_config.json")  # which say what tokenizer.json does not
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("int4-g64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "int4-zero", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int4-g64", "int8-g32"))]
+)
 @pytest.mark.parametrize("layout", ["meta", pytest.param("hf", marks=pytest.mark.slow)])
 def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, capsys, name, layout):
     """To the bit, in the dtype of the file and in another."""
@@ -92,7 +95,9 @@ def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, 
         source = tmp_path / "hf"
         checkpoint.save(checkpoint.load(plain), source, "hf", plain / "tokenizer.model")
     flags = [
-        f"--{field}={value}" for field, value in (("bits", config.bits), ("group_size", config.group_size)) if value
+        f"--{field}={getattr(config, field)}"
+        for field in ("bits", "group_size", "zero_points")
+        if getattr(config, field)
     ]
     flags += [f"--ckpt_dir={source}", f"--out_dir={tmp_path / 'out'}"]
     code, out, err = call(monkeypatch, capsys, compress, "quantize", *flags)
@@ -175,12 +180,8 @@ def test_the_benchmark_takes_it(plain, tmp_path):
 REFUSED = {
     "output in use": (["quantize", "--out_dir={plain}"], "already exists"),
     "bits": (["quantize", "--out_dir={new}", "--bits=3"], "--bits=3 is not 8 or 4"),
-    "group of int8": (["quantize", "--out_dir={new}", "--group_size=32"], "has no effect on int8"),
+    "zero-points of int8": (["quantize", "--out_dir={new}", "--zero_points"], "--zero_points=True has no effect"),
     "group": (["quantize", "--out_dir={new}", "--bits=4", "--group_size=48"], "--group_size=48 is not one of"),
-    "width": (
-        ["quantize", "--out_dir={new}", "--ckpt_dir={plain}", "--bits=4", "--group_size=128"],
-        "model:layers.0.attention.wq.weight: groups of 128 do not divide",
-    ),
     "twice": (["quantize", "--out_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
     "absent": (["quantize", "--out_dir={new}", "--ckpt_dir={new}"], "does not exist"),
     "no tokenizer": (["quantize", "--out_dir={new}", "--tokenizer_path={new}"], "is not a file"),
@@ -411,21 +412,34 @@ def edit_tensors(directory: Path, change) -> None:
 
 
 INT8 = {"method": "absmax", "bits": 8}
+INT4 = {"method": "least-squares", "bits": 4, "group_size": 32}
 WQ = "layers.0.attention.wq"
 DAMAGE = {
     "another width": (lambda d: edit_params(d, quantization=INT8), r"wq\.weight: holds uint8, 8 bits have int8"),
     "another group": (
-        lambda d: edit_params(d, quantization={"method": "least-squares", "bits": 4, "group_size": 64}),
+        lambda d: edit_params(d, quantization={**INT4, "group_size": 64}),
         r"wq\.scales: has shape \[64, 2\], the config says \[64, 1\]",
     ),
     "group": (
-        lambda d: edit_params(d, quantization={"method": "least-squares", "bits": 4, "group_size": 7}),
+        lambda d: edit_params(d, quantization={**INT4, "group_size": 7}),
         r"params\.json:quantization\.group_size=7",
     ),
     "bits": (lambda d: edit_params(d, quantization={**INT8, "bits": 2}), r"params\.json:quantization\.bits=2"),
     "list of bits": (lambda d: edit_params(d, quantization={**INT8, "bits": [8]}), r"quantization\.bits=\[8\]"),
     "method": (lambda d: edit_params(d, quantization={"bits": 8}), r"quantization\.method: None is not known"),
     "unknown field": (lambda d: edit_params(d, quantization={**INT8, "zero": 1}), r"params\.json:quantization: "),
+    "zero-points": (
+        lambda d: edit_params(d, quantization={**INT4, "zero_points": 1}),
+        r"params\.json:quantization\.zero_points=1",
+    ),
+    "zero-points that are not there": (
+        lambda d: edit_params(d, quantization={**INT4, "zero_points": True}),
+        r"wq\.scales: holds bfloat16, 4 bits have float16",
+    ),
+    "offsets without zero-points": (
+        lambda d: edit_tensors(d, lambda s: s.update({f"{WQ}.offsets": torch.zeros(64, 2, dtype=torch.half)})),
+        r"wq\.offsets: unexpected weight",
+    ),
     "no object": (lambda d: edit_params(d, quantization=True), r"params\.json:quantization: True is not"),
     "vocabulary": (lambda d: edit_params(d, vocab_size=-1), r"params\.json:vocab_size"),
     "shape": (lambda d: edit_params(d, dim=128), r"the config says"),
@@ -471,20 +485,46 @@ def test_damaged_directory(plain, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+OFFSETS = {
+    "no offsets": (lambda s: s.pop(f"{WQ}.offsets"), r"wq\.offsets: weight is missing"),
+    "shape": (lambda s: s.update({f"{WQ}.offsets": torch.zeros(64, 1).half()}), r"wq\.offsets: has shape \[64, 1\]"),
+    "dtype": (
+        lambda s: s.update({f"{WQ}.offsets": s[f"{WQ}.offsets"].bfloat16()}),
+        r"wq\.offsets: holds bfloat16, 4 bits have float16",
+    ),
+    "infinite": (lambda s: s[f"{WQ}.offsets"].fill_(-torch.inf), r"wq\.scales: holds scales that are no finite"),
+    "no number": (lambda s: s[f"{WQ}.scales"].fill_(torch.nan), r"wq\.scales: holds scales that are no finite"),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_damaged_zero_points(plain, tmp_path, name):
+    damage, message = OFFSETS[name]
+    target = quantized(plain, tmp_path / "q", CONFIGS["int4-zero"])
+    edit_tensors(target, damage)
+    with pytest.raises(InputError, match=message):
+        checkpoint.load(target)
+
+
 def test_scales_that_fp16_cannot_hold_are_refused(tmp_path):
-    model = random_model()
-    model.layers[1].feed_forward.w2.weight.data[3, 3] = 1e6
-    quantize(model, CONFIGS["int4"])
-    checkpoint.save(model, tmp_path / "q")
-    with pytest.raises(InputError, match=r"layers\.1\.feed_forward\.w2\.scales: values exceed float16"):
-        checkpoint.load(tmp_path / "q", torch.float16)
+    for name, value in (("int4", 1e6), ("int4-zero", 0.0)):
+        model = random_model()
+        model.layers[1].feed_forward.w2.weight.data[3, 3] = value
+        quantize(model, CONFIGS[name])
+        if name == "int4-zero":  # each alone is within the range
+            layer = model.layers[1].feed_forward.w2
+            layer.scales[2, 0], layer.offsets[2, 0] = 3000, 40_000
+        checkpoint.save(model, tmp_path / name)
+        checkpoint.load(tmp_path / name, torch.bfloat16)
+        with pytest.raises(InputError, match=r"layers\.1\.feed_forward\.w2\.scales: values exceed float16"):
+            checkpoint.load(tmp_path / name, torch.float16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero"])
 @pytest.mark.parametrize("file", ["params.json", "model.safetensors"])
 def test_mutated_files_load_or_end_in_one_line(plain, tmp_path, name, file):
-    """1,000 in all: read, and where that works run."""
+    """1,500 in all: read, and where that works run."""
     target = quantized(plain, tmp_path / "q", CONFIGS[name])
     good, rng, refused = (target / file).read_bytes(), random.Random(f"{name} {file}"), 0
     for _ in range(250):
@@ -500,7 +540,7 @@ def test_mutated_files_load_or_end_in_one_line(plain, tmp_path, name, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero"])
 def test_changed_fields_of_params_load_or_end_in_one_line(plain, tmp_path, name):
     """Every field, and every field of `quantization`, as something else."""
     target = quantized(plain, tmp_path / "q", CONFIGS[name])

@@ -28,6 +28,7 @@ from llama import files, quantization
 from llama.checkpoint.layouts import LAYOUTS, open_source
 from llama.checkpoint.locate import locate
 from llama.checkpoint.source import Source, by_block
+from llama.code_layers import Quantized
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
@@ -70,6 +71,7 @@ def load(
                 for name in block:
                     _assign(model, name, _convert(read(name), source, name, dtype, device))
                     bar.update()
+    _check_codes(model, source, dtype)
     stored = {weight.dtype for name, weight in model.named_parameters() if name not in source.codes}
     if len(stored) > 1:
         raise InputError(
@@ -134,7 +136,6 @@ def _convert(
 ) -> Tensor:
     place = source.place(name)
     if name in source.codes:
-        _check_codes(stored, place, dtype)
         dtype = stored.dtype
     elif stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{place}: holds {stored.dtype}; expected float32, bfloat16 or float16 weights")
@@ -149,15 +150,16 @@ def _convert(
     return weight
 
 
-def _check_codes(stored: Tensor, place: str, dtype: torch.dtype | None) -> None:
-    """Scales are numbers that the largest code does not carry beyond fp32, nor beyond `dtype`; any code is one."""
-    if not stored.is_floating_point():
-        return
-    largest = stored.abs().amax().item() * {torch.float32: 127, torch.bfloat16: 8}[stored.dtype]
-    if not largest <= torch.finfo(torch.float32).max:
-        raise InputError(f"{place}: holds scales that are no finite numbers; quantize the original again")
-    if dtype == torch.float16 and largest > torch.finfo(dtype).max:
-        raise InputError(f"{place}: values exceed float16; use dtype=bfloat16 or float32")
+def _check_codes(model: Transformer, source: Source, dtype: torch.dtype | None) -> None:
+    """What scales and offsets make of the codes are numbers of fp32, and of `dtype`; any code is one."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Quantized):
+            continue
+        place, largest = source.place(f"{name}.scales"), module.largest()
+        if not largest <= torch.finfo(torch.float32).max:
+            raise InputError(f"{place}: holds scales that are no finite numbers; quantize the original again")
+        if dtype == torch.float16 and largest > torch.finfo(dtype).max:
+            raise InputError(f"{place}: values exceed float16; use dtype=bfloat16 or float32")
 
 
 def _assign(model: Transformer, name: str, weight: Tensor) -> None:

@@ -1,5 +1,5 @@
 """Our layout of quantized models: params.json with a field `quantization`, and model.safetensors with Meta's names and
-a `.scales` beside each quantized `.weight`."""
+a `.scales` beside each quantized `.weight`, and `.offsets` where it has zero-points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from llama.model import Transformer
 from llama.quantization import Quantization
 
 WEIGHTS = ("model.safetensors",)
-STORED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}  # of codes, scales
+STORED_DTYPES = {  # of codes, scales and offsets
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class QuantizedSource(Source):
@@ -61,7 +67,7 @@ class QuantizedSource(Source):
 
 
 def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
-    """Codes and scales as they are in memory."""
+    """Codes, scales and offsets as they are in memory."""
     params = {**model.args.to_params(), "quantization": quantization.quantization_of(model).to_params()}
     files.write_json(directory / meta.PARAMS, params)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import copy
 
+import gguf
 import pytest
 import torch
 from conftest import random_model
+from gguf import GGMLQuantizationType as Kind
 from support import hard_rows, make_layer, widened
 from torch import nn
 
 from llama import Transformer
+from llama.codes import pack, quantize_groups, quantize_ranges, quantize_row_groups, quantize_rows
+from llama.decoding import Decoder
 from llama.errors import InputError
-from llama.quantization import (
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    Quantization,
-    lay_out,
-    pack,
-    quantization_of,
-    quantize,
-    quantize_groups,
-    quantize_rows,
-)
+from llama.kernels.cpu import decode_step
+from llama.quantization import Int8Embedding, Quantization, lay_out, quantization_of, quantize, rounded
 
-CONFIGS = [Quantization(8), Quantization(4), Quantization(4, 64)]
-IDS = ["int8", "int4-g32", "int4-g64"]
+CONFIGS = [Quantization(8), Quantization(8, 64), Quantization(4), Quantization(4, 64)]
+CONFIGS += [Quantization(4, 32, True), Quantization(4, 128, True)]
+IDS = ["int8", "int8-g64", "int4-g32", "int4-g64", "int4-g32-zero", "int4-g128-zero"]
 TOKENS = torch.arange(40).view(2, 20)
 
 
@@ -40,6 +35,46 @@ def test_int8_loses_at_most_half_a_step(dtype):
     assert (error <= scales.double()[:, None] / 2).all()
     assert scales[1] == 1 and not codes[1].any()
     assert ((codes.abs().amax(1) == 127) | (w.double().abs().amax(1) < 1e-35)).all()  # the range of the codes is used
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int8_in_groups_loses_little_more_than_half_a_step(group_size):
+    w = hard_rows(n_columns=300)
+    codes, scales = quantize_row_groups(w, group_size)
+    assert codes.dtype is torch.int8 and codes.abs().max() == 127
+    assert scales.dtype is torch.float16 and scales.shape == (64, -(-300 // group_size))
+    steps = scales.double().repeat_interleave(group_size, 1)[:, :300]
+    assert ((codes * steps - w.double()).abs() <= 0.57 * steps).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_with_zero_points_is_bounded_and_better_than_rounding(group_size):
+    """Codes within the range are off by at most half a step; a group never by more than rounding without a search."""
+    w = hard_rows()
+    codes, scales, offsets = quantize_ranges(w, group_size)
+    assert codes.min() == 0 and codes.max() == 15 and scales.min() > 0
+    assert scales.dtype is offsets.dtype is torch.float16 and scales.isfinite().all() and offsets.isfinite().all()
+    groups = w.double().unflatten(1, (-1, group_size))
+    q, s, o = codes.double().unflatten(1, (-1, group_size)), scales.double()[..., None], offsets.double()[..., None]
+    error = (q * s + o - groups).abs()
+    inside = (q > 0) & (q < 15)
+    assert (error <= s / 2 * (1 + 1e-5) + 1e-6 * o.abs())[inside].all()
+    low = groups.amin(-1, keepdim=True)
+    width = ((groups.amax(-1, keepdim=True) - low) / 15).half().double().clamp_min(2**-24)
+    plain = ((groups - low.half()) / width).round().clamp(0, 15) * width + low.half()
+    squared, reference = error.square().sum(-1), (plain - groups).square().sum(-1)
+    assert (squared <= reference * (1 + 1e-4) + 1e-12).all()
+    assert squared[9:].sum() < 0.85 * reference[9:].sum()
+    assert (codes * scales.repeat_interleave(group_size, 1) + offsets.repeat_interleave(group_size, 1))[1].eq(0).all()
+
+
+def test_what_a_gguf_file_holds_is_kept_to_the_bit():
+    """Groups of 32 of Q4_1 with zero-points, of Q8_0 in 8 bits: their own scales and offsets, in fp16."""
+    w = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) * 0.05
+    w[3, :32], w[4] = 0.25, 0
+    for kind, config in ((Kind.Q4_1, Quantization(4, 32, True)), (Kind.Q8_0, Quantization(8, 32))):
+        stored = torch.from_numpy(gguf.dequantize(gguf.quantize(w.numpy(), kind), kind))
+        assert torch.equal(widened(rounded(stored, config)).float(), stored) and not torch.equal(stored, w)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -83,12 +118,26 @@ def test_packing_is_what_the_layout_says():
             assert (byte >> 4 if k % 32 >= 16 else byte & 15) - 8 == codes[n, k]
 
 
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("width", "group_size"), [(172, 32), (172, 128), (7, 32), (576, 128), (1504, 64), (33, 64)])
+def test_groups_need_not_divide_a_row(width, group_size, zero_points):
+    """The last group is quantized like any other, and stored in a block that is filled up with nibbles of 0."""
+    w = hard_rows(n_columns=width)
+    layer = rounded(w, Quantization(4, group_size, zero_points))
+    assert layer.weight.shape == (64, -(-width // 32) * 16) and layer.scales.shape == (64, -(-width // group_size))
+    start = width // group_size * group_size
+    last = rounded(w[:, start:], Quantization(4, group_size, zero_points))
+    assert torch.equal(widened(layer)[:, start:], widened(last))
+    if width % 32 == 7:
+        assert not (layer.weight[:, -16:] >> 4).any() and not layer.weight[:, -9:].any()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (0, 256)])
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (0, 256), (2, 172), (5, 7)])
 def test_a_layer_equals_the_dequantized_linear(config, shape, device):
     """y and the gradient of x, 1e-5 in fp32; the weights get none. 300 rows are several slabs with a rest."""
-    layer = make_layer(config)
-    linear = nn.Linear(256, 300, bias=False, dtype=torch.float64)
+    layer = make_layer(config, k=shape[-1])
+    linear = nn.Linear(shape[-1], 300, bias=False, dtype=torch.float64)
     linear.weight.data = widened(layer)
     layer, linear = layer.to(device), linear.to(device)
     generator = torch.Generator().manual_seed(2)
@@ -123,10 +172,7 @@ def test_other_dtypes_round_like_a_linear_of_theirs(config, dtype):
 def test_fp16_overflows_only_where_the_result_does(config, rows):
     """4,096 weights of 0.01 by activations of 100 are 4,096; by their codes, all the largest, far beyond the range."""
     w = torch.full((3, 4096), 0.01)
-    layer = Int8Linear(*quantize_rows(w))
-    if config.bits == 4:
-        codes, scales = quantize_groups(w, config.group_size)
-        layer = Int4Linear(pack(codes), scales, config.group_size)
+    layer = rounded(w, config)
     y = layer(torch.full((rows, 4096), 100.0, dtype=torch.float16))
     assert y.dtype is torch.float16 and ((y - 4096).abs() <= 16).all()
 
@@ -141,14 +187,16 @@ def test_a_model_keeps_its_keys_and_its_scales(config):
     assert set(errors) == {name.removesuffix(".weight") for name in keys if "norm" not in name}
     assert all(0 < error < (0.02 if config.bits == 8 else 0.15) for name, error in errors.items() if name[0] == "l")
     matrices = {key for key in keys if "norm" not in key}
-    assert set(model.state_dict()) == keys | {key.replace("weight", "scales") for key in matrices}
+    added = {key.replace("weight", "scales") for key in matrices}
+    added |= {key.replace("weight", "offsets") for key in matrices if config.zero_points and key[0] == "l"}
+    assert set(model.state_dict()) == keys | added
     assert type(model.tok_embeddings) is Int8Embedding
     before = copy.deepcopy(model.state_dict())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert model.to(dtype)(TOKENS).dtype is model.tok_embeddings(TOKENS).dtype is dtype
     after = model.state_dict()
     assert all(torch.equal(after[key], before[key]) and after[key].dtype is before[key].dtype for key in matrices)
-    assert all(torch.equal(after[key], before[key]) for key in before if key.endswith("scales"))
+    assert all(torch.equal(after[key], before[key]) and after[key].dtype is before[key].dtype for key in added)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -163,6 +211,15 @@ def test_a_model_equals_the_one_with_its_weights(config):
     torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [Quantization(4, 32, True), Quantization(8, 32)])
+def test_what_fp16_does_not_hold_is_refused_by_name(config):
+    model = random_model()
+    model.layers[2].feed_forward.w2.weight.data[3, 7] = 1e5
+    with pytest.raises(InputError, match=r"layers\.2\.feed_forward\.w2\.weight: values exceed float16, which scales"):
+        quantize(model, config)
+    quantize(model, Quantization(config.bits))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_is_refused_by_name(value):
     model = random_model()
@@ -174,13 +231,13 @@ def test_what_is_not_finite_is_refused_by_name(value):
 
 def test_impossible_settings():
     model = random_model()
-    with pytest.raises(InputError, match=r"groups of 128 do not divide 64 columns"):
-        quantize(model, Quantization(4, 128))
     for arguments, message in {
         (16,): "bits=16",
         (True,): "bits",
-        (8, 32): "no effect",
+        (8, 32, True): "no effect",
+        (4, 32, 1): "zero_points=1",
         (4, 48): "group_size=48",
+        (8, 48): "group_size=48",
         (4, True): "group_size",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -188,6 +245,16 @@ def test_impossible_settings():
     quantize(model, Quantization(8))
     with pytest.raises(ValueError, match="quantized already"):
         quantize(model, Quantization(8))
+
+
+@pytest.mark.parametrize("config", [Quantization(4, 32, True), Quantization(8, 32)])
+def test_a_format_that_the_c_step_does_not_have_is_left_to_pytorch_and_named(config, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(decode_step, "library", lambda: "compiled")
+    model = random_model().bfloat16()
+    quantize(model, config)
+    decoder = Decoder(model, "auto")
+    assert decoder.name == "eager" and decoder.why_slower == f"the C step has no {config.name}"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llama.cache import KVCache
 from llama.kernels.cpu import native
 from llama.model import Attention, FeedForward, RMSNorm, TokenEmbedding, Transformer, TransformerBlock, rope_table
-from llama.quantization import Int4Linear, Int8Embedding, Int8Linear
+from llama.quantization import Int4Linear, Int8Embedding, Int8Linear, quantization_of
 
 FLAGS = tuple("-mavx512f -mavx512vl -mavx512bw -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8".split())
 LAYER_WEIGHTS = (
@@ -61,7 +61,7 @@ class Matrix(ctypes.Structure):
         """The matrix of a linear layer or a table. It holds addresses, so the module has to outlive it."""
         scales = getattr(module, "scales", None)
         address = None if scales is None else scales.data_ptr()
-        group_size = getattr(module, "group_size", 0)
+        group_size = getattr(module, "group_size", None) or 0
         return cls(module.weight.data_ptr(), address, FORMATS[type(module)].code, group_size)
 
 
@@ -103,9 +103,15 @@ def library() -> ctypes.CDLL | None:
 
 
 def why_not(model: Transformer) -> str | None:
-    """What this machine lacks to run a model that its CPU has the instructions for; None where it lacks nothing."""
-    wants = torch.cpu._is_amx_tile_supported() and model.dtype is torch.bfloat16 and library() is None
-    return native.why_not.get("decode_step") if wants and model.norm.weight.device.type == "cpu" else None
+    """Why a model that its CPU has the instructions for is not run by them; None where nothing is known to be wrong."""
+    is_there = model.norm.weight.device.type == "cpu" and model.dtype is torch.bfloat16
+    if not is_there or not torch.cpu._is_amx_tile_supported():
+        return None
+    if library() is None:
+        return native.why_not.get("decode_step")
+    config = quantization_of(model)
+    is_known = config is None or not (config.zero_points or (config.bits == 8 and config.group_size))
+    return None if is_known else f"the C step has no {config.name}"
 
 
 def supports(model: Transformer) -> bool:

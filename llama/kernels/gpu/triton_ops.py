@@ -92,10 +92,13 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _int8_row(
+    x, codes, scales, y, N, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """A row of y: products in fp32, each thread adding up its own columns before threads exchange any.
 
     Programs of the same rows of the weight follow each other, so that a second row of x finds these in a cache.
+    A row of the weight has one scale, or one for each GROUP of columns.
     """
     x += tl.program_id(0) * K
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,82 +106,111 @@ def _int8_row(x, codes, scales, y, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BL
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        code = tl.load(codes + columns[None, :], (rows < N)[:, None] & (columns < K)[None, :], 0)
-        sums += code.to(tl.float32) * tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
-    scale = tl.load(scales + rows, rows < N, 0.0)
-    tl.store(y + tl.program_id(0) * N + rows, (tl.sum(sums, 1) * scale).to(y.dtype.element_ty), rows < N)
+        inside = (rows < N)[:, None] & (columns < K)[None, :]
+        product = tl.load(codes + columns[None, :], inside, 0).to(tl.float32)
+        product *= tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
+        if GROUP is not None:
+            index = rows.to(tl.int64)[:, None] * tl.cdiv(K, GROUP) + (columns // GROUP)[None, :]
+            product *= tl.load(scales + index, inside, 0.0).to(tl.float32)
+        sums += product
+    total = tl.sum(sums, 1)
+    if GROUP is None:
+        total *= tl.load(scales + rows, rows < N, 0.0)
+    tl.store(y + tl.program_id(0) * N + rows, total.to(y.dtype.element_ty), rows < N)
 
 
 @triton.jit
 def _int8_tile(
-    x, codes, scales, y, M, N, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """y [M, N] on the matrix units: a code is exact in every dtype of x, and sums are fp32."""
+    x, codes, scales, y, M, N, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] on the matrix units: a code is exact in every dtype of x, in groups the weight is rounded to it."""
     m = tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     codes += rows.to(tl.int64)[None, :] * K
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        code = tl.load(codes + columns[:, None], (columns < K)[:, None] & (rows < N)[None, :], 0)
+        inside = (columns < K)[:, None] & (rows < N)[None, :]
+        code = tl.load(codes + columns[:, None], inside, 0)
         part = tl.load(x + m[:, None] * K + columns[None, :], (m < M)[:, None] & (columns < K)[None, :], 0.0)
-        sums = tl.dot(part, code.to(part.dtype), sums)
-    sums *= tl.load(scales + rows, rows < N, 0.0)[None, :]
+        if GROUP is None:
+            weight = code.to(part.dtype)
+        else:
+            index = rows.to(tl.int64)[None, :] * tl.cdiv(K, GROUP) + (columns // GROUP)[:, None]
+            scale = tl.load(scales + index, inside, 0.0).to(tl.float32)
+            weight = (code.to(tl.float32) * scale).to(part.dtype)
+        sums = tl.dot(part, weight, sums)
+    if GROUP is None:
+        sums *= tl.load(scales + rows, rows < N, 0.0)[None, :]
     indices = m.to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(y + indices, sums.to(y.dtype.element_ty), (m < M)[:, None] & (rows < N)[None, :])
 
 
 @triton.jit
 def _int4_row(
-    x, packed, scales, y, N, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    x, packed, scales, offsets, y, N, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """A row of y, with sums as in _int8_row.
 
-    Of 16 bytes, which stand for 32 columns, byte j has column j in its low nibble and column j + 16 in its high one.
+    Of 16 bytes, which stand for 32 columns, byte j has column j in its low nibble and column j + 16 in its high one. In
+    the last bytes some columns may be beyond K: x is 0 there.
     """
+    BYTES: tl.constexpr = tl.cdiv(K, 32) * 16
     x += tl.program_id(0) * K
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    packed += row * (K // 2)
-    scales += row * (K // GROUP)
+    packed += row * BYTES
+    groups = row * tl.cdiv(K, GROUP)
     sums = tl.zeros([BLOCK_N, BLOCK_K // 2], tl.float32)
-    for start in range(0, K // 2, BLOCK_K // 2):
-        offset = start + tl.arange(0, BLOCK_K // 2)
-        inside, block = offset < K // 2, offset // 16
-        low = block * 32 + offset % 16
-        byte = tl.load(packed + offset[None, :], inside[None, :], 0).to(tl.int32)
-        scale = tl.load(scales + (block // (GROUP // 32))[None, :], inside[None, :], 0.0).to(tl.float32)
-        x_low = tl.load(x + low, inside, 0.0).to(tl.float32)[None, :]
-        x_high = tl.load(x + low + 16, inside, 0.0).to(tl.float32)[None, :]
-        sums += (((byte & 15) - 8).to(tl.float32) * x_low + ((byte >> 4) - 8).to(tl.float32) * x_high) * scale
+    for start in range(0, BYTES, BLOCK_K // 2):
+        at = start + tl.arange(0, BLOCK_K // 2)
+        inside, block = (at < BYTES)[None, :], at // 16
+        column, group = block * 32 + at % 16, groups + (block // (GROUP // 32))[None, :]
+        byte = tl.load(packed + at[None, :], inside, 0).to(tl.int32)
+        scale = tl.load(scales + group, inside, 0.0).to(tl.float32)
+        x_low = tl.load(x + column, column < K, 0.0).to(tl.float32)[None, :]
+        x_high = tl.load(x + column + 16, column + 16 < K, 0.0).to(tl.float32)[None, :]
+        low, high = byte & 15, byte >> 4
+        if offsets is None:
+            low, high = low - 8, high - 8
+        sums += (low.to(tl.float32) * x_low + high.to(tl.float32) * x_high) * scale
+        if offsets is not None:
+            sums += tl.load(offsets + group, inside, 0.0).to(tl.float32) * (x_low + x_high)
     tl.store(y + tl.program_id(0) * N + n, tl.sum(sums, 1).to(y.dtype.element_ty), n < N)
 
 
 @triton.jit
 def _int4_tile(
-    x, packed, scales, y, M, N, K: tl.constexpr, GROUP: tl.constexpr,
+    x, packed, scales, offsets, y, M, N, K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] on the matrix units, the weights rounded to the dtype of x as the plain product rounds them."""
     BLOCKS: tl.constexpr = BLOCK_K // 32
+    IN_ALL: tl.constexpr = tl.cdiv(K, 32)
     m, j = tl.arange(0, BLOCK_M), tl.arange(0, 16)[None, None, :]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None, None]
-    packed += row * (K // 2)
-    scales += row * (K // GROUP)
+    packed += row * (IN_ALL * 16)
+    groups = row * tl.cdiv(K, GROUP)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K // 32, BLOCKS):
+    for start in range(0, IN_ALL, BLOCKS):
         block = (start + tl.arange(0, BLOCKS))[None, :, None]
-        byte = tl.load(packed + block * 16 + j, block < K // 32, 0).to(tl.int32)
-        scale = tl.load(scales + block // (GROUP // 32), block < K // 32, 0.0).to(tl.float32)
-        here = (m < M)[:, None, None] & (block < K // 32)
-        source = x + m[:, None, None] * K + block * 32 + j
-        x_low = tl.reshape(tl.load(source, here, 0.0), [BLOCK_M, BLOCKS * 16])
-        x_high = tl.reshape(tl.load(source + 16, here, 0.0), [BLOCK_M, BLOCKS * 16])
-        low = (((byte & 15) - 8).to(tl.float32) * scale).to(x_low.dtype)
-        high = (((byte >> 4) - 8).to(tl.float32) * scale).to(x_low.dtype)
-        sums = tl.dot(x_low, tl.trans(tl.reshape(low, [BLOCK_N, BLOCKS * 16])), sums)
-        sums = tl.dot(x_high, tl.trans(tl.reshape(high, [BLOCK_N, BLOCKS * 16])), sums)
+        inside, column, group = block < IN_ALL, block * 32 + j, groups + block // (GROUP // 32)
+        byte = tl.load(packed + block * 16 + j, inside, 0).to(tl.int32)
+        scale = tl.load(scales + group, inside, 0.0).to(tl.float32)
+        source, here = x + m[:, None, None] * K + column, (m < M)[:, None, None]
+        x_low = tl.reshape(tl.load(source, here & (column < K), 0.0), [BLOCK_M, BLOCKS * 16])
+        x_high = tl.reshape(tl.load(source + 16, here & (column + 16 < K), 0.0), [BLOCK_M, BLOCKS * 16])
+        if offsets is None:
+            low, high = ((byte & 15) - 8).to(tl.float32) * scale, ((byte >> 4) - 8).to(tl.float32) * scale
+        else:
+            shift = tl.load(offsets + group, inside, 0.0).to(tl.float32)
+            low, high = (byte & 15).to(tl.float32) * scale + shift, (byte >> 4).to(tl.float32) * scale + shift
+        low = tl.reshape(low.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])
+        high = tl.reshape(high.to(x_low.dtype), [BLOCK_N, BLOCKS * 16])
+        sums = tl.dot(x_high, tl.trans(high), tl.dot(x_low, tl.trans(low), sums))
     indices = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y + indices, sums.to(y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
 
@@ -234,27 +266,33 @@ def _has_tiles(x: Tensor) -> bool:
     return x.dtype != torch.float32 and computes_bf16(x.device)
 
 
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """quantization.Int8Linear: x [M, K] that `multiplies`, with codes int8 [N, K] and scales fp32 [N], is y [M, N]."""
-    return _product(_int8_row, _int8_tile, x, codes, scales, ())
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, group_size: int | None = None) -> Tensor:
+    """Int8Linear of code_layers: x [M, K] that `multiplies` is y [M, N], with codes int8 [N, K] and scales fp32 [N], or
+    [N, ceil(K / group_size)]."""
+    return _product(_int8_row, _int8_tile, x, (codes, scales), len(codes), group_size)
 
 
-def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """quantization.Int4Linear: as int8_linear, with packed codes uint8 [N, K / 2] and scales [N, K / group_size]."""
-    return _product(_int4_row, _int4_tile, x, packed, scales, (group_size,))
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int, offsets: Tensor | None = None) -> Tensor:
+    """Int4Linear there: as int8_linear, with packed codes uint8 [N, 16 ceil(K / 32)], scales and offsets in groups."""
+    return _product(_int4_row, _int4_tile, x, (packed, scales, offsets), len(packed), group_size)
 
 
 def _product(
-    row: triton.JITFunction, tile: triton.JITFunction, x: Tensor, weight: Tensor, scales: Tensor, group: tuple[int, ...]
+    row: triton.JITFunction,
+    tile: triton.JITFunction,
+    x: Tensor,
+    weight: tuple[Tensor | None, ...],
+    N: int,
+    group_size: int | None,
 ) -> Tensor:
-    (M, K), N = x.shape, len(weight)
+    M, K = x.shape
     y = x.new_empty(M, N)
     x = x.contiguous()
     if M == 1 or not _has_tiles(x):
         sizes = ROW_TILES["many" if N >= MANY else "few"]
-        _launch(row, (M, triton.cdiv(N, sizes[0])), x, weight, scales, y, N, K, *group, *sizes)
+        _launch(row, (M, triton.cdiv(N, sizes[0])), x, *weight, y, N, K, group_size, *sizes)
     else:
         sizes = (MOST_ROWS, TILE_ROWS, TILE_COLUMNS)
         grid = (triton.cdiv(N, TILE_ROWS),)
-        _launch(tile, grid, x, weight, scales, y, M, N, K, *group, *sizes, num_warps=2, num_stages=4)
+        _launch(tile, grid, x, *weight, y, M, N, K, group_size, *sizes, num_warps=2, num_stages=4)
     return y

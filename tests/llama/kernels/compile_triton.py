@@ -52,9 +52,12 @@ def launches(half: torch.dtype) -> list[Launch]:
         (9, DIM, half),
     ):
         x = new(M, FFN, dtype=dtype)
-        triton_ops.int8_linear(x, new(N, FFN, dtype=torch.int8), new(N, dtype=torch.float32))
-        packed, scales = new(N, FFN // 2, dtype=torch.uint8), new(N, FFN // 32, dtype=torch.bfloat16)
-        triton_ops.int4_linear(x, packed, scales, 32)
+        codes, packed = new(N, FFN, dtype=torch.int8), new(N, FFN // 2, dtype=torch.uint8)
+        triton_ops.int8_linear(x, codes, new(N, dtype=torch.float32))
+        triton_ops.int8_linear(x, codes, new(N, FFN // 64, dtype=torch.float16), 64)
+        triton_ops.int4_linear(x, packed, new(N, FFN // 32, dtype=torch.bfloat16), 32)
+        pairs = new(2, N, FFN // 64, dtype=torch.float16)
+        triton_ops.int4_linear(x, packed, pairs[0], 64, pairs[1])
     return found
 
 

@@ -33,6 +33,7 @@ triton = pytest.importorskip("triton", reason="Triton is at hand on Linux on x86
 from llama.kernels.gpu import triton_ops  # noqa: E402 - it needs Triton
 
 CONFIGS = {"int8": Quantization(8), "int4-g32": Quantization(4), "int4-g128": Quantization(4, 128)}
+CONFIGS |= {"int8-g64": Quantization(8, 64), "int4-g64-zero": Quantization(4, 64, True)}
 DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -114,7 +115,7 @@ def test_rotate_and_store(ops, device, B, T, D, K, groups):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("many", [1, 1000])
-@pytest.mark.parametrize("shape", [(1, 70, 256), (1, 5, 2176), (2, 1, 128), (16, 70, 384)])
+@pytest.mark.parametrize("shape", [(1, 70, 256), (1, 5, 2176), (2, 1, 128), (16, 70, 384), (1, 9, 172), (5, 9, 172)])
 @torch.no_grad()
 def test_products(ops, device, name, shape, many, monkeypatch):
     """y beside the product with the weights that the codes stand for, in both tiles of a row."""
@@ -364,7 +365,8 @@ def test_kernels_compile_and_fit_the_registers():
     for one in built:
         assert one["spilled_bytes"] <= 16, one
     products = [one for one in built if one["kernel"].startswith("_int")]
-    assert len(products) == 4 * 2 * 2 * 2 + 2 * 2  # two sizes of rows, with two types of x, on all; tiles from sm_80 on
+    # Four formats; two sizes of rows, with two types of x, on all; tiles from sm_80 on.
+    assert len(products) == 4 * (4 * 2 * 2 + 2)
     for one in products:
         is_tile = one["kernel"].endswith("_tile")
         assert one["reads"]["cp.async.cg" if is_tile else "ld.global.v4"] > 0 and one["reads"]["bytes"] == 0, one
