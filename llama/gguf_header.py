@@ -30,6 +30,7 @@ MAX_COUNT = 1 << 16  # of fields and of tensors: 1,024 layers have 9,219
 MAX_ITEMS = 1 << 22  # of all arrays together: the largest vocabularies have 0.26 million words and twice as many merges
 MAX_NAME = 256
 MAX_BYTES = 1 << 28  # of the head; Llama 3's has 8 million
+LENGTH = struct.Struct("<Q")
 
 
 class Stored(NamedTuple):
@@ -77,19 +78,31 @@ class _Reader:
     def take(self, code: str) -> int:
         return self.numbers(code, 1)[0]
 
-    def text(self, longest: int | None = None) -> str:
-        """The next string; where `longest` is given, a name of at most so many bytes that can be shown in a line."""
-        size = self.take("Q")
-        if size > self.end - self.at:
-            raise self.refuse(f"a text of {size} bytes at byte {self.at - 8} does not fit in the file")
-        raw = self.data[self.at : self.at + size]
-        self.at += size
+    def texts(self, count: int) -> list[str]:
+        """The next strings. A vocabulary and its merges have 100,000, so the loop keeps to what each one needs."""
+        data, end, at, texts = self.data, self.end, self.at, []
         try:
-            text = raw.decode()
+            for _ in range(count):
+                start = at + LENGTH.size
+                at = start + LENGTH.unpack_from(data, at)[0]
+                if at > end:
+                    break
+                texts.append(data[start:at].decode())
+        except struct.error:
+            raise self.refuse(f"is truncated at byte {at}") from None
         except UnicodeDecodeError:
-            raise self.refuse(f"the text at byte {self.at - size} is not UTF-8") from None
-        if longest is not None and not (0 < size <= longest and text.isprintable()):
-            raise self.refuse(f"{text[:40]!r} at byte {self.at - size} is no name")
+            raise self.refuse(f"the text at byte {start} is not UTF-8") from None
+        if at > end:
+            raise self.refuse(f"a text of {at - start} bytes at byte {start - LENGTH.size} does not fit in the file")
+        self.at = at
+        return texts
+
+    def name(self) -> str:
+        """The next string, of at most MAX_NAME bytes that can be shown in a line."""
+        at = self.at
+        (text,) = self.texts(1)
+        if not (0 < len(text.encode()) <= MAX_NAME and text.isprintable()):
+            raise self.refuse(f"{text[:40]!r} at byte {at + LENGTH.size} is no name")
         return text
 
     def header(self) -> Header:
@@ -103,7 +116,7 @@ class _Reader:
             raise self.refuse(f"{n_tensors} tensors and {n_fields} fields cannot be")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
-            key = self.text(MAX_NAME)
+            key = self.name()
             if key in fields:
                 raise self.refuse(f"{key} is there twice")
             fields[key] = self.value(key)
@@ -119,7 +132,7 @@ class _Reader:
                 raise self.refuse(f"{key} is an array of {'arrays' if kind == ARRAY else f'{count} items'}")
         if kind >= len(NUMBERS):
             raise self.refuse(f"{key} has the unknown type {kind}")
-        values = [self.text() for _ in range(count)] if kind == STRING else self.numbers(NUMBERS[kind], count)
+        values = self.texts(count) if kind == STRING else self.numbers(NUMBERS[kind], count)
         if is_array:
             return values
         return float(str(np.float32(values[0]))) if kind == FLOAT else values[0]  # 1e-05, not 9.999999747378752e-06
@@ -130,7 +143,7 @@ class _Reader:
             raise self.refuse(f"general.alignment: {alignment!r} is not a power of two from 8 to 65536")
         stored: dict[str, Stored] = {}
         for _ in range(count):
-            name, n_dims = self.text(MAX_NAME), self.take("I")
+            name, n_dims = self.name(), self.take("I")
             if name in stored or not 1 <= n_dims <= 4:
                 raise self.refuse(f"tensor {name} " + ("is there twice" if name in stored else f"has {n_dims} axes"))
             shape = tuple(self.numbers("Q", n_dims)[::-1])

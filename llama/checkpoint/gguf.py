@@ -1,9 +1,9 @@
 """GGUF, the files of llama.cpp and ollama: shape, weights and tokenizer in one file.
 
 The rows of wq and wk are in Meta's order: llama.cpp's converter undoes Hugging Face's, so nothing is reordered here.
-Tensors of 16 and 32 bits are views of the mapped file. Quantized ones become float32 when they are read, through the
-`gguf` package, a few rows at a time; where no dtype is asked for, a model of theirs is bfloat16, whose rounding is
-finer than that of the codes.
+Tensors of 16 and 32 bits are views of the mapped file. Quantized ones become float32 when they are read, the usual
+types here and all others through the `gguf` package, a few rows at a time; where no dtype is asked for, a model of
+theirs is bfloat16, whose rounding is finer than that of the codes.
 
 Left out on purpose: architectures besides llama, files in parts, computing on the codes themselves.
 """
@@ -56,7 +56,8 @@ SCALING = ("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.s
 IDLE = ("llama.tensor_data_layout", "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
 KNOWN = {*FIELDS.values(), *HEAD_DIMS, *SCALING, *IDLE}
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-ROWS = 1024  # dequantized at once; the package needs several times their size
+ROWS = 1024  # dequantized at once by the package, which needs several times their size
+BLOCKS = 1024  # dequantized at once here: they stay in a core's cache, and torch takes one thread for them
 
 
 class GgufSource(Source):
@@ -109,10 +110,43 @@ def _read(data: Tensor, tensor: Stored) -> Tensor:
         weight = part.view(PLAIN[tensor.kind]).view(tensor.shape)
         return weight.clone() if weight.dim() == 1 else weight  # a norm that is kept would keep the pages of its block
     weight = torch.empty(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    if tensor.kind in DEQUANTIZED:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
+        for codes, numbers in zip(
+            part.view(-1, block_bytes).split(BLOCKS), weight.view(-1, block).split(BLOCKS), strict=True
+        ):
+            DEQUANTIZED[tensor.kind](codes, numbers)
+        return weight.view(tensor.shape)
     with np.errstate(all="ignore"):  # what a damaged file holds may overflow; it is judged where it is used
         for codes, rows in zip(part.view(len(weight), -1).split(ROWS), weight.split(ROWS), strict=True):
             rows.copy_(torch.from_numpy(gguf.dequantize(codes.numpy(), tensor.kind)))
     return weight.view(tensor.shape)
+
+
+def _q8_0(codes: Tensor, numbers: Tensor) -> None:
+    torch.mul(codes[:, 2:].view(torch.int8), _halves(codes, 0), out=numbers)
+
+
+def _q4_0(codes: Tensor, numbers: Tensor) -> None:
+    torch.mul(_nibbles(codes[:, 2:]).view(torch.int8) - 8, _halves(codes, 0), out=numbers)
+
+
+def _q4_1(codes: Tensor, numbers: Tensor) -> None:
+    torch.mul(_nibbles(codes[:, 4:]), _halves(codes, 0), out=numbers).add_(_halves(codes, 2))
+
+
+def _halves(codes: Tensor, at: int) -> Tensor:
+    """The float16 at that byte of each block, [n, 1]: its scale, or its smallest number."""
+    return codes[:, at : at + 2].view(torch.float16).float()
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Two codes per byte, [n, 16] -> [n, 32]: the low halves are the first 16 of a block."""
+    return torch.cat((codes & 15, codes >> 4), 1)
+
+
+# Blocks [n, bytes of one] to numbers [n, 32]: bit for bit what the package gives, in a third of its time.
+DEQUANTIZED = {Kind.Q8_0: _q8_0, Kind.Q4_0: _q4_0, Kind.Q4_1: _q4_1}
 
 
 def _check_kind(kind: Kind, place: str) -> None:

@@ -16,7 +16,8 @@ from conftest import SMALL, random_model
 from gguf import GGMLQuantizationType as Kind
 from support import mutant, same_weights
 
-from llama import ModelArgs, Tokenizer, checkpoint
+from llama import ModelArgs, Tokenizer, checkpoint, gguf_header
+from llama.checkpoint import gguf as gguf_layout
 from llama.checkpoint import gguf_files
 from llama.checkpoint.gguf import names_of
 from llama.errors import EnvironmentFailure, InputError
@@ -128,6 +129,20 @@ def test_each_type_is_dequantized_as_the_package_does(tmp_path, kind):
         assert torch.equal(weight, expected), name
         assert weight.dim() == 1 or weight.unique().numel() > 4
     assert checkpoint.load(path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", gguf_layout.DEQUANTIZED, ids=lambda kind: kind.name)
+def test_the_usual_types_are_dequantized_bit_for_bit(kind):
+    """Any codes, any scales: negative, subnormal, infinite; more blocks than are taken at once."""
+    n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    codes = np.random.default_rng(0).integers(0, 256, (2 * gguf_layout.BLOCKS + 5, n_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.dequantize(codes, kind))
+    stored = gguf_header.Stored(kind, expected.shape, 4, codes.size)
+    ours = gguf_layout._read(torch.cat((torch.zeros(4, dtype=torch.uint8), torch.from_numpy(codes).flatten())), stored)
+    is_number = ~expected.isnan()
+    assert torch.equal(ours.isnan(), ~is_number) and is_number.any() and not is_number.all()
+    assert torch.equal(ours[is_number].view(torch.int32), expected[is_number].view(torch.int32))
 
 
 def test_q8_0_is_within_the_rounding_of_the_format(tmp_path):
