@@ -17,6 +17,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny"
+REAL = ROOT / "models" / "smollm2-135m" / "smollm2-135m.gguf"
 
 # 4 layers, grouped heads, tied head, scaled RoPE: every branch of the network in 0.18 M parameters.
 SMALL = ModelArgs(
@@ -61,6 +62,11 @@ def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU is at hand")
     return torch.device(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("model") and not REAL.is_file():
+        pytest.skip("a real model is not at hand (`make model` fetches it)")
 
 
 def asset(name: str) -> Path:
