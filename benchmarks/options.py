@@ -25,12 +25,10 @@ HALF_DTYPE = "auto (the device's 16-bit type), float32, bfloat16 or float16"
 
 
 @dataclass(frozen=True)
-class Options(cli.Options):
-    """Of every benchmark."""
+class RowOptions(cli.Options):
+    """Of every benchmark that keeps the rows it measures."""
 
-    model: str = option("llama3.2-1b", MODEL, choices=PRESETS)
     repeats: int = option(5, "timed runs of each cell", least=1)
-    seed: int = option(1, "of random weights, of prompts and of the order of the runs", **cli.SEEDS)
     results: str | None = option(None, "file that the measured rows are appended to; default: one in reports/results")
 
     def results_file(self, experiment: str) -> Path:
@@ -38,6 +36,14 @@ class Options(cli.Options):
         path = REPORTS / "results" / f"{experiment}.jsonl" if self.results is None else Path(self.results)
         rows.require_writable(path)
         return path
+
+
+@dataclass(frozen=True)
+class Options(RowOptions):
+    """Of those that take random weights."""
+
+    model: str = option("llama3.2-1b", MODEL, choices=PRESETS)
+    seed: int = option(1, "of random weights, of prompts and of the order of the runs", **cli.SEEDS)
 
 
 @dataclass(frozen=True)

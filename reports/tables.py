@@ -179,6 +179,25 @@ def embedded(rows: list[Row]) -> list[Table]:
 # What else is measured
 
 
+@per_setting("model", "weights", "group_size", "answer_len", "decoding")
+def conversation(rows: list[Row]) -> list[Table]:
+    """Time to first token in each turn of a conversation, with the KV cache kept and by a fresh run."""
+    rows.sort(key=lambda row: row.cell["turn"])
+
+    def same_tokens(row: Row) -> Cell:
+        return (figure(row, "tokens_equal", ",.0f"), " of ", figure(row, "answer_tokens", ",.0f"))
+
+    columns = {"turn": word("turn"), "tokens of the dialog": metric("dialog_tokens", ",.0f")}
+    columns |= {"computed with the kept cache": metric("computed_tokens", ",.0f")}
+    columns |= {"TTFT, cache kept (s)": runs("ttft_kept_s", ".3f"), "TTFT, fresh run (s)": runs("ttft_fresh_s", ".3f")}
+    columns |= {"times as fast": lambda row: ratio(row, row, "ttft_fresh_s", other="ttft_kept_s")}
+    columns |= {"same tokens": same_tokens}
+    cell = rows[0].cell
+    title = f"{cell['model']}, {weights_of(rows[0])}: a conversation, answers of at most {cell['answer_len']} tokens"
+    note = "TTFT: time to first token, from the message on. A fresh run computes all tokens of the dialog."
+    return line_per_row("conversation", title, rows, columns, note)
+
+
 @per_setting("model", dtype=False)
 def loading(rows: list[Row]) -> list[Table]:
     """How long a checkpoint takes to load, and how much memory."""
@@ -368,6 +387,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "sweep": (sweep,),
     "pretraining": (pretraining,),
     "perplexity": (perplexity,),
+    "conversation": (conversation,),
     "loading": (loading,),
     "ladder": (ladder, drafts),
     "kernels": (kernels,),
