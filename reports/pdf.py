@@ -40,7 +40,7 @@ COMMANDS = {  # what measures the rows of an experiment
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
 }
-WRITTEN = ("comparison", "finetuning", "sweep", "pretraining", "leaderboard")  # experiments that need trained weights
+TRAINED = ("comparison", "finetuning", "sweep", "pretraining", "leaderboard")  # experiments that need trained weights
 
 
 def choose_device(rows: Sequence[Row], wanted: str | None) -> str | None:
@@ -98,7 +98,7 @@ def rows_of(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[
     here = {}
     for name in COMMANDS:
         own = [row for row in rows.get(name, []) if row.device_name == device]
-        if name in WRITTEN:  # what a model says depends on its weights: real ones, wherever they ran
+        if name in TRAINED:  # what a model says depends on its weights: real ones, wherever they ran
             own = [row for row in rows.get(name, []) if row.cell["model"] != "tiny"] or own
         here[name] = sorted(own, key=lambda row: row.data["time"])
     generation, steps = (chosen(here[name], model=model) for name in ("inference", "benchmark_finetuning"))
