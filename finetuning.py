@@ -133,16 +133,24 @@ def data_file(options: TrainingOptions) -> Path:
     return (EMBEDDED if options.ckpt_dir is None else EMBEDDED.parent) / "alpaca_200.json"
 
 
+def eval_file(options: TrainingOptions) -> Path | None:
+    return None if options.eval_data is None else Path(options.eval_data).expanduser()
+
+
 def read_data(options: TrainingOptions) -> tuple[Tokenizer, Data]:
-    """The tokenizer, and what is trained on."""
-    tokenizer, path = Tokenizer(tokenizer_file(options)), data_file(options)
-    found = dataset.load(path, tokenizer, options.max_seq_len, options.held_out, options.seed, INSTRUCTIONS)
+    """The tokenizer, and what is trained and measured on. Raises InputError where that is the same file."""
+    tokenizer, path, eval_path = Tokenizer(tokenizer_file(options)), data_file(options), eval_file(options)
+    sizes = options.max_seq_len, options.held_out, options.seed
+    found = dataset.load(path, tokenizer, *sizes, INSTRUCTIONS, eval_path)
+    sha256, eval_sha256 = files.sha256(path), eval_path and files.sha256(eval_path)
+    if sha256 == eval_sha256:
+        raise InputError(f"eval_data={eval_path} is what is trained on; leave it out, and a part is held out")
     training = found.training
     sequences = pack(training, options.max_seq_len) if options.packing else [[sample] for sample in training]
     count = f"{len(training)} samples"
     count += f" in {len(sequences)} sequences" if options.packing else ""
     summary = f"{found.what}: {count}, {len(found.held_out)} held out{found.notes}"
-    return tokenizer, Data(sequences, found.held_out, found.questions, files.sha256(path), summary)
+    return tokenizer, Data(sequences, found.held_out, found.questions, sha256, summary, eval_sha256)
 
 
 # Figures
@@ -182,7 +190,11 @@ def cell_of(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), options.adapter)
     cell |= {name: getattr(options, name) for name in CELL} | options.changed()
     cell["kernels"] = train_ops.in_use(options.lean, device)
-    return cell if options.data is None else {**cell, "data_sha256": files.sha256(data_file(options))}
+    if options.data is not None:
+        cell |= {"data": data_file(options).name, "data_sha256": files.sha256(data_file(options))}
+    if (path := eval_file(options)) is not None:
+        cell |= {"eval_data": path.name, "eval_data_sha256": files.sha256(path)}
+    return cell
 
 
 def save_chart(row: row_files.Row, path: Path) -> None:

@@ -27,35 +27,76 @@ class Dataset:
     notes: str
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A file's samples. left_out: why others are not among them; notes: that, and what was not used as it came."""
+
+    found: records.Records
+    samples: list[Sample]
+    left_out: str
+    notes: str
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.found.records[0], records.Text)
+
+
 def load(
-    path: Path, tokenizer: Tokenizer, max_seq_len: int, n_held_out: int, seed: int, questions: Sequence[str]
+    path: Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    n_held_out: int,
+    seed: int,
+    questions: Sequence[str],
+    eval_path: Path | None = None,
 ) -> Dataset:
     """Of records a seeded choice of n_held_out samples is held out, of texts the last blocks, a tenth at most.
 
-    Raises InputError as records.read does, and where nothing would be left to train on.
+    With eval_path nothing of `path` is: the first n_held_out samples of that file are, of whatever format, or all that
+    it has. Raises InputError as records.read does, and where there would be nothing to train or to measure on.
     """
-    found = records.read(path)
-    encoded, cut, left_out = _encode(found.records, tokenizer, max_seq_len)
-    is_text = isinstance(found.records[0], records.Text)
-    n = min(n_held_out, max(1, len(encoded) // 10)) if is_text else n_held_out
-    if not encoded:
-        reason = f"nothing can be trained on within max_seq_len={max_seq_len}{_about(left_out, 'left out')}"
-        raise InputError(f"data={path}: {found.what}, of which {reason}")
-    if len(encoded) <= n:
-        raise InputError(
-            f"data={path}: {found.what}, {len(encoded)} samples within max_seq_len={max_seq_len}; "
-            f"held_out={n} leaves none of them to train on, use a smaller one{_about(left_out, 'left out')}"
-        )
-    chosen = set(range(len(encoded) - n, len(encoded)) if is_text else order.epoch_order(len(encoded), seed, 0)[:n])
-    held_out = [encoded[i] for i in sorted(chosen)]
-    training = [sample for i, sample in enumerate(encoded) if i not in chosen]
-    if is_text:
-        tokens = (held_out or training)[0].tokens
+    data = _read(path, tokenizer, max_seq_len, "data", "trained")
+    if eval_path is None:
+        source, notes = data, data.notes
+        training, held_out = _split(path, data, max_seq_len, n_held_out, seed)
+    else:
+        source = _read(eval_path, tokenizer, max_seq_len, "eval_data", "measured")
+        training, held_out = data.samples, source.samples[:n_held_out]
+        of_all = f"the first of {len(source.samples)} samples of {eval_path}, {source.found.what}"
+        notes = f"{data.notes}; held out: {of_all}{source.notes}"
+    if data.is_text:
+        tokens = (held_out if held_out and source.is_text else training)[0].tokens
         opening = list(tokens[: min(OPENING, len(tokens) // 2)])
         asked = {" ".join(tokenizer.decode(opening[opening[0] == tokenizer.bos_id :]).split()): opening}
     else:
-        asked = {question: found.records[0].ask(tokenizer, question) for question in questions}
-    return Dataset(training, held_out, asked, found.what, _notes(found, tokenizer, cut, left_out))
+        asked = {question: data.found.records[0].ask(tokenizer, question) for question in questions}
+    return Dataset(training, held_out, asked, data.found.what, notes)
+
+
+def _read(path: Path, tokenizer: Tokenizer, max_seq_len: int, option: str, use: str) -> _Encoded:
+    """The samples of a file. option: what gave it; use: what is done with them, both for the error."""
+    found = records.read(path)
+    encoded, cut, names = _encode(found.records, tokenizer, max_seq_len)
+    left_out = _about(names, "left out")
+    if not encoded:
+        reason = f"nothing can be {use} on within max_seq_len={max_seq_len}{left_out}"
+        raise InputError(f"{option}={path}: {found.what}, of which {reason}")
+    return _Encoded(found, encoded, left_out, _notes(found, tokenizer, cut, names))
+
+
+def _split(
+    path: Path, data: _Encoded, max_seq_len: int, n_held_out: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on, and those set aside."""
+    every = data.samples
+    n = min(n_held_out, max(1, len(every) // 10)) if data.is_text else n_held_out
+    if len(every) <= n:
+        raise InputError(
+            f"data={path}: {data.found.what}, {len(every)} samples within max_seq_len={max_seq_len}; "
+            f"held_out={n} leaves none of them to train on, use a smaller one{data.left_out}"
+        )
+    chosen = set(range(len(every) - n, len(every)) if data.is_text else order.epoch_order(len(every), seed, 0)[:n])
+    return [sample for i, sample in enumerate(every) if i not in chosen], [every[i] for i in sorted(chosen)]
 
 
 def _encode(

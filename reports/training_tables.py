@@ -239,7 +239,7 @@ def run_label(row: Row) -> str:
     return ", ".join(words + ["other data"] * ("data_sha256" in cell))
 
 
-@per_setting("model", dtype=False)
+@per_setting("model", "data", "eval_data", dtype=False)
 def pretraining(rows: list[Row]) -> list[Table]:
     """Continued pre-training on plain text: the loss on another text, before and after."""
 
@@ -255,8 +255,11 @@ def pretraining(rows: list[Row]) -> list[Table]:
     columns |= {"perplexity after": per_token("held_out_loss_nats")}
     columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".1f")}
     columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
-    note = "Loss in nats per token on blocks of the other text, with the 95 % interval of its fall over the blocks."
-    return line_per_row("pretraining", f"{rows[0].cell['model']}: continued pre-training", rows, columns, note)
+    cell = rows[0].cell
+    text = cell.get("eval_data", "the same text, its end")
+    note = f"Loss in nats per token on blocks of {text}, with the 95 % interval of its fall over the blocks."
+    title = f"{cell['model']}: continued pre-training on {cell.get('data', 'text')}"
+    return line_per_row("pretraining", title, rows, columns, note)
 
 
 @per_setting("model", "preset")

@@ -31,6 +31,7 @@ from llama import Llama, adapters, checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, Stopped
+from llama.evaluation import perplexity
 from llama.tokenizer import ChatFormat, Tokenizer
 from llama.training import batch as batches
 from llama.training import run as running
@@ -125,6 +126,7 @@ def test_what_changes_the_figures_of_a_run_is_part_of_its_cell(base, tmp_path):
     changes += [{"held_out": 2}, {"packing": True}, {"checkpoint_budget_gb": 5.0}, {"weight_decay": 0.1}]
     changes += [{"loss_normalization": "microbatch"}, {"data": str(tmp_path / "data.json")}]
     changes += [{"data": str(base / "data.json")}, {"ckpt_dir": str(tmp_path / "int8")}]
+    changes += [{"eval_data": str(base / "data.json")}, {"eval_data": str(tmp_path / "data.json")}]
     cells = [finetuning.cell_of(TrainingOptions.resolve(change), torch.device("cpu")) for change in ({}, *changes)]
     assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
     assert cells[0].keys() == {"model", "kernels", *finetuning.CELL}  # as in rows from before
@@ -291,6 +293,61 @@ def test_training_goes_on_with_plain_text(base, tmp_path, monkeypatch, capsys):
     trained = sum(line["label_tokens"] for line in lines if line.get("epoch") == 0)
     held_out = len(ids) - 1 - trained
     assert 2 * 7 < held_out <= 3 * 7  # but for the very first, each token is a label once, here or there
+
+
+@pytest.fixture
+def texts(tmp_path) -> dict[str, str]:
+    """To train on one text and to measure on another, all weights, 40 blocks in each step."""
+    (tmp_path / "train.txt").write_text("".join(f"The fox saw {n} bears.\n" for n in range(60)))
+    (tmp_path / "test.txt").write_text("".join(f"The owl met {n} foxes.\n" for n in range(40)))
+    sizes = {"max_seq_len": 8, "held_out": 12, "accumulation": 40, "epochs": 2, "lr": 1e-3}
+    plain = {"lora": False, "amp": "none", "checkpointing": "none", "export": "meta"}
+    return {"data": str(tmp_path / "train.txt"), "eval_data": str(tmp_path / "test.txt"), **sizes, **plain}
+
+
+def test_a_text_is_trained_on_and_another_measured_on(no_estimate, base, tmp_path, texts):
+    """All blocks of the one are trained; the loss is that of evaluate.py on the same blocks of the other."""
+    run = run_to(base, tmp_path / "run", **texts)
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    ids = {name: tokenizer.encode(Path(texts[name]).read_text(), bos=True, eos=False) for name in ("data", "eval_data")}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    n_blocks = len({name for line in trained for name in line["samples"]})
+    assert [len(line["samples"]) for line in trained] == [40, n_blocks - 40] * 2
+    assert sum(line["label_tokens"] for line in trained) == 2 * (len(ids["data"]) - 1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    measured = ids["eval_data"][: 12 * 7 + 1]  # a block begins with the last token of the one before
+    for name, directory in (("_before", base / "base"), ("", tmp_path / "run" / "merged")):
+        loss = perplexity.evaluate(checkpoint.load(directory), measured, context=8, stride=7).loss
+        assert summary[f"held_out_loss{name}"] == pytest.approx(loss, rel=1e-6)
+    assert summary["held_out_loss"] < summary["held_out_loss_before"] - 0.2
+    counts = f"{n_blocks} samples, 12 held out; held out: the first of {(len(ids['eval_data']) + 5) // 7} samples"
+    assert run.data.summary == f"plain text: {counts} of {texts['eval_data']}, plain text"
+    assert "owl" in summary["answers"][0]["instruction"]
+
+
+def test_what_is_measured_on_is_known_by_its_content(no_estimate, base, tmp_path, texts, monkeypatch, capsys):
+    """Resumed to the same bytes, also where the file has moved; any other file is refused, and so is one too many."""
+    texts |= {"lora": True, "max_steps": 2, "export": "none"}
+    run_to(base, tmp_path / "whole", **texts)
+    run_to(base, tmp_path / "run", 1, **texts)
+    Path(texts["eval_data"]).rename(tmp_path / "moved.txt")
+    resume = ["--resume", f"--out_dir={tmp_path / 'run'}"]
+    code, _, err = call(monkeypatch, capsys, *resume)
+    assert code == 2 and f"eval_data={texts['eval_data']}, which is no longer there; pass --eval_data=PATH" in err
+    (tmp_path / "other.txt").write_text("The owl met 1 fox.\n" * 40)
+    for path, message in (
+        (tmp_path / "other.txt", "eval_data is not what the run was started with"),
+        (texts["data"], "is what is trained on; leave it out"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *resume, f"--eval_data={path}")
+        assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert call(monkeypatch, capsys, *resume, f"--eval_data={tmp_path / 'moved.txt'}")[0] == 0
+    assert crash.digest(tmp_path / "run") == crash.digest(tmp_path / "whole")
+    run_to(base, tmp_path / "without", 1, **{**texts, "eval_data": None})
+    resume[1] = f"--out_dir={tmp_path / 'without'}"
+    code, _, err = call(monkeypatch, capsys, *resume, f"--eval_data={tmp_path / 'moved.txt'}")
+    assert code == 2 and "without was started without --eval_data; leave it out" in err
 
 
 def test_full_training_exports_the_trained_weights(base, tmp_path):
@@ -679,6 +736,7 @@ BAD = {
     "seed": ("99999999999999999999", "--seed=99999999999999999999: expected less than 9.22"),
     "export": ("onnx", "--export=onnx"),
     "data": ("absent.json", "cannot read absent.json"),
+    "eval_data": ("absent.json", "cannot read absent.json"),
     "ckpt_dir": ("absent", "absent"),
     "tokenizer_path": ("README.md", "README.md"),
     "clip_norm": ("0", "--clip_norm=0.0: expected more than 0"),

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SETTINGS = "settings.json"
 NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
 MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
-PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "data")  # known by their content, wherever they lie
+PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "data", "eval_data")  # known by their content, wherever they lie
 MAY_CHANGE += PLACES
 
 
@@ -94,6 +94,11 @@ class TrainingOptions(Settings):
         "data/alpaca_200.json, and for the embedded model records of the small world that it knows, "
         "data/tiny/alpaca_200.json",
     )
+    eval_data: str | None = option(
+        None,
+        "the held-out loss is measured on the first samples of this file, in any of these formats, and all of data is "
+        "trained on; default: a part of data is held out",
+    )
     out_dir: str = option("runs/finetuning", "directory of the run; must be new, unless resume is on")
     resume: bool = option(False, "continue the run in out_dir, with its own settings, from its newest whole snapshot")
     preset: str = option(
@@ -122,7 +127,11 @@ class TrainingOptions(Settings):
     dtype: str = option(
         "float32", "float32, or bfloat16 or float16 for a frozen base under LoRA; what a quantized base computes in"
     )
-    held_out: int = option(20, "records set aside, or blocks of a text, on which the loss is measured", least=0)
+    held_out: int = option(
+        20,
+        "records, or blocks of a text, on which the loss is measured: set aside from data, or the first of eval_data",
+        least=0,
+    )
     max_seq_len: int = option(
         512, "longer samples lose their end, and are counted; texts are cut into blocks of this length", least=2
     )
@@ -160,6 +169,8 @@ class TrainingOptions(Settings):
                 f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out "
                 f"checkpointing={self.checkpointing}"
             )
+        if self.eval_data is not None and not self.held_out:
+            raise InputError(f"held_out=0 measures nothing on eval_data={self.eval_data}; leave one of them out")
         if self.resume and self.show_data is not None:
             raise InputError("show_data shows what a new run would train on; leave out resume=True")
 

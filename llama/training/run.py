@@ -124,7 +124,8 @@ class Data:
     """What a run trains on, and what it is measured by.
 
     sequences: of one sample each, or of several where they are packed. questions: ids of the prompt, by instruction; of
-    the first held-out samples, the prompts are asked, too. sha256: of the file. summary: for people.
+    the first held-out samples, the prompts are asked, too. sha256: of the file; eval_sha256: of that of the held-out
+    samples, where they have one of their own. summary: for people.
     """
 
     sequences: Sequence[Sequence[batch.Sample]]
@@ -132,6 +133,7 @@ class Data:
     questions: dict[str, list[int]]
     sha256: str
     summary: str
+    eval_sha256: str | None = None
 
 
 class Run:
@@ -258,8 +260,13 @@ class Run:
 
     def _identity(self) -> dict[str, str | None]:
         """What the run is made of, by content (sha256)."""
-        own = {"data": self.data.sha256, "base": self.base, "adapter": self.adapter_sha256}
-        return {**own, "tokenizer": files.sha256(self.tokenizer_file)}
+        return {
+            "data": self.data.sha256,
+            "eval_data": self.data.eval_sha256,
+            "base": self.base,
+            "adapter": self.adapter_sha256,
+            "tokenizer": files.sha256(self.tokenizer_file),
+        }
 
     def _check_disk(self) -> None:
         """Raise EnvironmentFailure where snapshots and exports would not fit."""
@@ -280,6 +287,8 @@ class Run:
             was = about.get(f"{name}_sha256", now if name == "tokenizer" else None)  # older runs do not tell it
             if was != now:
                 option = {"base": "ckpt_dir", "tokenizer": "tokenizer_path"}.get(name, name)
+                if was is None and name in ("eval_data", "adapter"):
+                    raise InputError(f"{self.root} was started without {option}; leave it out, or start a new run")
                 reason = f"is not what the run was started with (sha256 {str(was)[:12]}, now {str(now)[:12]})"
                 raise InputError(f"{option} {reason}; pass {option}=PATH of that, if it is elsewhere")
         path, saved, passed_over = snapshot.latest(self.root / "snapshots", self.run_id)

@@ -32,8 +32,8 @@ def write(path, content):
     return path
 
 
-def load(path, max_seq_len=512, held_out=0, seed=1, tokenizer=EMBEDDED):
-    return dataset.load(path, tokenizer, max_seq_len, held_out, seed, QUESTIONS)
+def load(path, max_seq_len=512, held_out=0, seed=1, tokenizer=EMBEDDED, eval_path=None):
+    return dataset.load(path, tokenizer, max_seq_len, held_out, seed, QUESTIONS, eval_path)
 
 
 @pytest.mark.parametrize("name", ["embedded", "smollm2", "llama3", "llama2"])
@@ -203,6 +203,46 @@ def test_texts_in_records_do_not_run_into_each_other(tmp_path):
     for number, ids in enumerate(whole, 1):
         parts = [list(s.tokens) for s in found.training if s.name.startswith(f"record {number} ")]
         assert parts[0] + [token for part in parts[1:] for token in part[1:]] == ids
+
+
+# A file of its own for the held-out loss
+
+PAIRS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(5)]
+
+
+@pytest.mark.parametrize("data", [STORY, PAIRS], ids=["text", "pairs"])
+@pytest.mark.parametrize("other", [STORY.replace("fox", "owl"), [{"messages": DIALOG}] * 30], ids=["text", "chats"])
+def test_held_out_are_the_first_samples_of_the_file_for_it_and_all_others_are_trained(tmp_path, data, other):
+    """Of any two formats; questions have the form of what is trained, and the opening of a text is a held-out one."""
+    path, eval_path = write(tmp_path / "data", data), write(tmp_path / "other", other)
+    found, alone, there = load(path, 33, 3, eval_path=eval_path), load(path, 33), load(eval_path, 33)
+    assert found.training == alone.training and found.held_out == there.training[:3] and found.what == alone.what
+    n = len(there.training)
+    assert found.notes == f"; held out: the first of {n} samples of {eval_path}, {there.what}{there.notes}"
+    ((question, prompt),) = found.questions.items()
+    if data is PAIRS:
+        assert found.questions == alone.questions
+    else:
+        opened = found.held_out[0] if isinstance(other, str) else found.training[0]
+        assert tuple(prompt) == opened.tokens[:16] and question == EMBEDDED.decode(prompt[1:])
+
+
+def test_a_file_with_fewer_samples_is_all_held_out(tmp_path):
+    path, eval_path = write(tmp_path / "data", STORY), write(tmp_path / "other", PAIRS)
+    found = load(path, 33, 20, eval_path=eval_path)
+    assert len(found.held_out) == 5 and "; held out: the first of 5 samples of " in found.notes
+
+
+def test_a_file_that_nothing_can_be_measured_on_is_refused_by_name(tmp_path):
+    path = write(tmp_path / "data", STORY)
+    for content, length, message in (
+        ("", 33, "other is empty"),
+        (" \n", 33, "other is empty"),
+        ('[{"prompt": "a"}]', 33, "other:record 1 has the fields prompt; expected"),
+        (PAIRS, 4, r"other: 5 .*, of which nothing can be measured on within max_seq_len=4; 5 left out \(record"),
+    ):
+        with pytest.raises(InputError, match=f"^(eval_data=)?.*{message}"):
+            load(path, length, 3, eval_path=write(tmp_path / "other", content))
 
 
 # Showing
