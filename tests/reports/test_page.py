@@ -376,7 +376,8 @@ def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
 def test_without_rows_it_says_not_measured(tmp_path):
     page = Page(results_page.render(read_folder(write(tmp_path / "empty", [])))).top
     sections = page.all("section")
-    assert len(sections) == len(results_page.SECTIONS) + 1 and all("Not measured yet." in section.text() for section in sections)
+    assert len(sections) == len(results_page.SECTIONS) + 1
+    assert all("Not measured yet." in section.text() for section in sections)
     assert not page.all("table") and not page.all("svg") and "Nothing has been measured yet." in page.text()
 
 
