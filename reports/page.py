@@ -29,6 +29,8 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),
+    ("conversation", "Conversations: the KV cache kept from turn to turn", "conversation"),
+    ("leaderboard", "Leaderboard: loss and throughput", "leaderboard"),
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
     ("ladder", "The ladder: one change per row", "ladder"),

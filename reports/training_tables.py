@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting,
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
+LONGEST = 200  # characters of a text in a table
 CHANGED, SLOWER = 0.03, 0.05  # of memory or computation, of time: a smaller change is no arrow in Table 2
 # What the course calls a kind of memory, in metrics by the categories of llama/training/memory.py.
 KINDS = {"parameters": ["weights_most_mb", "copies_most_mb"], "activations": ["activations_most_mb"]}
@@ -236,7 +238,7 @@ def run_label(row: Row) -> str:
     """The preset of a run, and where it did more than that says."""
     cell = row.cell
     words = [cell["preset"], *["all weights"] * (not cell.get("lora", True))]
-    return ", ".join(words + ["other data"] * ("data_sha256" in cell))
+    return ", ".join(words + [cell.get("data", "other data")] * ("data_sha256" in cell))
 
 
 @per_setting("model", "data", "eval_data", dtype=False)
@@ -308,10 +310,13 @@ def _answers_title(row: Row) -> str:
 
 
 def held_out_answers(rows: Sequence[Row]) -> list[Table]:
-    """The same of instructions that were held out, beside the sample's answer."""
+    """The same of instructions that were held out, beside the sample's answer; of runs that changed any of them."""
     head = ["held-out instruction", "the sample's answer", "before", "after"]
-    found = [(row, row.data.get("series", {}).get("held_out_answers")) for row in rows]
-    title = "{model}, preset {preset}: answers to held-out instructions"
-    return [
-        Table("held-out-answers", title.format_map(row.cell), head, body, rows=[row]) for row, body in found if body
-    ]
+    tables = []
+    for row in rows:
+        shown = row.data.get("series", {}).get("held_out_answers", [])
+        if any(before != after for *_, before, after in shown):
+            body = [[textwrap.shorten(text, LONGEST, placeholder=" ...") for text in line] for line in shown]
+            title = f"{_answers_title(row)} to held-out instructions"
+            tables.append(Table("held-out-answers", title, head, body, rows=[row]))
+    return tables
