@@ -170,8 +170,10 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     if "held_out_loss" in summary:
         held_out = [(0, summary["held_out_loss_before"]), *held_out, (run.total, summary["held_out_loss"])]
     series = {"loss_nats": [(line["step"], line["loss"]) for line in lines if "loss" in line]}
-    series |= {"held_out_loss_nats": held_out, "answers": [list(answer.values()) for answer in summary["answers"]]}
-    if options.data is None:  # a user's records stay in the run's directory
+    # A user's records and texts stay in the run's directory.
+    answers = [list(answer.values()) for answer in summary["answers"] if answer["instruction"] in INSTRUCTIONS]
+    series |= {"held_out_loss_nats": held_out, "answers": answers}
+    if options.data is None:
         asked = [list(answer.values()) for answer in summary.get("held_out_answers", [])[:N_SHOWN]]
         series["held_out_answers"] = [[alpaca.task(prompt), *texts] for prompt, *texts in asked]
     is_kept = options.results is not None and not figures.steps_before and not (options.root / "summary.json").exists()

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.rows import Row
 from llama.training import memory
-from reports.cells import Cell, Figure, Table, chosen, computed, figure, newest, ratio
+from reports.cells import OUT_OF_MEMORY, Cell, Figure, Table, chosen, computed, figure, newest, ratio
 from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
@@ -284,6 +284,8 @@ def sweep(rows: list[Row]) -> list[Table]:
 
 def _on_the_way(number: int, row: Row) -> Cell:
     """A point of the curve of held-out losses."""
+    if not row.metrics:
+        return OUT_OF_MEMORY
     (_, loss), source = row.data["series"]["held_out_loss_nats"][number], f"series.held_out_loss_nats.{number}.1"
     return Figure(f"{loss:.3f}", loss, row.source(source), row.source(source))
 

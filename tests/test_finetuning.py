@@ -281,12 +281,14 @@ def test_training_goes_on_with_plain_text(base, tmp_path, monkeypatch, capsys):
     """Every token a label; the end of the file is held out; the model continues it before and after."""
     (tmp_path / "corpus.txt").write_text("".join(f"The fox saw {n} bears.\n" for n in range(30)))
     changes = {"data": tmp_path / "corpus.txt", "max_seq_len": 8, "held_out": 3, "amp": "none", "packing": True}
-    changes |= {"epochs": 1, "accumulation": 12, "checkpointing": "none"}
+    changes |= {"epochs": 1, "accumulation": 12, "checkpointing": "none", "results": tmp_path / "pretraining.jsonl"}
     code, out, err = call(monkeypatch, capsys, *flags(base, tmp_path / "run", **changes))
     assert code == 0, err
     assert re.search(r"data       plain text: \d+ samples in \d+ sequences, 3 held out\n", out)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "fox" in summary["answers"][0]["instruction"] and len(summary["answers"]) == 1
+    row = json.loads((tmp_path / "pretraining.jsonl").read_text())
+    assert row["experiment"] == "pretraining" and "The fox" not in json.dumps(row["series"])  # no text of the user's
     assert summary["held_out_loss"] < summary["held_out_loss_before"] and summary["held_out_asked"] == 0
     ids = Tokenizer(TINY / "tokenizer.model").encode((tmp_path / "corpus.txt").read_text(), bos=True, eos=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
