@@ -30,7 +30,6 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),
     ("conversation", "Conversations: the KV cache kept from turn to turn", "conversation"),
-    ("leaderboard", "Leaderboard: loss and throughput", "leaderboard"),
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
     ("ladder", "The ladder: one change per row", "ladder"),
