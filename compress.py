@@ -28,11 +28,13 @@ import torch
 
 from data import text
 from data.tiny import EMBEDDED, directory_of, has_tokenizer
-from llama import Transformer, adapters, checkpoint, cli, files, lora, pruning, quantization
+from llama import Transformer, adapters, calibration, checkpoint, cli, files, lora, pruning, quantization
 from llama import device as devices
 from llama.checkpoint import gguf_files
 from llama.cli import option
+from llama.config import ModelArgs
 from llama.errors import InputError, NonFinite
+from llama.model import RMSNorm
 from llama.quantization import GROUP_SIZES, Quantization
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training.batch import collate
@@ -42,6 +44,7 @@ DTYPES = ("auto", *devices.DTYPES)
 DTYPE = "dtype of the weights; auto keeps theirs, which must be one for all"
 N_WORST = 3  # matrices that are named
 CONTEXT = 512  # tokens of a sequence of a text file
+SEQUENCES = 32
 ROUNDS = 8
 STEPS_PER_ROUND = 20
 CONVERTED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
@@ -53,36 +56,71 @@ class QuantizeOptions(cli.Options):
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
-    bits: int = option(8, "8 or 4; tables have 8 in both")
+    bits: float = option(
+        8,
+        "8, 4, or with --calibration a number in between, to which the average of the blocks' weights comes close when "
+        "the matrices that lose most keep 8; tables have 8 in any case",
+    )
     group_size: int | None = option(
         None, f"{GROUP_SIZES} neighbouring weights of a row share a scale; default: 32 of 4 bits, of 8 the whole row"
     )
     zero_points: bool = option(
         False, "of 4 bits: each group has an offset beside its scale, which loses less and takes 16 bits more per group"
     )
+    calibration: str | None = option(
+        None,
+        "a text file in UTF-8: codes are chosen for what the matrices compute on it, not for each weight by itself",
+    )
+    sequences: int | None = option(
+        None, f"of {CONTEXT} tokens from the start of that text; default: {SEQUENCES}", least=1
+    )
     dtype: str = option("auto", DTYPE, choices=DTYPES)
     out_dir: str = option("runs/quantized", "directory of the checkpoint; must be new")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None and self.sequences is not None:
+            raise InputError(f"--sequences={self.sequences}: needs --calibration, of whose text they are")
+        if self.calibration is None and 4 < self.bits < 8:
+            raise InputError(f"--bits={self.bits:g}: needs --calibration, to find the matrices that keep 8")
+
+    @property
+    def config(self) -> Quantization:
+        bits = 4 if 4 < self.bits < 8 else self.bits
+        try:
+            return Quantization(int(bits) if bits == int(bits) else bits, self.group_size, self.zero_points)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
 
 
 def quantize(options: QuantizeOptions) -> None:
     directory, target = directory_of(options.ckpt_dir), files.require_new(options.out_dir)
-    try:
-        config = Quantization(options.bits, options.group_size, options.zero_points)
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
+    config = options.config
     source = checkpoint.open_source(directory)
     if source.quantization is not None:
         raise InputError(f"{directory} is quantized already, in {source.quantization.bits} bits; quantize the original")
     tokenizer = tokenizer_file(options.tokenizer_path, directory)
+    tokens = calibration_tokens(options, tokenizer, source.args)
     dtype = devices.DTYPES.get(options.dtype)
     exact = torch.float32 if dtype is None and source.dtype is not None else dtype  # as a file's own codes may need it
     model = checkpoint.load(source, exact, progress=True)
+    for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+        norm.to(dtype or source.dtype)  # which is the dtype of activations
     try:
-        errors = quantization.quantize(model, config, progress=True)
+        if tokens is None:
+            lost = {"relative error": quantization.quantize(model, config, progress=True)}
+        else:
+            bits = options.bits if 4 < options.bits < 8 else None
+            outcomes = calibration.calibrate(model, config, tokens, bits, progress=True)
+            lost = {
+                "output error of the nearest codes": {name: outcome.nearest for name, outcome in outcomes.items()},
+                "output error of the chosen codes": {name: outcome.chosen for name, outcome in outcomes.items()},
+            }
     except InputError as error:
         raise InputError(f"{directory}:{error}") from None
-    checkpoint.save(model.to(dtype or source.dtype or model.dtype), target, tokenizer_path=tokenizer)
-    print(report(model, errors))
+    checkpoint.save(model.to(model.dtype), target, tokenizer_path=tokenizer)
+    for what, errors in lost.items():
+        print(report(model, what, errors))
     before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
     print(
         f"{shown(directory)}: {before / devices.MB:,.2f} MB in 16 bits, {after / devices.MB:,.2f} MB now "
@@ -101,11 +139,24 @@ def shown(directory: Path) -> str:
     return "embedded model" if directory == EMBEDDED else str(directory)
 
 
-def report(model: Transformer, errors: dict[str, float]) -> str:
-    """The relative error of each matrix, one line per layer, and the worst by name."""
+def calibration_tokens(options: QuantizeOptions, tokenizer: Path, args: ModelArgs) -> torch.Tensor | None:
+    """Sequences [S, T] from the start of the text. Raises InputError where it has not as many."""
+    if options.calibration is None:
+        return None
+    length, n = min(CONTEXT, args.trained_context), options.sequences or SEQUENCES
+    ids = text.read(Path(options.calibration), Tokenizer(tokenizer))
+    if len(ids) < n * length:
+        n_whole = len(ids) // length
+        remedy = f"use --sequences={n_whole}" if n_whole else f"a sequence takes {length}"
+        raise InputError(f"--calibration={options.calibration}: {len(ids)} tokens, not {n} times {length}; {remedy}")
+    return torch.tensor(ids[: n * length]).view(n, length)
+
+
+def report(model: Transformer, what: str, errors: dict[str, float]) -> str:
+    """The error of each matrix, one line per layer, and the worst by name."""
     parts = [name.removeprefix("layers.0.") for name in errors if name.startswith("layers.0.")]
     heads = [part.split(".")[-1] for part in parts]
-    lines = ["relative error of each matrix (%)", "layer " + "".join(f"{head:>7}" for head in heads)]
+    lines = [f"{what} of each matrix (%)", "layer " + "".join(f"{head:>7}" for head in heads)]
     for layer in range(model.args.n_layers):
         lines.append(
             f"{layer:<6}" + "".join(f"{errors[f'layers.{layer}.{part}']:7.2%}"[:-1].rjust(7) for part in parts)

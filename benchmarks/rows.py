@@ -24,7 +24,7 @@ import torch
 from llama import adapters
 from llama.device import device_name
 from llama.errors import InputError
-from llama.quantization import Quantization
+from llama.quantization import CALIBRATED, Quantization
 
 OUTPUT_FLAGS = ("--results", "--figures", "--out_dir", "--work_dir")
 FIELDS = {"experiment": str, "cell": dict, "metrics": dict, "device": dict, "dtype": str, "threads": int}
@@ -118,6 +118,10 @@ def model_cell(name: str, quantization: Quantization | None, adapter: str | None
         cell["group_size"] = quantization.group_size
     if quantization is not None and quantization.zero_points:
         cell["zero_points"] = True
+    if quantization is not None and quantization.method == CALIBRATED:
+        cell["calibrated"] = True
+    if quantization is not None and quantization.int8:
+        cell["int8_matrices"] = len(quantization.int8)
     if adapter is not None:
         names = [folder.resolve().name for folder in adapters.folders(adapter)]
         cell |= {"adapter": ",".join(names), "adapter_sha256": adapters.fingerprint(adapter)}

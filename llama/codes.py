@@ -26,6 +26,8 @@ each group, [N, ceil(K / group_size)]; a group begins with a block, so block b b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,121 +63,153 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-@torch.no_grad()
-def quantize_row_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """int8 codes [N, K] and fp16 scales [N, ceil(K / group_size)] of a matrix: |w - codes * scales| <= 0.57 scales.
+@dataclass(frozen=True)
+class Grid:
+    """The values that the codes of a group can stand for: code * scale + offset, codes from `low` to `high`.
 
-    Half a scale, and at the ends what rounding the scale to 11 bits takes away, 127 / 2048 of one.
+    Groups are [members, G], members below each other: sums over a group then run over many groups at once. Scales and
+    offsets are fp32 [G], numbers that `dtype` holds; offsets are None without zero-points. Weights [members, 1] say how
+    much an error of each member counts; None: all the same.
     """
-    return _in_groups(weight, group_size, torch.float16, _fit_absmax)
+
+    low: int
+    high: int
+    dtype: torch.dtype  # of stored scales and offsets
+    search: Callable[[_Search], None]
+
+    @property
+    def has_offsets(self) -> bool:
+        return self.low == 0
+
+    def fit(self, groups: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets for groups in fp32."""
+        search = _Search(self, groups, weights)
+        self.search(search)
+        return search.scales, search.offsets
+
+    def nearest(self, values: Tensor, scales: Tensor, offsets: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The codes, as fp32, that stand for the numbers closest to `values`."""
+        if offsets is not None:
+            values = torch.sub(values, offsets, out=out)
+        return torch.div(values, scales, out=out).round_().clamp_(self.low, self.high)
+
+    def value(self, codes: Tensor, scales: Tensor, offsets: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The numbers that codes stand for."""
+        values = torch.mul(codes, scales, out=out)
+        return values if offsets is None else values.add_(offsets)
+
+    def stored(self, scales: Tensor) -> Tensor:
+        """The nearest scales that can be stored and divided by."""
+        if self.dtype == torch.float16:
+            return scales.half().float().clamp_min_(LEAST_SCALE)
+        return _usable(scales.to(self.dtype).float())
 
 
-@torch.no_grad()
-def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes -8 to 7 as int8 [N, K] and bfloat16 scales [N, ceil(K / group_size)], for the least squared error."""
-    return _in_groups(weight, group_size, torch.bfloat16, _fit_symmetric)
+class _Search:
+    """Scales and offsets of groups: of all that are considered, those with the least squared error."""
+
+    def __init__(self, grid: Grid, groups: Tensor, weights: Tensor | None) -> None:
+        self.grid, self.groups = grid, groups
+        self.weights = None if weights is None else weights / weights.sum(0)
+        self.least = torch.full_like(groups[0], torch.inf)
+        self.scales = torch.ones_like(groups[0])
+        self.offsets = torch.zeros_like(groups[0]) if grid.has_offsets else None
+        self._q, self._error = torch.empty_like(groups), torch.empty_like(groups)
+
+    def consider(self, scales: Tensor, offsets: Tensor | None) -> None:
+        scales = self.grid.stored(scales)
+        offsets = None if offsets is None else offsets.to(self.grid.dtype).float()
+        self.grid.nearest(self.groups, scales, offsets, self._q)
+        error = self._sum(self.grid.value(self._q, scales, offsets, self._error).sub_(self.groups).square_())
+        is_better = error < self.least
+        torch.where(is_better, error, self.least, out=self.least)
+        torch.where(is_better, scales, self.scales, out=self.scales)
+        if offsets is not None:
+            torch.where(is_better, offsets, self.offsets, out=self.offsets)
+
+    def consider_line(self) -> None:
+        """What has the least error for the codes of the last candidate: the line through (code, value)."""
+        if self.offsets is None:
+            dots = self._sum(self.groups * self._q), self._sum(self._q.square())
+            self.consider(dots[0] / dots[1].clamp_min_(torch.finfo(torch.float32).eps), None)
+            return
+        code, value = self._mean(self._q), self._mean(self.groups)
+        spread = torch.sub(self._q, code, out=self._error)
+        dots = self._sum((self.groups - value).mul_(spread)), self._sum(spread.square_())
+        scales = self.grid.stored(dots[0] / dots[1].clamp_min_(torch.finfo(torch.float32).eps))
+        self.consider(scales, value - scales * code)
+
+    def consider_best_line(self) -> None:
+        self.grid.nearest(self.groups, self.scales, self.offsets, self._q)
+        self.consider_line()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.sum(0) if self.weights is None else values.mul_(self.weights).sum(0)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return values.mean(0) if self.weights is None else (values * self.weights).sum(0)
 
 
-@torch.no_grad()
-def quantize_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 to 15 as int8 [N, K], scales and offsets fp16 [N, ceil(K / group_size)], for the least squared error."""
-    return _in_groups(weight, group_size, torch.float16, _fit_range)
+def _search_absmax(search: _Search) -> None:
+    search.consider(search.groups.abs().amax(0) / search.grid.high, None)
 
 
-def _in_groups(
-    weight: Tensor, group_size: int, dtype: torch.dtype, fit: Callable[[Tensor], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Codes of all groups, and what else `fit` returns for groups [members, G] in fp32: numbers [G] of this dtype."""
-    n, k = weight.shape
-    codes, others = torch.empty(n, k, dtype=torch.int8, device=weight.device), []
-    n_rows, n_whole = max(1, CHUNK // k), k // group_size * group_size
-    for start in range(0, n, n_rows):
-        rows = slice(start, start + n_rows)
-        found = []
-        for columns in (slice(0, n_whole), slice(n_whole, k)):  # the groups, and the shorter one at the end
-            part = weight[rows, columns]
-            if part.numel() == 0:
-                continue
-            # Members of a group below each other: sums over a group then run over many groups at once.
-            q, *numbers = fit(part.float().reshape(-1, min(group_size, part.shape[1])).t().contiguous())
-            codes[rows, columns] = q.t().reshape(part.shape)
-            found.append([number.view(len(part), -1).to(dtype) for number in numbers])
-        others.append([torch.cat(numbers, 1) for numbers in zip(*found, strict=True)])
-    return codes, *(torch.cat(numbers) for numbers in zip(*others, strict=True))
-
-
-def _fit_absmax(groups: Tensor) -> tuple[Tensor, Tensor]:
-    scales = _in_half(groups.abs().amax(0) / 127)
-    return torch.div(groups, scales).round_().clamp_(-127, 127), scales
-
-
-def _fit_symmetric(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The best codes [group_size, G], as fp32, and scales [G] for groups [group_size, G]."""
-    high, low = groups.amax(0), groups.amin(0)
+def _search_symmetric(search: _Search) -> None:
+    high, low = search.groups.amax(0), search.groups.amin(0)
     largest = torch.where(high < -low, low, high)
-    least = torch.full_like(largest, torch.inf)
-    best = torch.ones_like(largest)
-    q, error = torch.empty_like(groups), torch.empty_like(groups)
-
-    def consider(scales: Tensor) -> None:
-        scales = _usable(scales.bfloat16().float())
-        _round(groups, scales, q)
-        squared = torch.mul(q, scales, out=error).sub_(groups).square_().sum(0)
-        is_better = squared < least
-        torch.where(is_better, squared, least, out=least)
-        torch.where(is_better, scales, best, out=best)
-
     for divisor in DIVISORS:
-        consider(largest / divisor)
-    _round(groups, best, q)
-    # The scale with the least error for the codes just found: sum(w q) / sum(q q).
-    consider((groups * q).sum(0) / q.square().sum(0).clamp_min_(1))
-    return _round(groups, best, q), best
+        search.consider(largest / divisor, None)
+    search.consider_best_line()
 
 
-def _fit_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best codes [group_size, G], as fp32, scales [G] and offsets [G] for groups [group_size, G].
-
-    Each candidate is followed by the line through its codes that has the least error: w = scale * code + offset.
-    """
-    low = groups.amin(0)
-    width, mean = groups.amax(0) - low, groups.mean(0)
-    centred = groups - mean
-    least, best = torch.full_like(low, torch.inf), torch.zeros(2, len(low), device=groups.device)
-    q, error = torch.empty_like(groups), torch.empty_like(groups)
-
-    def consider(scales: Tensor, offsets: Tensor) -> None:
-        codes_in_range(groups, scales, offsets, q)
-        squared = torch.mul(q, scales, out=error).add_(offsets).sub_(groups).square_().sum(0)
-        is_better = squared < least
-        torch.where(is_better, squared, least, out=least)
-        torch.where(is_better, torch.stack((scales, offsets)), best, out=best)
-
-    def consider_line(scales: Tensor) -> None:
-        middle = q.mean(0)
-        spread = torch.sub(q, middle, out=error)
-        slope = (spread * centred).sum(0) / spread.square_().sum(0).clamp_min_(1e-3)
-        scales = torch.where(slope > 0, _in_half(slope), scales)  # 0 where all codes are equal
-        consider(scales, (mean - scales * middle).half().float())
-
+def _search_range(search: _Search) -> None:
+    low = search.groups.amin(0)
+    width = search.groups.amax(0) - low
     for divisor, below in RANGES:
-        scales = _in_half(width / divisor)
-        consider(scales, (low + scales * (below * max(0.0, divisor - 15))).half().float())
-        consider_line(scales)
-    scales, offsets = best.clone()
-    codes_in_range(groups, scales, offsets, q)
-    consider_line(scales)
-    scales, offsets = best
-    return codes_in_range(groups, scales, offsets, q), scales, offsets
+        scales = search.grid.stored(width / divisor)
+        search.consider(scales, low + scales * (below * max(0.0, divisor - 15)))
+        search.consider_line()
+    search.consider_best_line()
 
 
-def codes_in_range(values: Tensor, scales: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
-    """The nearest of codes 0 to 15."""
-    return torch.sub(values, offsets, out=out).div_(scales).round_().clamp_(0, 15)
+INT8_ROWS = Grid(-127, 127, torch.float32, _search_absmax)
+INT8_GROUPS = Grid(-127, 127, torch.float16, _search_absmax)
+INT4 = Grid(-8, 7, torch.bfloat16, _search_symmetric)
+INT4_ZERO_POINTS = Grid(0, 15, torch.float16, _search_range)
 
 
-def _round(groups: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    return torch.div(groups, scales, out=out).round_().clamp_(-8, 7)
+class Codes(NamedTuple):
+    """A matrix [N, K] in codes: int8 [N, K], scales and offsets [N, ceil(K / group_size)] as they are stored."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+
+
+@torch.no_grad()
+def quantize_groups(weight: Tensor, group_size: int, grid: Grid) -> Codes:
+    """Codes of a matrix for the least squared error, a scale for each `group_size` columns of a row.
+
+    In groups of int8 |w - codes * scales| <= 0.57 scales: half of one, and at the ends what rounding it to 11 bits
+    takes away, 127 / 2048 of one.
+    """
+    k, parts = weight.shape[1], []
+    n_rows, n_whole = max(1, CHUNK // k), k // group_size * group_size
+    for rows in weight.split(n_rows):
+        found = []
+        for part in (rows[:, :n_whole], rows[:, n_whole:]):  # the groups, and the shorter one at the end
+            if part.numel() > 0:
+                groups = part.float().reshape(-1, min(group_size, part.shape[1])).t().contiguous()
+                scales, offsets = grid.fit(groups)
+                q = grid.nearest(groups, scales, offsets).t().reshape(part.shape).to(torch.int8)
+                numbers = (None if x is None else x.view(len(part), -1).to(grid.dtype) for x in (scales, offsets))
+                found.append(Codes(q, *numbers))
+        parts.append(_joined(found, 1))
+    return _joined(parts, 0)
+
+
+def _joined(parts: list[Codes], dim: int) -> Codes:
+    return Codes(*(None if some[0] is None else torch.cat(some, dim) for some in zip(*parts, strict=True)))
 
 
 def _usable(scales: Tensor) -> Tensor:
@@ -183,11 +217,6 @@ def _usable(scales: Tensor) -> Tensor:
     tiny = torch.finfo(scales.dtype).tiny
     raised = torch.where(scales.abs() < tiny, tiny, scales)
     return torch.where(scales == 0, 1.0, raised)
-
-
-def _in_half(scales: Tensor) -> Tensor:
-    """The nearest numbers of fp16 above 0."""
-    return scales.half().float().clamp_min_(LEAST_SCALE)
 
 
 def pack(codes: Tensor, least: int = -8) -> Tensor:

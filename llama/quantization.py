@@ -8,7 +8,8 @@ A decode step spends its time on reading weights, so half or a quarter of the by
     int4   a scale for each group of a row; with zero-points an offset as well, so that the 16 values that a weight can
            have lie wherever the weights of its group do
 
-How they are chosen and stored: codes.py; the layers that multiply by them: code_layers.py.
+How they are chosen and stored: codes.py; chosen for what a layer computes on a text: calibration.py, which may also
+keep some matrices of a model of 4 bits in 8. The layers that multiply by codes: code_layers.py.
 
 Tables (embedding and head, mostly the same matrix) have int8 with a scale for each row whatever the blocks have: their
 rows are both looked up and multiplied, and the logits depend on the head directly. Norms keep their precision, and say
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llama import codes
 from llama.code_layers import Int4Linear, Int8Embedding, Int8Linear, Quantized
-from llama.codes import pack, quantize_groups, quantize_ranges, quantize_row_groups, quantize_rows
+from llama.codes import BLOCK, Codes, Grid, pack, quantize_groups, quantize_rows
 from llama.errors import InputError
 from llama.kernels import gpu
 from llama.model import TokenEmbedding, Transformer
@@ -37,7 +39,8 @@ from llama.surgery import replace_modules
 
 GROUP_SIZES = (32, 64, 128)
 TABLES = ("tok_embeddings", "output")  # int8 also in an int4 model
-FIELDS = {"method", "bits", "group_size", "zero_points"}  # of params.json
+FIELDS = ("method", "bits", "group_size", "zero_points", "int8")  # of params.json
+CALIBRATED = "gptq"  # the method of codes that calibration.py has chosen
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Quantization:
     bits: int
     group_size: int | None = None  # None: of int8 a whole row, of int4 32
     zero_points: bool = False  # of int4: an offset for each group beside its scale
+    method: str | None = None  # how the codes are chosen: CALIBRATED, or None, which stands for each weight by itself
+    int8: tuple[
+        str, ...
+    ] = ()  # matrices of the blocks, by name, that have 8 bits with a scale for each row all the same
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (8, 4):
@@ -60,71 +67,80 @@ class Quantization:
         size = self.group_size
         if size is not None and (isinstance(size, bool) or size not in GROUP_SIZES):
             raise ValueError(f"group_size={size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        plain = {8: "absmax", 4: "least-squares"}[self.bits]
+        if self.method not in (None, plain, CALIBRATED):
+            raise ValueError(f"method={self.method!r} is not known for {self.bits} bits")
+        object.__setattr__(self, "method", self.method or plain)
+        is_list = isinstance(self.int8, (list, tuple)) and all(isinstance(name, str) for name in self.int8)
+        if not is_list or (self.int8 and self.bits == 8):
+            raise ValueError(f"int8={self.int8!r} is no list of the matrices of a model of 4 bits that have 8")
+        object.__setattr__(self, "int8", tuple(self.int8))
 
     @property
-    def method(self) -> str:
-        """How the scales are chosen."""
-        return {8: "absmax", 4: "least-squares"}[self.bits]
+    def grid(self) -> Grid:
+        """What the codes of the blocks' matrices can stand for."""
+        if self.bits == 8:
+            return codes.INT8_ROWS if self.group_size is None else codes.INT8_GROUPS
+        return codes.INT4_ZERO_POINTS if self.zero_points else codes.INT4
 
     @property
     def name(self) -> str:
         """Short, for a line that says what is computed: int4, int4 with zero-points, int8 in groups."""
         in_groups = self.bits == 8 and self.group_size is not None
-        return f"int{self.bits}" + " with zero-points" * self.zero_points + " in groups" * in_groups
+        name = f"int{self.bits}" + " with zero-points" * self.zero_points + " in groups" * in_groups
+        return name + (f" and {len(self.int8)} matrices of int8" if self.int8 else "")
+
+    def of(self, name: str) -> Quantization:
+        """How this matrix is quantized: the same in a model of one format."""
+        return Quantization(8, method=CALIBRATED if self.method == CALIBRATED else None) if name in self.int8 else self
 
     @classmethod
     def from_params(cls, content: Any) -> Quantization:
         """Read what `to_params` wrote."""
-        if not isinstance(content, dict) or content.keys() - FIELDS or "bits" not in content:
-            raise ValueError(f"quantization: {content!r} is not an object of {', '.join(sorted(FIELDS))}")
+        if not isinstance(content, dict) or content.keys() - set(FIELDS) or not {"bits", "method"} <= content.keys():
+            raise ValueError(f"quantization: {content!r} is not an object of {', '.join(FIELDS)}")
         try:
-            config = cls(content["bits"], content.get("group_size"), content.get("zero_points", False))
+            return cls(**{name: value for name, value in content.items() if value is not None})
         except (ValueError, TypeError) as error:  # TypeError: a list where a number should be
             raise ValueError(f"quantization.{error}") from None
-        if content.get("method") != config.method:
-            raise ValueError(f"quantization.method: {content.get('method')!r} is not known for {config.bits} bits")
-        return config
 
     def to_params(self) -> dict[str, Any]:
         """The field `quantization` of a params.json."""
-        params = {"method": self.method, "bits": self.bits, "group_size": self.group_size}
-        params["zero_points"] = self.zero_points or None
-        return {name: value for name, value in params.items() if value is not None}
+        values = {name: getattr(self, name) for name in FIELDS} | {"int8": list(self.int8)}
+        return {name: value for name, value in values.items() if value or name in ("method", "bits")}
 
 
 @torch.no_grad()
 def quantize(model: Transformer, config: Quantization, progress: bool = False) -> dict[str, float]:
-    """Swap every matrix of a model for its codes; return the relative error |codes * scales - w| / |w| of each.
+    """Swap every matrix of a model for its codes, each chosen for itself; return the relative error of each matrix,
+    |w of the codes - w| / |w|.
 
     Raises InputError naming the weight for values that are not finite or exceed what the format holds, ValueError for a
     model that is quantized already or has adapters.
     """
-    names, layers, errors = _matrices(model), {}, {}
-    for module, name in names.items():
-        _check_values(module.weight, name, config)
+    names, layers, errors = matrices(model, config), {}, {}
     hidden = None if progress else True
     for module, name in tqdm(names.items(), f"int{config.bits}", unit="matrix", disable=hidden, leave=False):
-        is_table = name in TABLES
-        layers[module] = _int8(module, *quantize_rows(module.weight)) if is_table else rounded(module.weight, config)
-        errors[name] = relative_error(layers[module], module.weight)
+        layers[module] = rounded(module, name, config)
+        errors[name] = _relative_error(layers[module], module.weight)
     replace_modules(model, lambda _, module: module in layers, lambda module: layers[module])
+    model.quantization = config
     return errors
 
 
 def lay_out(model: Transformer, config: Quantization) -> None:
-    """Swap in layers whose codes are yet to be filled in: to read a file, or to plan without the weights."""
-    names = _matrices(model)
+    """Swap in layers whose codes are yet to be filled in: to read a file, or to plan without the weights.
+
+    Raises ValueError naming the field of `config` for a matrix that the model does not have.
+    """
+    names = _matrices(model, config)
     replace_modules(model, lambda _, module: module in names, lambda module: _empty(module, names[module], config))
+    model.quantization = config
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
     """How a model is quantized; None where it is not."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, Quantized) and name.split(".")[0] not in TABLES]
-    if not layers:
-        return None
-    if isinstance(layers[0], Int4Linear):
-        return Quantization(4, layers[0].group_size, layers[0].offsets is not None)
-    return Quantization(8, layers[0].group_size)
+    return getattr(model, "quantization", None)
 
 
 def slow_reason(model: Transformer) -> str | None:
@@ -138,55 +154,59 @@ def slow_reason(model: Transformer) -> str | None:
     )
 
 
-def _matrices(model: Transformer) -> dict[nn.Module, str]:
-    """The modules to be quantized, and their names."""
+def matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
+    """The modules to be quantized, and their names. Raises as `quantize` does."""
+    names = _matrices(model, config)
+    for module, name in names.items():
+        weight, grid = module.weight, config.of(name).grid
+        largest = max(part.abs().amax().item() if part.isfinite().all() else math.inf for part in weight.split(4096))
+        if largest == math.inf:
+            raise InputError(f"{name}.weight: holds values that are not finite; the checkpoint is damaged")
+        if name not in TABLES and grid.dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
+            remedy = "use zero_points=False" if grid.has_offsets else "leave out group_size"
+            raise InputError(f"{name}.weight: values exceed float16, which scales and offsets have; {remedy}")
+    return names
+
+
+def _matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
     if quantization_of(model) is not None:
         raise ValueError("the model is quantized already")
     names = {module: name for name, module in model.named_modules() if type(module) in (nn.Linear, TokenEmbedding)}
     if len(names) != 7 * model.args.n_layers + (1 if model.output is None else 2):
         raise ValueError("the model has layers that are not plain; remove adapters first")
+    for name in config.int8:
+        if name in TABLES or name not in names.values():
+            raise ValueError(f"quantization.int8: the blocks have no matrix {name!r}")
     return names
 
 
-def _check_values(weight: Tensor, name: str, config: Quantization) -> None:
-    """Raise InputError for values that are not finite, or beyond the range of scales and offsets."""
-    largest = max(part.abs().amax().item() if part.isfinite().all() else math.inf for part in weight.split(4096))
-    if largest == math.inf:
-        raise InputError(f"{name}.weight: holds values that are not finite; the checkpoint is damaged")
-    if name not in TABLES and _in_half(config) and largest > torch.finfo(torch.float16).max:
-        remedy = "use zero_points=False" if config.zero_points else "leave out group_size"
-        raise InputError(f"{name}.weight: values exceed float16, which scales and offsets have; {remedy}")
+def rounded(module: nn.Module, name: str, config: Quantization) -> Quantized:
+    """What takes the place of a linear layer or table, with the nearest codes of each weight."""
+    config = config.of(name)
+    if name in TABLES or config.grid is codes.INT8_ROWS:
+        return _int8(module, *quantize_rows(module.weight))
+    return linear(quantize_groups(module.weight, config.group_size, config.grid), config)
 
 
-def _in_half(config: Quantization) -> bool:
-    """Whether scales are fp16."""
-    return config.zero_points or (config.bits == 8 and config.group_size is not None)
+def linear(found: Codes, config: Quantization) -> Quantized:
+    """The linear layer that holds these codes."""
+    q, scales, offsets = found
+    if config.bits == 8:
+        return Int8Linear(q, scales if config.group_size else scales[:, 0].contiguous(), config.group_size)
+    return Int4Linear(pack(q, config.grid.low), scales, config.group_size, offsets, q.shape[1])
 
 
 def _empty(module: nn.Module, name: str, config: Quantization) -> Quantized:
     new = functools.partial(torch.empty, device=module.weight.device)
-    (n, k), size = module.weight.shape, config.group_size
-    if name in TABLES or (config.bits == 8 and size is None):
+    (n, k), config = module.weight.shape, config.of(name)
+    size, grid = config.group_size, config.grid
+    if name in TABLES or grid is codes.INT8_ROWS:
         return _int8(module, new(n, k, dtype=torch.int8), new(n))
-    groups = functools.partial(new, n, math.ceil(k / size))
+    groups = functools.partial(new, n, math.ceil(k / size), dtype=grid.dtype)
     if config.bits == 8:
-        return Int8Linear(new(n, k, dtype=torch.int8), groups(dtype=torch.float16), size)
-    packed = new(n, 16 * math.ceil(k / 32), dtype=torch.uint8)
-    if config.zero_points:
-        return Int4Linear(packed, groups(dtype=torch.float16), size, groups(dtype=torch.float16), k)
-    return Int4Linear(packed, groups(dtype=torch.bfloat16), size, None, k)
-
-
-def rounded(weight: Tensor, config: Quantization) -> Quantized:
-    """A linear layer with the codes of a weight [N, K], each chosen for itself."""
-    size, k = config.group_size, weight.shape[1]
-    if config.bits == 8:
-        return Int8Linear(*(quantize_rows(weight) if size is None else quantize_row_groups(weight, size)), size)
-    if config.zero_points:
-        codes, scales, offsets = quantize_ranges(weight, size)
-        return Int4Linear(pack(codes, 0), scales, size, offsets, k)
-    codes, scales = quantize_groups(weight, size)
-    return Int4Linear(pack(codes), scales, size, None, k)
+        return Int8Linear(new(n, k, dtype=torch.int8), groups(), size)
+    packed = new(n, BLOCK // 2 * math.ceil(k / BLOCK), dtype=torch.uint8)
+    return Int4Linear(packed, groups(), size, groups() if grid.has_offsets else None, k)
 
 
 def _int8(module: nn.Module, codes: Tensor, scales: Tensor) -> Quantized:
@@ -195,8 +215,7 @@ def _int8(module: nn.Module, codes: Tensor, scales: Tensor) -> Quantized:
     return Int8Linear(codes, scales)
 
 
-def relative_error(layer: Quantized, weight: Tensor) -> float:
-    """|w of the codes - w| / |w|."""
+def _relative_error(layer: Quantized, weight: Tensor) -> float:
     lost = whole = 0.0
     for rows, slab in layer.slabs(weight.new_empty(0, dtype=torch.float32)):
         w = weight[rows].float()

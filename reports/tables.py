@@ -123,13 +123,23 @@ def _larger_part(row: Row) -> str:
     return f"{'prompt' if is_prompt else 'steps'}: {bound}"
 
 
+def _weights_in_words(cell: dict[str, Any]) -> list[str]:
+    """The format of quantized weights, in full."""
+    if not cell.get("weights"):
+        return []
+    words = cell["weights"] + (f" in groups of {cell['group_size']}" if cell.get("group_size") else "")
+    words += " with zero-points" if cell.get("zero_points") else ""
+    words += f" and {cell['int8_matrices']} matrices of int8" if cell.get("int8_matrices") else ""
+    return [words, *(["calibrated"] if cell.get("calibrated") else [])]
+
+
 @per_setting("data", "data_sha256", "tokens", "context", "stride", "batch_size", dtype=False)
 def perplexity(rows: list[Row]) -> list[Table]:
     """Models on a text, and how each compares with the one that it was measured against."""
 
     def model(row: Row) -> str:
-        weights = f", {row.cell['weights']}" if row.cell.get("weights") else ""
-        return f"{row.cell['model']}{' with adapter' if row.cell['adapter'] else ''}{weights}, {row.data['dtype']}"
+        words = [row.cell["model"] + (" with adapter" if row.cell["adapter"] else ""), *_weights_in_words(row.cell)]
+        return ", ".join([*words, row.data["dtype"]])
 
     columns = {"model": model, "loss": metric("loss_nats", ".4f"), "perplexity": metric("perplexity_x", ".4f")}
     columns |= {"scored tokens": metric("scored_tokens", ",.0f"), "tokens/s": metric("tokens_per_s", ",.0f")}

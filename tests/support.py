@@ -18,6 +18,7 @@ from llama.config import PRESETS
 from llama.kernels.cpu import decode_step
 from llama.lora import LoRAConfig
 from llama.quantization import Quantization, rounded
+from llama.surgery import plain_linear
 from llama.training.batch import Batch, collate
 from reports import build, tables
 from reports.cells import Table
@@ -78,7 +79,12 @@ def hard_rows(dtype: torch.dtype = torch.float32, n_columns: int = 256) -> torch
 
 def make_layer(config: Quantization, n: int = 300, k: int = 256):
     """A layer of hard rows, 64 of them again and again."""
-    return rounded(hard_rows(n_columns=k).repeat(5, 1)[:n], config)
+    return linear_of(hard_rows(n_columns=k).repeat(5, 1)[:n], config)
+
+
+def linear_of(weight: torch.Tensor, config: Quantization):
+    """A layer with the nearest codes of a weight."""
+    return rounded(plain_linear(torch.nn.Parameter(weight, requires_grad=False)), "a matrix", config)
 
 
 def widened(layer) -> torch.Tensor:

@@ -9,19 +9,20 @@ import pytest
 import torch
 from conftest import random_model
 from gguf import GGMLQuantizationType as Kind
-from support import hard_rows, make_layer, widened
+from support import hard_rows, linear_of, make_layer, widened
 from torch import nn
 
 from llama import Transformer
-from llama.codes import pack, quantize_groups, quantize_ranges, quantize_row_groups, quantize_rows
+from llama.codes import INT4, INT4_ZERO_POINTS, INT8_GROUPS, pack, quantize_groups, quantize_rows
 from llama.decoding import Decoder
 from llama.errors import InputError
 from llama.kernels.cpu import decode_step
-from llama.quantization import Int8Embedding, Quantization, lay_out, quantization_of, quantize, rounded
+from llama.quantization import Int8Embedding, Int8Linear, Quantization, lay_out, quantization_of, quantize
 
 CONFIGS = [Quantization(8), Quantization(8, 64), Quantization(4), Quantization(4, 64)]
 CONFIGS += [Quantization(4, 32, True), Quantization(4, 128, True)]
 IDS = ["int8", "int8-g64", "int4-g32", "int4-g64", "int4-g32-zero", "int4-g128-zero"]
+MIXED = Quantization(4, 64, True, int8=("layers.1.attention.wq", "layers.3.feed_forward.w2"))
 TOKENS = torch.arange(40).view(2, 20)
 
 
@@ -40,7 +41,7 @@ def test_int8_loses_at_most_half_a_step(dtype):
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_int8_in_groups_loses_little_more_than_half_a_step(group_size):
     w = hard_rows(n_columns=300)
-    codes, scales = quantize_row_groups(w, group_size)
+    codes, scales, _ = quantize_groups(w, group_size, INT8_GROUPS)
     assert codes.dtype is torch.int8 and codes.abs().max() == 127
     assert scales.dtype is torch.float16 and scales.shape == (64, -(-300 // group_size))
     steps = scales.double().repeat_interleave(group_size, 1)[:, :300]
@@ -51,7 +52,7 @@ def test_int8_in_groups_loses_little_more_than_half_a_step(group_size):
 def test_int4_with_zero_points_is_bounded_and_better_than_rounding(group_size):
     """Codes within the range are off by at most half a step; a group never by more than rounding without a search."""
     w = hard_rows()
-    codes, scales, offsets = quantize_ranges(w, group_size)
+    codes, scales, offsets = quantize_groups(w, group_size, INT4_ZERO_POINTS)
     assert codes.min() == 0 and codes.max() == 15 and scales.min() > 0
     assert scales.dtype is offsets.dtype is torch.float16 and scales.isfinite().all() and offsets.isfinite().all()
     groups = w.double().unflatten(1, (-1, group_size))
@@ -74,14 +75,14 @@ def test_what_a_gguf_file_holds_is_kept_to_the_bit():
     w[3, :32], w[4] = 0.25, 0
     for kind, config in ((Kind.Q4_1, Quantization(4, 32, True)), (Kind.Q8_0, Quantization(8, 32))):
         stored = torch.from_numpy(gguf.dequantize(gguf.quantize(w.numpy(), kind), kind))
-        assert torch.equal(widened(rounded(stored, config)).float(), stored) and not torch.equal(stored, w)
+        assert torch.equal(widened(linear_of(stored, config)).float(), stored) and not torch.equal(stored, w)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_int4_is_bounded_and_better_than_rounding(group_size):
     """Codes within the range are off by at most half a step; a group never by more than rounding without a search."""
     w = hard_rows()
-    codes, scales = quantize_groups(w, group_size)
+    codes, scales, _ = quantize_groups(w, group_size, INT4)
     assert codes.min() == -8 and codes.max() == 7 and scales.dtype is torch.bfloat16 and scales.isfinite().all()
     groups = w.double().unflatten(1, (-1, group_size))
     q, s = codes.double().unflatten(1, (-1, group_size)), scales.double()[..., None]
@@ -100,7 +101,7 @@ def test_int4_is_bounded_and_better_than_rounding(group_size):
 def test_int4_reaches_the_best_scale_that_there_is():
     """Against a search over thousands of scales, the squared error of normal weights is at most 2 % above the least."""
     groups = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
-    codes, scales = quantize_groups(groups, 32)
+    codes, scales, _ = quantize_groups(groups, 32, INT4)
     found = (codes * scales.float() - groups).square().sum()
     grid = groups.abs().amax(1)[:, None, None] / torch.linspace(5, 10, 400)[:, None] * torch.tensor([1.0, -1.0])
     tried = grid.flatten(1)[..., None]
@@ -123,10 +124,10 @@ def test_packing_is_what_the_layout_says():
 def test_groups_need_not_divide_a_row(width, group_size, zero_points):
     """The last group is quantized like any other, and stored in a block that is filled up with nibbles of 0."""
     w = hard_rows(n_columns=width)
-    layer = rounded(w, Quantization(4, group_size, zero_points))
+    layer = linear_of(w, Quantization(4, group_size, zero_points))
     assert layer.weight.shape == (64, -(-width // 32) * 16) and layer.scales.shape == (64, -(-width // group_size))
     start = width // group_size * group_size
-    last = rounded(w[:, start:], Quantization(4, group_size, zero_points))
+    last = linear_of(w[:, start:], Quantization(4, group_size, zero_points))
     assert torch.equal(widened(layer)[:, start:], widened(last))
     if width % 32 == 7:
         assert not (layer.weight[:, -16:] >> 4).any() and not layer.weight[:, -9:].any()
@@ -172,7 +173,7 @@ def test_other_dtypes_round_like_a_linear_of_theirs(config, dtype):
 def test_fp16_overflows_only_where_the_result_does(config, rows):
     """4,096 weights of 0.01 by activations of 100 are 4,096; by their codes, all the largest, far beyond the range."""
     w = torch.full((3, 4096), 0.01)
-    layer = rounded(w, config)
+    layer = linear_of(w, config)
     y = layer(torch.full((rows, 4096), 100.0, dtype=torch.float16))
     assert y.dtype is torch.float16 and ((y - 4096).abs() <= 16).all()
 
@@ -220,6 +221,23 @@ def test_what_fp16_does_not_hold_is_refused_by_name(config):
     quantize(model, Quantization(config.bits))
 
 
+def test_some_matrices_of_four_bits_may_have_eight():
+    """Those that are named: with the codes that they have in a model of 8, and found again in params.json."""
+    model, wide = random_model(), random_model()
+    quantize(model, MIXED)
+    quantize(wide, Quantization(8))
+    kept = {name for name, module in model.layers.named_modules(prefix="layers") if type(module) is Int8Linear}
+    assert kept == set(MIXED.int8) and quantization_of(model) == MIXED
+    for name in kept:
+        assert torch.equal(model.get_submodule(name).weight, wide.get_submodule(name).weight)
+        assert model.get_submodule(name).scales.shape == wide.get_submodule(name).scales.shape
+    assert MIXED.of("layers.1.attention.wq") == Quantization(8) and MIXED.of("layers.0.attention.wq") is MIXED
+    assert Quantization.from_params(MIXED.to_params()) == MIXED
+    for names in (("layers.4.attention.wq",), ("output",), ("tok_embeddings",), ("layers.0.attention",)):
+        with pytest.raises(ValueError, match=r"quantization\.int8: the blocks have no matrix"):
+            lay_out(random_model(), Quantization(4, int8=names))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_is_refused_by_name(value):
     model = random_model()
@@ -239,6 +257,12 @@ def test_impossible_settings():
         (4, 48): "group_size=48",
         (8, 48): "group_size=48",
         (4, True): "group_size",
+        (8, None, False, "least-squares"): "method",
+        (4, 32, False, "absmax"): "method",
+        (4, 32, False, 1): "method",
+        (8, None, False, None, ("layers.0.attention.wq",)): "int8",
+        (4, 32, False, None, "layers.0.attention.wq"): "int8",
+        (4, 32, False, None, (1,)): "int8",
     }.items():
         with pytest.raises(ValueError, match=message):
             Quantization(*arguments)
@@ -247,7 +271,7 @@ def test_impossible_settings():
         quantize(model, Quantization(8))
 
 
-@pytest.mark.parametrize("config", [Quantization(4, 32, True), Quantization(8, 32)])
+@pytest.mark.parametrize("config", [Quantization(4, 32, True), Quantization(8, 32), MIXED])
 def test_a_format_that_the_c_step_does_not_have_is_left_to_pytorch_and_named(config, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(decode_step, "library", lambda: "compiled")

@@ -110,7 +110,7 @@ def why_not(model: Transformer) -> str | None:
     if library() is None:
         return native.why_not.get("decode_step")
     config = quantization_of(model)
-    is_known = config is None or not (config.zero_points or (config.bits == 8 and config.group_size))
+    is_known = config is None or not (config.zero_points or config.int8 or (config.bits == 8 and config.group_size))
     return None if is_known else f"the C step has no {config.name}"
 
 
