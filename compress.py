@@ -121,6 +121,9 @@ def quantize(options: QuantizeOptions) -> None:
     checkpoint.save(model.to(model.dtype), target, tokenizer_path=tokenizer)
     for what, errors in lost.items():
         print(report(model, what, errors))
+    kept = quantization.quantization_of(model).int8
+    if kept:
+        print(f"the matrices that keep 8 bits: {', '.join(kept)}\n")
     before, after = model.args.weight_bytes(2), (target / "model.safetensors").stat().st_size
     print(
         f"{shown(directory)}: {before / devices.MB:,.2f} MB in 16 bits, {after / devices.MB:,.2f} MB now "

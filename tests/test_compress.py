@@ -29,6 +29,7 @@ from benchmarks.hardware import decode_bytes
 from data.tiny.corpus import SAMPLE_PROMPTS
 from data.tiny.sequences import SEQ_LEN, held_out
 from llama import Llama, adapters, checkpoint, cli, lora, quantization
+from llama.calibration import calibrate
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.lora import LoRAConfig
@@ -41,6 +42,7 @@ from llama.training.step import Settings, Trainer
 
 CONFIGS = {"int8": Quantization(8), "int4": Quantization(4), "int4-g64": Quantization(4, 64)}
 CONFIGS |= {"int4-zero": Quantization(4, 32, True), "int8-g32": Quantization(8, 32)}
+CONFIGS["mixed"] = Quantization(4, 32, True, "gptq", ("layers.0.attention.wq", "layers.2.feed_forward.w2"))
 FITTING = dataclasses.replace(SMALL, vocab_size=4096)  # the tokenizer's
 TOKENS = torch.randint(0, SMALL.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -116,6 +118,34 @@ def test_quantize_then_load_is_load_then_quantize(plain, tmp_path, monkeypatch, 
     assert len(re.findall(r"^\d ", out, re.MULTILINE)) == SMALL.n_layers and "worst: " in out
 
 
+@pytest.fixture(scope="session")
+def story(tmp_path_factory) -> Path:
+    """A text to calibrate on: some 3,000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("The little fox saw a bird in the tall grass, and the bird sang of the sea.\n" * 160)
+    return path
+
+
+@pytest.mark.parametrize("bits", ["4", pytest.param("5", marks=pytest.mark.slow)])
+def test_calibrated_codes(plain, story, tmp_path, monkeypatch, capsys, bits):
+    """Those of the library for the first sequences of the text, with what they lose beside the nearest codes."""
+    target = tmp_path / "out"
+    flags = [f"--ckpt_dir={plain}", f"--bits={bits}", "--zero_points", f"--calibration={story}", "--sequences=3"]
+    code, out, err = call(monkeypatch, capsys, compress, "quantize", *flags, f"--out_dir={target}")
+    assert code == 0, err
+    tables = [re.findall(r"^\d .*", table, re.MULTILINE) for table in out.split("of each matrix (%)")]
+    assert [len(table) for table in tables] == [0, SMALL.n_layers, SMALL.n_layers] and out.count("worst: ") == 2
+    ids = Tokenizer(plain / "tokenizer.model").encode(story.read_text(), bos=True, eos=False)[: 3 * 512]
+    now, budget = checkpoint.load(plain), None if bits == "4" else 5.0
+    outcomes = calibrate(now, CONFIGS["int4-zero"], torch.tensor(ids).view(3, 512), budget)
+    loaded = checkpoint.load(target)
+    assert same_weights(now, loaded) and quantization.quantization_of(now) == checkpoint.read_quantization(target)
+    assert json.loads((target / "params.json").read_text())["quantization"]["method"] == "gptq"
+    worst = max(outcomes.values(), key=lambda outcome: outcome.chosen)
+    assert f"{worst.chosen:.2%}" in out
+    assert ("the matrices that keep 8 bits" in out) == (bits == "5")
+
+
 def test_converting_there_and_back_keeps_every_bit(plain, tmp_path, monkeypatch, capsys):
     """Meta's layout -> GGUF -> Hugging Face's -> GGUF -> Meta's: weights, shape, tokenizer; and what scripts read."""
     source = plain
@@ -180,6 +210,18 @@ def test_the_benchmark_takes_it(plain, tmp_path):
 REFUSED = {
     "output in use": (["quantize", "--out_dir={plain}"], "already exists"),
     "bits": (["quantize", "--out_dir={new}", "--bits=3"], "--bits=3 is not 8 or 4"),
+    "bits in between": (["quantize", "--out_dir={new}", "--bits=4.5"], "--bits=4.5: needs --calibration"),
+    "fewer bits": (["quantize", "--out_dir={new}", "--bits=3.5"], "--bits=3.5 is not 8 or 4"),
+    "no text": (["quantize", "--out_dir={new}", "--sequences=9"], "--sequences=9: needs --calibration"),
+    "absent text": (["quantize", "--out_dir={new}", "--calibration={new}"], "cannot read"),
+    "short text": (
+        ["quantize", "--out_dir={new}", "--ckpt_dir={plain}", "--calibration={text}", "--sequences=99"],
+        "tokens, not 99 times 512; use --sequences=",
+    ),
+    "no sequence": (
+        ["quantize", "--out_dir={new}", "--ckpt_dir={plain}", "--calibration={plain}/params.json"],
+        "a sequence takes 512",
+    ),
     "zero-points of int8": (["quantize", "--out_dir={new}", "--zero_points"], "--zero_points=True has no effect"),
     "group": (["quantize", "--out_dir={new}", "--bits=4", "--group_size=48"], "--group_size=48 is not one of"),
     "twice": (["quantize", "--out_dir={new}", "--ckpt_dir={quantized}"], "is quantized already, in 8 bits"),
@@ -206,12 +248,13 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def places(plain, tmp_path_factory) -> dict[str, Path]:
+def places(plain, story, tmp_path_factory) -> dict[str, Path]:
     """Directories that are refused."""
     work, damaged = tmp_path_factory.mktemp("refused"), random_model(FITTING)
     damaged.layers[1].attention.wo.weight.data[3, 3] = torch.inf
     checkpoint.save(damaged, work / "damaged", tokenizer_path=TINY / "tokenizer.model")
-    return {"plain": plain, "damaged": work / "damaged", "quantized": quantized(plain, work / "q", CONFIGS["int8"])}
+    codes = quantized(plain, work / "q", CONFIGS["int8"])
+    return {"plain": plain, "damaged": work / "damaged", "quantized": codes, "text": story}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -426,11 +469,24 @@ DAMAGE = {
     ),
     "bits": (lambda d: edit_params(d, quantization={**INT8, "bits": 2}), r"params\.json:quantization\.bits=2"),
     "list of bits": (lambda d: edit_params(d, quantization={**INT8, "bits": [8]}), r"quantization\.bits=\[8\]"),
-    "method": (lambda d: edit_params(d, quantization={"bits": 8}), r"quantization\.method: None is not known"),
+    "no method": (lambda d: edit_params(d, quantization={"bits": 8}), r"params\.json:quantization: "),
+    "method": (lambda d: edit_params(d, quantization={**INT4, "method": "absmax"}), r"quantization\.method='absmax'"),
     "unknown field": (lambda d: edit_params(d, quantization={**INT8, "zero": 1}), r"params\.json:quantization: "),
     "zero-points": (
         lambda d: edit_params(d, quantization={**INT4, "zero_points": 1}),
         r"params\.json:quantization\.zero_points=1",
+    ),
+    "int8 matrices": (
+        lambda d: edit_params(d, quantization={**INT4, "int8": ["layers.9.attention.wq"]}),
+        r"params\.json:quantization\.int8: the blocks have no matrix 'layers\.9\.attention\.wq'",
+    ),
+    "list of int8": (
+        lambda d: edit_params(d, quantization={**INT4, "int8": WQ}),
+        r"params\.json:quantization\.int8='layers\.0\.attention\.wq' is no list",
+    ),
+    "int8 that is not there": (
+        lambda d: edit_params(d, quantization={**INT4, "int8": [WQ]}),
+        r"wq\.weight: holds uint8, 8 bits have int8",
     ),
     "zero-points that are not there": (
         lambda d: edit_params(d, quantization={**INT4, "zero_points": True}),
@@ -521,10 +577,10 @@ def test_scales_that_fp16_cannot_hold_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero", "mixed"])
 @pytest.mark.parametrize("file", ["params.json", "model.safetensors"])
 def test_mutated_files_load_or_end_in_one_line(plain, tmp_path, name, file):
-    """1,500 in all: read, and where that works run."""
+    """2,000 in all: read, and where that works run."""
     target = quantized(plain, tmp_path / "q", CONFIGS[name])
     good, rng, refused = (target / file).read_bytes(), random.Random(f"{name} {file}"), 0
     for _ in range(250):
@@ -540,7 +596,7 @@ def test_mutated_files_load_or_end_in_one_line(plain, tmp_path, name, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-zero", "mixed"])
 def test_changed_fields_of_params_load_or_end_in_one_line(plain, tmp_path, name):
     """Every field, and every field of `quantization`, as something else."""
     target = quantized(plain, tmp_path / "q", CONFIGS[name])

@@ -56,9 +56,10 @@ class QuantizedSource(Source):
         for name, expected in self.codes.items():
             if name in dtypes and dtypes[name] is not expected:
                 stored = "another type" if dtypes[name] is None else dtype_name(dtypes[name])
+                bits = self.quantization.of(name.rpartition(".")[0]).bits
                 raise InputError(
-                    f"{self.place(name)}: holds {stored}, {self.quantization.bits} bits have {dtype_name(expected)}; "
-                    "quantize the original again"
+                    f"{self.place(name)}: holds {stored}, {bits} bits have {dtype_name(expected)}; quantize the "
+                    "original again"
                 )
 
     @contextmanager
