@@ -152,7 +152,7 @@ def renderings(rows):
             values.add(metrics["expected_peak_memory_mb"]["median"] / metrics["peak_memory_mb"]["median"])
         if "tokens_equal" in metrics and "prompts" in one["cell"]:
             values.add(one["cell"]["prompts"] * one["cell"]["output_len"])
-        if "held_out_loss_nats" in metrics:
+        if "held_out_loss_before_nats" in metrics:
             losses = [metrics[name]["median"] for name in ("held_out_loss_before_nats", "held_out_loss_nats")]
             values |= {losses[0] - losses[1], *map(math.exp, losses)}
         if "weights_most_mb" in metrics:
