@@ -33,8 +33,8 @@ from typing import Any
 import torch
 
 from benchmarks import hardware, inputs, rows, stopwatch, workers
-from benchmarks.inputs import QUANTIZED
-from benchmarks.options import HALF_DTYPE, TableOptions, finish
+from benchmarks.inputs import PLAIN, QUANTIZED
+from benchmarks.options import HALF_DTYPE, TableOptions, finish, sizes_of
 from llama import Llama, Transformer, checkpoint, cli, quantization
 from llama import device as devices
 from llama.cli import option
@@ -44,7 +44,6 @@ from reports import tables
 
 Generate = Callable[[int, Callable[[int], None] | None], Any]  # that many tokens; called back after each step
 CONTEXT = 131_072  # positions that Llama 3.2 was trained for
-PLAIN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what plain weights of a dtype are called
 PEERS = ("transformers", "transformers static", "transformers compiled")
 CACHE_MODES = {"both": (True, False), "on": (True,), "off": (False,)}
 
@@ -86,13 +85,7 @@ class Options(TableOptions):
 
     @property
     def sizes(self) -> list[int]:
-        try:
-            sizes = [int(size) for size in self.batch_sizes.split(",")]
-        except ValueError:
-            sizes = []
-        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-            raise InputError(f"batch_sizes={self.batch_sizes}: expected different numbers above 0, such as 1,8,16")
-        return sizes
+        return sizes_of(self.batch_sizes)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks import stopwatch
-from benchmarks.rows import Row, model_cell, record, require_writable
+from benchmarks.options import TEXT
+from benchmarks.rows import Row, model_cell, record, require_writable, text_cell
 from data import text
-from data.tiny import directory_of, has_tokenizer, name_of
-from data.tiny.sequences import SEQ_LEN, held_out
-from llama import adapters, checkpoint, cli, files
+from data.tiny import directory_of, name_of
+from llama import adapters, checkpoint, cli
 from llama import device as devices
 from llama.cli import option
 from llama.errors import InputError
@@ -35,7 +35,6 @@ from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.tokenizer import Tokenizer, find_tokenizer, other_tokenizer
 from reports import render, tables
 
-CONTEXT = 2048  # what papers on quantization use
 WARM_UP = 16  # tokens of a first, unmeasured window: it reads the weights from the disk and starts the libraries
 
 
@@ -66,11 +65,7 @@ class Options(cli.Options):
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     adapter: str | None = option(None, cli.ADAPTER)
     any_base: bool = option(False, cli.ANY_BASE)
-    data: str | None = option(
-        None,
-        "a text file in UTF-8, scored as it is after one begin-of-text token; models with the embedded model's "
-        "tokenizer need none: without, 256 sequences of text of its world that it was not trained on",
-    )
+    data: str | None = option(None, TEXT)
     context: int | None = option(
         None, "tokens of a window; default 2048, and with the embedded model's tokenizer 257, one such sequence"
     )
@@ -102,24 +97,19 @@ def main(options: Options) -> None:
     directory = sides[0].directory
     path = find_tokenizer(directory, options.tokenizer_path)
     tokenizer = Tokenizer(path)
-    is_embedded = has_tokenizer(tokenizer)
-    context = options.context
-    if context is None:
-        context = SEQ_LEN + 1 if is_embedded else CONTEXT
+    context = text.window_of(tokenizer) if options.context is None else options.context
     for side in sides:
         check(side, tokenizer, context)
     for side in sides[1:]:
         require_same_tokenizer(side, tokenizer)
-    ids = read_ids(options, tokenizer, is_embedded)
+    ids = text.to_measure(options.data, tokenizer)[: options.max_tokens]
     stride = context if options.stride is None else options.stride
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
     if options.results is not None:
         require_writable(Path(options.results))
     settings = {"context": context, "stride": stride, "batch_size": options.batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
-    data = None if options.data is None else Path(options.data)
-    name = "the embedded model's held-out text" if data is None else data.name
-    cell = {"data": name, "data_sha256": data and files.sha256(data), "tokens": len(ids), **settings}
+    cell = {**text_cell(options.data), "tokens": len(ids), **settings}
     print(render.markdown(tables.perplexity(make_rows(sides, measured, cell, target, options.results))), end="")
 
 
@@ -151,15 +141,6 @@ def require_same_tokenizer(side: Side, tokenizer: Tokenizer) -> None:
     """Raise InputError where the second model brings a different tokenizer."""
     if (other := other_tokenizer(side.directory, tokenizer)) is not None:
         raise InputError(f"--against: {other} is not the tokenizer in use; different tokens cannot be compared")
-
-
-def read_ids(options: Options, tokenizer: Tokenizer, is_embedded: bool) -> list[int]:
-    """The tokens to score. Raises InputError for a file that is not there, not UTF-8 or empty."""
-    if options.data is not None:
-        return text.read(Path(options.data), tokenizer)[: options.max_tokens]
-    if not is_embedded:
-        raise InputError("--data is missing; pass a text file to measure on")
-    return held_out(tokenizer).flatten().tolist()[: options.max_tokens]
 
 
 def measure(

@@ -12,6 +12,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.model import RMSNorm
 from llama.quantization import Quantization
 
+PLAIN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what plain weights of a dtype are called
 QUANTIZED = {"int8": Quantization(8), "int4": Quantization(4)}
 
 

@@ -21,6 +21,10 @@ REPORTS = Path(__file__).parents[1] / "reports"
 MODEL = f"a preset, with random weights: {', '.join(PRESETS)}"
 WORK_DIR = "where checkpoints are written for the while; default: the system's temporary folder"
 FIGURES = "folder of the plots (SVG), which are named after model and device; default: reports/figures"
+TEXT = (
+    "a text file in UTF-8, scored as it is after one begin-of-text token; models with the embedded model's tokenizer "
+    "need none: without, 256 sequences of text of its world that it was not trained on"
+)
 HALF_DTYPE = "auto (the device's 16-bit type), float32, bfloat16 or float16"
 
 
@@ -76,6 +80,17 @@ class TableOptions(DeviceOptions):
     def require_limit_fits(self, device: torch.device) -> None:
         if self.memory_limit_gb is not None and device.type != "cuda":
             raise InputError(f"memory_limit_gb={self.memory_limit_gb}: expected a CUDA device to limit")
+
+
+def sizes_of(batch_sizes: str) -> list[int]:
+    """The numbers of an option like 4,12. Raises InputError naming it."""
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise InputError(f"batch_sizes={batch_sizes}: expected different numbers above 0, such as 1,8,16")
+    return sizes
 
 
 def finish(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llama import adapters
+from llama import adapters, files
 from llama.device import device_name
 from llama.errors import InputError
 from llama.quantization import CALIBRATED, Quantization
@@ -126,6 +126,13 @@ def model_cell(name: str, quantization: Quantization | None, adapter: str | None
         names = [folder.resolve().name for folder in adapters.folders(adapter)]
         cell |= {"adapter": ",".join(names), "adapter_sha256": adapters.fingerprint(adapter)}
     return cell
+
+
+def text_cell(data: str | None) -> dict[str, str | None]:
+    """What the cell of a row says of a text file; without one, of text of the embedded model's world."""
+    if data is None:
+        return {"data": "the embedded model's held-out text", "data_sha256": None}
+    return {"data": Path(data).name, "data_sha256": files.sha256(Path(data))}
 
 
 def by_metric(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import records
 from data.samples import Sample
+from data.tiny import has_tokenizer
 from data.tiny.sequences import SEQ_LEN, held_out, sequences
 from llama import order
 from llama.errors import InputError
@@ -24,6 +25,7 @@ from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
 LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not empty
+WINDOW = 2048  # what papers on quantization use
 VALIDATION = 64  # samples at most
 VALIDATION_SHARE = 0.1  # of a file, its end
 
@@ -44,6 +46,23 @@ class Text:
 def read(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Begin-of-text and the ids of a file. Raises InputError for a file that is not there, not UTF-8 or empty."""
     return encode(records.read_text(path), tokenizer)
+
+
+def to_measure(data: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text file; without one, of held-out text of the world of the model that has this tokenizer.
+
+    Raises InputError as `read` does, and for another model without a file.
+    """
+    if data is not None:
+        return read(Path(data), tokenizer)
+    if not has_tokenizer(tokenizer):
+        raise InputError("--data is missing; pass a text file to measure on")
+    return held_out(tokenizer).flatten().tolist()
+
+
+def window_of(tokenizer: Tokenizer) -> int:
+    """Tokens of a window in which a loss is measured: WINDOW, or one held-out sequence of the embedded model."""
+    return SEQ_LEN + 1 if has_tokenizer(tokenizer) else WINDOW
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -30,6 +30,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),
     ("conversation", "Conversations: the KV cache kept from turn to turn", "conversation"),
+    ("leaderboard", "Leaderboard: loss, training and generation", "leaderboard"),
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
     ("ladder", "The ladder: one change per row", "ladder"),

@@ -17,7 +17,19 @@ from typing import Any
 
 from benchmarks.rows import Row
 from reports.cells import NOT_MEASURED, Cell, Figure, Table, chosen, computed, figure, newest, ratio
-from reports.columns import RELATIVE, Column, Tables, faster, line_per_row, metric, per_setting, relative, runs, word
+from reports.columns import (
+    RELATIVE,
+    Column,
+    Related,
+    Tables,
+    faster,
+    line_per_row,
+    metric,
+    per_setting,
+    relative,
+    runs,
+    word,
+)
 from reports.training_tables import (
     answers,
     estimates,
@@ -219,6 +231,43 @@ def loading(rows: list[Row]) -> list[Table]:
     return line_per_row("loading", f"Loading {rows[0].cell['model']}", rows, columns, note)
 
 
+@per_setting(
+    *("model", "data", "data_sha256", "tokens", "context"),
+    *("seq_len", "accumulation", "input_len", "output_len"),
+    dtype=False,
+)
+def leaderboard(rows: list[Row]) -> list[Table]:
+    """A line for each form of the weights and what of them is trained: loss, throughput and memory."""
+    sizes = sorted({row.cell["batch_size"] for row in rows} - {None})
+    if not sizes:
+        return []
+    entries = [row for row in chosen(rows, batch_size=sizes[0]) if row.cell["work"] != "generation"]
+
+    def like(size: int | None, work: str | None = None) -> Related:
+        """From an entry to the cell of its weights for that batch size; work: loss or generation, else training."""
+        about = {"batch_size": size} | ({} if work is None else {"work": work})
+        return lambda row: newest(rows, **{"weights": row.cell["weights"], "work": row.cell["work"], **about})
+
+    columns: dict[str, Column] = {"entry": lambda row: f"{row.cell['weights']}, {row.cell['work']}"}
+    columns |= {"loss": metric("loss_nats", ".4f", of=like(None, "loss"))}
+    for words, work in (("training", None), ("generation", "generation")):
+        for size in sizes:
+            columns[f"{words}, batch {size} (tokens/s)"] = runs("tokens_per_s", ",.0f", of=like(size, work))
+        columns[f"{words}: memory (MB)"] = metric("peak_memory_mb", ",.0f", of=like(sizes[-1], work))
+    columns |= {"weights (MB)": metric("weights_mb", ",.0f", of=like(sizes[0], "generation"))}
+    cell = rows[0].cell
+    notes = (
+        f"Loss in nats per token, before training, on {cell['tokens']:,} tokens of {cell['data']} in windows of "
+        f"{cell['context']:,}. Memory: the highest at the largest batch.",
+        f"Training: tokens of optimizer steps (AdamW) of {cell['accumulation']} micro-batches of sequences of "
+        f"{cell['seq_len']} tokens. All weights are trained in fp32, in the second entry with autocast; LoRA is on wq "
+        "and wv, lean.",
+        f"Generation: {cell['output_len']} tokens after prompts of {cell['input_len']}, whose time counts too.",
+    )
+    found = line_per_row("leaderboard", f"{cell['model']}: leaderboard", entries, columns, *notes)
+    return [dataclasses.replace(table, rows=rows) for table in found]
+
+
 @per_setting("model")
 def ladder(rows: list[Row]) -> list[Table]:
     """One change per row on the same work: time, memory, perplexity, and the test of that change."""
@@ -399,6 +448,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "perplexity": (perplexity,),
     "conversation": (conversation,),
     "loading": (loading,),
+    "leaderboard": (leaderboard,),
     "ladder": (ladder, drafts),
     "kernels": (kernels,),
     "pruning": (pruning_quality, pruning_speed),

@@ -78,8 +78,7 @@ def test_impossible_windows(settings, message):
 
 def test_the_counts_of_wikitext_2(llama3_tokenizer):
     """Chunks of 2,048, as papers on quantization cut it: 141 whole ones, which are all that GPTQ scores, and a rest."""
-    options = evaluate.Options(data=str(asset("wikitext2_test.raw")))
-    ids = evaluate.read_ids(options, llama3_tokenizer, False)
+    ids = data_text.to_measure(str(asset("wikitext2_test.raw")), llama3_tokenizer)
     assert len(ids) == 1 + 289_076 and ids.count(llama3_tokenizer.bos_id) == 1 and ids[0] == llama3_tokenizer.bos_id
     chunks = perplexity.windows(len(ids), 2048, 2048)
     scored = [window.stop - window.first for window in chunks]
