@@ -37,6 +37,7 @@ COMMANDS = {  # what measures the rows of an experiment
     "finetuning": "python finetuning.py --preset=learn --results=reports/results/finetuning.jsonl",
     "sweep": "python finetuning.py --preset=learn --lr=5e-4 --seed=2 --results=reports/results/sweep.jsonl",
     "pretraining": "python finetuning.py --data=TEXT --lora=False --results=reports/results/pretraining.jsonl",
+    "leaderboard": "python -m benchmarks.leaderboard --ckpt_dir=models/smollm2-135m --data=TEXT",
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
 }
