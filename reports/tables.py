@@ -257,8 +257,8 @@ def leaderboard(rows: list[Row]) -> list[Table]:
     columns |= {"weights (MB)": metric("weights_mb", ",.0f", of=like(sizes[0], "generation"))}
     cell = rows[0].cell
     notes = (
-        f"Loss in nats per token, before training, on {cell['tokens']:,} tokens of {cell['data']} in windows of "
-        f"{cell['context']:,}. Memory: the highest at the largest batch.",
+        f"Loss in nats per token, before training, on {cell['tokens']} tokens of {cell['data']} in windows of "
+        f"{cell['context']}. Memory: the highest at the largest batch.",
         f"Training: tokens of optimizer steps (AdamW) of {cell['accumulation']} micro-batches of sequences of "
         f"{cell['seq_len']} tokens. All weights are trained in fp32, in the second entry with autocast; LoRA is on wq "
         "and wv, lean.",
