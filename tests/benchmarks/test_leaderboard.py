@@ -202,7 +202,7 @@ def test_it_measures_the_embedded_model(tmp_path):
         ("--accumulation=0", "--accumulation=0: expected at least 1"),
         ("--seq_len=1", "--seq_len=1: expected at least 2"),
         ("--max_tokens=1", "--max_tokens=1: expected at least 2"),
-        ("--input_len=250", "--seq_len=64 --input_len=250 --output_len=32: more than the model's 256 tokens"),
+        ("--input_len=131072", "--seq_len=64 --input_len=131072 --output_len=32: more than the model's 131,072 tokens"),
         ("--data=absent.txt", "cannot read absent.txt"),
         ("--ckpt_dir=absent", "absent"),
         ("--device=tpu", "--device=tpu is"),
