@@ -224,7 +224,7 @@ def test_held_out_are_the_first_samples_of_the_file_for_it_and_all_others_are_tr
         assert found.questions == alone.questions
     else:
         opened = found.held_out[0] if isinstance(other, str) else found.training[0]
-        assert tuple(prompt) == opened.tokens[:16] and question == EMBEDDED.decode(prompt[1:])
+        assert tuple(prompt) == opened.tokens[:16] and question == " ".join(EMBEDDED.decode(prompt[1:]).split())
 
 
 def test_a_file_with_fewer_samples_is_all_held_out(tmp_path):
