@@ -192,9 +192,11 @@ class PruneOptions(cli.Options):
     )
     data: str | None = option(
         None,
-        "a text file in UTF-8 to fine-tune on; its last tenth validates. Models with the embedded model's tokenizer "
-        "need none: there is text of its world",
+        "a text file in UTF-8 to fine-tune on; its last tenth validates, unless there is eval_data. Models with the "
+        "embedded model's tokenizer need none: there is text of its world",
     )
+    eval_data: str | None = option(None, "another text file in UTF-8, whose start validates")
+    eval_tokens: int = option(text.VALIDATION * CONTEXT, "tokens that validate, at most", least=2)
     batch_size: int = option(8, "sequences per step", least=1)
     lr: float = option(1e-3, "peak learning rate of AdamW in each round; it falls to 0 as a cosine")
     out_dir: str = option("runs/pruned", "directory of the checkpoint; must be new")
@@ -212,6 +214,8 @@ class PruneOptions(cli.Options):
         limit = self.max_loss_increase
         if limit is not None and (not self.iterative or not 0 <= limit < math.inf):
             raise InputError(f"--max_loss_increase={limit:g}: expected 0 or more, with --iterative")
+        if self.eval_data is not None and self.data is None:
+            raise InputError(f"--eval_data={self.eval_data}: needs --data, the text to fine-tune on")
         Settings(lr=self.lr)
 
     @property
@@ -266,7 +270,9 @@ def load_text(tokenizer_file: Path, options: PruneOptions) -> text.Text | None:
     """What --data names; without it text of the embedded model's world, for models that read with its tokenizer."""
     tokenizer = Tokenizer(tokenizer_file)
     if options.data is not None:
-        return text.from_file(Path(options.data), tokenizer, CONTEXT, options.batch_size, options.seed)
+        evaluated = None if options.eval_data is None else Path(options.eval_data)
+        order = CONTEXT, options.batch_size, options.seed
+        return text.from_file(Path(options.data), tokenizer, *order, evaluated, options.eval_tokens)
     return text.of_embedded_model(tokenizer, options.batch_size, options.seed) if has_tokenizer(tokenizer) else None
 
 

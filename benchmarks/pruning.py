@@ -3,12 +3,14 @@
     python -m benchmarks.pruning                                      # everything, and the figures
     python -m benchmarks.pruning --parts=one-shot --methods=magnitude # some of it; the figures take the newest rows
     python -m benchmarks.pruning --parts=speed --model=llama3.2-1b    # a different shape, with random weights
+    python -m benchmarks.pruning --ckpt_dir=models/smollm2-135m --data=wikitext2_valid_tokens.txt \
+        --eval_data=wikitext2_test_tokens.txt --lr=1e-4 --share=0.9   # real weights: about an hour on two cores
 
-Quality is the embedded model's, on text of its world that it was not trained on. Iterative pruning goes through all
-shares with `--steps` of fine-tuning after each cut. Its two rivals make the whole cut at once: one then takes as many
-steps as the iterative one has taken until there, on the same samples (one-shot), the other those of one round, as many
-as the iterative one has after its last cut (one-round). The dense model, fine-tuned as long as the longest of them,
-shows what the steps do by themselves.
+Quality is the loss on text that is not trained on: of `--eval_data`, or of the embedded model's world. Iterative
+pruning goes through all shares with `--steps` of fine-tuning after each cut. Its two rivals make the whole cut at once:
+one then takes as many steps as the iterative one has taken until there, on the same samples (one-shot), the other those
+of one round, as many as the iterative one has after its last cut (one-round). The dense model, fine-tuned as long as
+the longest of them, shows what the steps do by themselves.
 
 Speed is that of taking hidden units out: zeros in a dense matrix change none. All sizes take turns in shuffled order;
 the limit of a decode step is the time in which the best reading kernel goes through its bytes in the same round.
@@ -27,12 +29,13 @@ import torch
 from benchmarks import hardware, inputs, rows, stopwatch
 from benchmarks import options as shared
 from data import text
-from data.tiny import EMBEDDED
+from data.tiny import directory_of, has_tokenizer, name_of
 from llama import Llama, Transformer, checkpoint, cli, pruning
 from llama import device as devices
 from llama.cli import option
 from llama.config import PRESETS
-from llama.tokenizer import Tokenizer
+from llama.errors import InputError
+from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training.batch import Batch, collate
 from llama.training.step import Settings, fine_tune
 from reports import tables
@@ -53,27 +56,43 @@ class Options(shared.DeviceOptions):
     share: float = option(0.75, "the most that is cut")
     rounds: int = option(6, "equal parts in which it is cut; each is a row", least=1)
     steps: int = option(12, "fine-tuning steps after each of them", least=1)
-    batch_size: int = option(4, "sequences of 256 tokens per step", least=1)
+    batch_size: int = option(4, "sequences per step", least=1)
     lr: float = option(1e-3, "peak learning rate of AdamW")
-    model: str = option(
-        "tiny", "whose speed: tiny, with its weights, or another preset with random ones", choices=PRESETS
+    ckpt_dir: str | None = option(None, cli.CKPT_DIR)
+    tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
+    data: str | None = option(
+        None, "a text file in UTF-8 to fine-tune on; the embedded model needs none: there is text of its world"
+    )
+    eval_data: str | None = option(None, "another, on whose start the loss is measured; default: the end of data")
+    eval_tokens: int = option(8192, "tokens of a text file on which the loss is measured, at most", least=2)
+    seq_len: int = option(256, "tokens of a sequence of a text file", least=2)
+    model: str | None = option(
+        None, "whose speed: a preset with random weights; default: the model of ckpt_dir", choices=PRESETS
     )
     figures: str | None = option(None, shared.FIGURES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for method in self.methods.split(","):
-            for model in ("tiny", self.model):
-                pruning.check(PRESETS[model], method, self.share, self.rounds)
+        if self.eval_data is not None and self.data is None:
+            raise InputError(f"--eval_data={self.eval_data}: needs --data, the text to fine-tune on")
+
+    @property
+    def directory(self) -> Path:
+        return directory_of(self.ckpt_dir)
 
 
 def main(options: Options) -> None:
     """Measure the parts, keep their rows, and show the newest rows of all parts."""
+    for method in options.methods.split(","):
+        for args in (checkpoint.read_args(options.directory), PRESETS.get(options.model)):
+            if args is not None:
+                pruning.check(args, method, options.share, options.rounds)
+    device, half = devices.resolve_half(options.device)
+    parts = options.parts.split(",")
+    quality = Quality(options, device) if parts != ["speed"] else None
     path = options.results_file("pruning")
     rows.read_file(path)  # a damaged one is refused before anything is measured
-    device, half = devices.resolve_half(options.device)
-    quality = Quality(options, device)
-    for part in options.parts.split(","):
+    for part in parts:
         dtype = half if part == "speed" else torch.float32
         for cell, metrics in speed(options, device, half) if part == "speed" else quality.measure(part):
             rows.record(path, "pruning", cell, metrics, device, devices.dtype_name(dtype), options.seed)
@@ -98,14 +117,32 @@ def newest(path: Path) -> list[rows.Row]:
     return [row for row in found.values() if row.device_name == next(reversed(found.values())).device_name]
 
 
+def load(options: Options, dtype: torch.dtype, device: torch.device) -> Transformer:
+    model = checkpoint.load(options.directory, dtype, device)
+    pruning.require_plain(model)
+    return model
+
+
 class Quality:
-    """Losses of the embedded model, cut and fine-tuned in several ways."""
+    """Losses of a model, cut and fine-tuned in several ways."""
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device = options, device
         self.settings = Settings(optimizer="adamw", lr=options.lr, schedule="cosine", warmup_steps=2, clip_norm=1.0)
-        tokenizer = Tokenizer(EMBEDDED / "tokenizer.model")
-        self.text = text.of_embedded_model(tokenizer, options.batch_size, options.seed)
+        self.cell = {"model": name_of(options.directory), "batch_size": options.batch_size, "lr": options.lr}
+        tokenizer = Tokenizer(find_tokenizer(options.directory, options.tokenizer_path))
+        tokenizer.check_vocabulary(checkpoint.read_args(options.directory).vocab_size)
+        if options.data is None:
+            if not has_tokenizer(tokenizer):
+                raise InputError("--data is missing; pass a text file to fine-tune on")
+            self.text = text.of_embedded_model(tokenizer, options.batch_size, options.seed)
+            return
+        other, sizes = options.eval_data, (options.seq_len, options.batch_size, options.seed)
+        files = Path(options.data), tokenizer, *sizes, other and Path(other)
+        self.text = text.from_file(*files, options.eval_tokens)
+        self.cell |= {"seq_len": options.seq_len, "eval_tokens": len(self.text.validation)}
+        self.cell |= rows.text_cell(options.data)
+        self.cell |= {f"eval_{name}": value for name, value in (rows.text_cell(other) if other else {}).items()}
 
     def measure(self, part: str) -> Iterator[Measured]:
         """The rows of one part."""
@@ -121,14 +158,11 @@ class Quality:
                 gone = share if number == rounds else share * number / rounds
                 yield from self._cuts(part, method, gone, 1, steps * (number if part == "one-shot" else 1))
 
-    def _load(self) -> Transformer:
-        return checkpoint.load(EMBEDDED, torch.float32, self.device)
-
     def _window(self, step: int) -> list[Batch]:
         return [collate([[sample] for sample in self.text.samples(step)])]
 
     def _dense(self) -> Iterator[Measured]:
-        model, n_steps = self._load(), self.options.steps * self.options.rounds
+        model, n_steps = load(self.options, torch.float32, self.device), self.options.steps * self.options.rounds
         yield self._measured(model, "dense", "none", 0.0, 0, loss_nats=self.text.loss(model))
         fine_tune(model, self._window, range(n_steps), self.settings)
         yield self._measured(model, "dense", "none", 0.0, n_steps, loss_nats=self.text.loss(model))
@@ -138,7 +172,9 @@ class Quality:
             numbers = range(steps * (number - 1), steps * number)
             fine_tune(rest, self._window, numbers, self.settings)
 
-        cuts = pruning.gradually(self._load(), method, share, rounds, train, self.text.loss)
+        cuts = pruning.gradually(
+            load(self.options, torch.float32, self.device), method, share, rounds, train, self.text.loss
+        )
         for number, cut in enumerate(cuts, 1):
             losses = {"loss_nats": cut.loss, "loss_cut_nats": cut.loss_cut}
             yield self._measured(cut.model, part, method, cut.share, steps * number, **losses)
@@ -146,9 +182,8 @@ class Quality:
     def _measured(
         self, model: Transformer, part: str, method: str, share: float, steps: int, **losses: float
     ) -> Measured:
-        options, n_params = self.options, model.args.n_params()
-        cell = {"part": part, "method": method, "share": share, "steps": steps}
-        cell |= {"model": "tiny", "batch_size": options.batch_size, "lr": options.lr}
+        n_params = model.args.n_params()
+        cell = {"part": part, "method": method, "share": share, "steps": steps, **self.cell}
         size = {"parameters": n_params, "stored_mb": 2 * n_params / devices.MB}
         size["zeros"] = pruning.count_zeros(model)[0]
         return cell, rows.by_metric([size | losses])
@@ -156,8 +191,8 @@ class Quality:
 
 def speed(options: Options, device: torch.device, dtype: torch.dtype) -> Iterator[Measured]:
     """First token and decode step of a model at each size."""
-    if options.model == "tiny":
-        whole = checkpoint.load(EMBEDDED, dtype, device)
+    if options.model is None:
+        whole = load(options, dtype, device)
     else:
         whole = Transformer.random(PRESETS[options.model], dtype, device, options.seed).eval()
     sizes = {0.0: whole}
@@ -174,7 +209,8 @@ def speed(options: Options, device: torch.device, dtype: torch.dtype) -> Iterato
         for gone in order.sample(list(models), len(models)):
             runs[gone].append(time_generation(models[gone], prompts))
     for gone, llama in models.items():
-        cell = {"part": "speed", "method": "dimensions", "share": gone, "model": options.model}
+        cell = {"part": "speed", "method": "dimensions", "share": gone}
+        cell["model"] = options.model or name_of(options.directory)
         cell |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "batch_size": 1, "decoding": llama.decoder.name}
         n_params = llama.model.args.n_params()
         size = {"parameters": [n_params], "stored_mb": [n_params * dtype.itemsize / devices.MB]}

@@ -85,23 +85,31 @@ def blocks(ids: list[int], length: int, name: str = "token") -> list[Sample]:
     return [_sample(f"{name} {start}", ids[start : start + length]) for start in range(0, len(ids) - 1, length - 1)]
 
 
-def from_file(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, seed: int) -> Text:
-    """The last tenth of a file validates, at most VALIDATION times `context` tokens; samples of the rest train.
+def from_file(
+    path: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    batch_size: int,
+    seed: int,
+    eval_path: Path | None = None,
+    eval_tokens: int | None = None,
+) -> Text:
+    """Samples of a file train; the start of another validates, or without one the end of the file, a tenth of it.
 
-    Samples come in an order that depends on `seed` and the epoch. Raises InputError as `read` does, and for a file that
-    is too short for one sample.
+    eval_tokens: what validates at most; None: VALIDATION times `context`. Samples come in an order that depends on
+    `seed` and the epoch. Raises InputError as `read` does, and for a file that is too short for one sample.
     """
-    ids = read(path, tokenizer)
-    n_validation = min(int(len(ids) * VALIDATION_SHARE), VALIDATION * context)
+    ids, most = read(path, tokenizer), VALIDATION * context if eval_tokens is None else eval_tokens
+    n_validation = 0 if eval_path is not None else min(int(len(ids) * VALIDATION_SHARE), most)
     training = ids[: len(ids) - n_validation]
-    if len(training) < context or n_validation < 2:
-        least = int(context / (1 - VALIDATION_SHARE)) + 1
-        raise InputError(f"data={path} has {len(ids)} tokens; to train and validate on it takes at least {least}")
+    if len(training) < context or (eval_path is None and n_validation < 2):
+        least = context if eval_path is not None else int(context / (1 - VALIDATION_SHARE)) + 1
+        use = "train" if eval_path is not None else "train and validate"
+        raise InputError(f"data={path} has {len(ids)} tokens; to {use} on it takes at least {least}")
+    validation = ids[len(training) :] if eval_path is None else read(eval_path, tokenizer)[:most]
     samples = blocks(training, context)
     return Text(
-        lambda step: [samples[i] for i in order.indices(len(samples), step, batch_size, seed)],
-        ids[len(ids) - n_validation :],
-        context,
+        lambda step: [samples[i] for i in order.indices(len(samples), step, batch_size, seed)], validation, context
     )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
+from conftest import SMALL, TINY, random_model
 
 from benchmarks import pruning as benchmark_pruning
 from benchmarks.rows import Row, read_file
 from data import text
-from llama import cli, pruning
+from llama import checkpoint, cli, files, pruning
 from llama.config import PRESETS
 from llama.errors import InputError
+from llama.evaluation import perplexity
+from llama.tokenizer import Tokenizer
 from reports import render, tables
 from reports.cells import chosen
 
@@ -49,6 +53,34 @@ def test_one_shot_takes_as_many_steps_as_its_rival(measured):
     assert [row.cell["share"] for row in speeds] == [0, 0.25, 0.5]
     sizes = [row.median("parameters") for row in speeds]
     assert sizes == [PRESETS["tiny"].with_ffn_dim(n).n_params() for n in (1024, 768, 512)]
+
+
+def test_a_checkpoint_and_texts_of_your_own(tmp_path, monkeypatch):
+    """Rows name the model and both texts, by content too; the loss is that of the second; speed is the checkpoint's."""
+    monkeypatch.setattr(benchmark_pruning, "INPUT_LEN", 8)
+    monkeypatch.setattr(benchmark_pruning, "OUTPUT_LEN", 3)
+    args = dataclasses.replace(SMALL, n_layers=1, vocab_size=PRESETS["tiny"].vocab_size)
+    checkpoint.save(random_model(args), tmp_path / "own", "meta", TINY / "tokenizer.model")
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.txt").write_text(f"The little fox went to {name}.\n" * 30)
+    flags = f"--ckpt_dir={tmp_path / 'own'} --data={tmp_path / 'train.txt'} --eval_data={tmp_path / 'eval.txt'}".split()
+    flags += "--eval_tokens=99 --seq_len=32 --share=0.5 --rounds=1 --steps=1 --batch_size=1 --repeats=1".split()
+    flags += ["--parts=dense,iterative,speed", f"--results={tmp_path / 'rows.jsonl'}", f"--figures={tmp_path}"]
+    cli.call(benchmark_pruning.main, [*flags, "--device=cpu"])
+    rows = benchmark_pruning.newest(tmp_path / "rows.jsonl")
+    assert {row.cell["model"] for row in rows} == {"own"}
+    ids = text.read(tmp_path / "eval.txt", Tokenizer(TINY / "tokenizer.model"))[:99]
+    (dense,) = chosen(rows, part="dense", steps=0)
+    assert dense.median("loss_nats") == pytest.approx(perplexity.evaluate(random_model(args), ids, 32).loss)
+    for row in rows:
+        if row.cell["part"] != "speed":
+            for prefix, name in (("", "train.txt"), ("eval_", "eval.txt")):
+                assert row.cell[f"{prefix}data"] == name
+                assert row.cell[f"{prefix}data_sha256"] == files.sha256(tmp_path / name)
+            assert (row.cell["seq_len"], row.cell["eval_tokens"]) == (32, 99)
+    assert [row.median("parameters") for row in chosen(rows, part="speed")] == [
+        args.with_ffn_dim(n).n_params() for n in (192, 96)
+    ]
 
 
 def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
@@ -104,7 +136,8 @@ def test_rows_of_other_experiments_in_the_same_file_are_left_alone(measured, tmp
 
 
 @pytest.mark.parametrize(
-    "flag", ["--parts=all", "--methods=luck", "--methods=magnitude,magnitude", "--rounds=0", "--share=1.0"]
+    "flag",
+    ["--parts=all", "--methods=luck", "--methods=magnitude,magnitude", "--rounds=0", "--share=1.0", "--eval_data=a"],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, flag):
     with pytest.raises(InputError, match=re.escape(flag.partition("=")[0])):

@@ -22,6 +22,7 @@ from llama import Llama, checkpoint, cli, lora, pruning
 from llama.config import PRESETS
 from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
+from llama.evaluation import perplexity
 from llama.tokenizer import Tokenizer
 from llama.training import snapshot, verdict
 from llama.training import step as training
@@ -305,6 +306,23 @@ def test_rows_train_on_every_next_token_and_never_on_what_validates(base):
         text.from_file(base / "text.txt", tokenizer, 90_000, 4, seed=1)
 
 
+@pytest.mark.parametrize(("most", "scored"), [(None, 64 * 64), (100, 100)])
+def test_another_file_validates_and_all_of_the_first_trains(base, tmp_path, most, scored):
+    """Its start alone is scored, as many tokens as are asked for."""
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    (tmp_path / "other.txt").write_text("Once there was another fox.\n" * 900)
+    source = text.from_file(base / "text.txt", tokenizer, 64, 4, 1, tmp_path / "other.txt", most)
+    assert source.validation == text.read(tmp_path / "other.txt", tokenizer)[:scored]
+    assert len(source.validation) == scored
+    n_ids = len(text.read(base / "text.txt", tokenizer))
+    numbers = range(-(-n_ids // 63 // 4))
+    trained = [len(sample.tokens) - 1 for number in numbers for sample in source.samples(number)]
+    assert sum(trained) >= n_ids - 1  # the last step begins the next epoch
+    (tmp_path / "short.txt").write_text("A fox.")
+    with pytest.raises(InputError, match=r"short.txt has \d+ tokens; to train on it takes at least 64"):
+        text.from_file(tmp_path / "short.txt", tokenizer, 64, 4, 1, base / "text.txt")
+
+
 # Rounds
 
 
@@ -369,6 +387,18 @@ def test_prune_writes_what_it_says(base, tmp_path, monkeypatch, capsys, method):
     assert len(rounds) == 2 and "after 6 steps" in rounds[1] and "reached    share 0.5" in out
     losses = [float(line.split("loss ")[1].split()[0]) for line in (out.splitlines()[0], rounds[1])]
     assert losses[1] < losses[0]  # random weights learn more than they lose
+
+
+def test_the_loss_is_that_of_the_text_which_validates(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.txt").write_text("Once there was another fox.\n" * 100)
+    flags = (f"--ckpt_dir={base / 'base'}", f"--data={base / 'text.txt'}", f"--eval_data={tmp_path / 'other.txt'}")
+    flags += ("--share=0.5", "--eval_tokens=300", f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    code, out, err = call(monkeypatch, capsys, "prune", *flags)
+    assert code == 0, err
+    ids = text.read(tmp_path / "other.txt", Tokenizer(TINY / "tokenizer.model"))[:300]
+    for model, line in ((base / "base", out.splitlines()[0]), (tmp_path / "out", out.splitlines()[-1])):
+        loss = perplexity.evaluate(checkpoint.load(model, torch.float32), ids, compress.CONTEXT).loss
+        assert f"validation loss {loss:.4f}" in line
 
 
 def test_the_loss_bound_stops_before_it_is_passed(base, tmp_path, monkeypatch, capsys):
@@ -476,6 +506,8 @@ BAD = {
     "method": ("--method=luck", r"--method=luck: expected one of magnitude, dimensions"),
     "no directory": ("--ckpt_dir=nowhere", r"nowhere does not exist"),
     "no data": ("--data=nowhere.txt", r"cannot read nowhere.txt: No such file"),
+    "no text to train on": ("--eval_data=wiki.txt", r"--eval_data=wiki.txt: needs --data"),
+    "no eval data": (f"--data={__file__} --eval_data=nowhere.txt", r"cannot read nowhere.txt: No such file"),
     "steps": ("--iterative --steps=3", r"--steps=3: expected at least 8"),
     "bound": ("--max_loss_increase=0.1", r"with --iterative"),
     "lr": ("--lr=-1", r"--lr=-1"),
