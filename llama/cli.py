@@ -70,7 +70,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[Any] | None = None,
     several: bool = False,
     least: float | None = None,
     above: float | None = None,
@@ -78,8 +78,8 @@ def option(
 ) -> Any:
     """A field of `Options`.
 
-    choices: the words that it may be, or with `several` that its comma-separated words may be, each once. least, above,
-    below: bounds of a number, which is then finite, too. None passes where it is the default.
+    choices: what it may be, or with `several` what its comma-separated words may be, each once. least, above, below:
+    bounds of a number, which is then finite, too. None passes where it is the default.
     """
     rules = {"choices": choices and tuple(choices), "several": several, "least": least, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, **rules})
@@ -104,7 +104,7 @@ class Options:
 def _violated(
     value: Any,
     help: str,
-    choices: tuple[str, ...] | None,
+    choices: tuple[Any, ...] | None,
     several: bool,
     least: float | None,
     above: float | None,
@@ -114,7 +114,9 @@ def _violated(
     if choices is not None:
         words = value.split(",") if several else [value]
         if set(words) - set(choices) or len(set(words)) < len(words):
-            return f"a choice of {','.join(choices)}, each once" if several else f"one of {', '.join(choices)}"
+            return (
+                f"a choice of {','.join(choices)}, each once" if several else f"one of {', '.join(map(str, choices))}"
+            )
     if least is not None and not least <= value < math.inf:
         return f"at least {least:g}"
     if above is not None and not above < value < math.inf:

@@ -133,8 +133,8 @@ def lay_out(model: Transformer, config: Quantization) -> None:
 
     Raises ValueError naming the field of `config` for a matrix that the model does not have.
     """
-    names = _matrices(model, config)
-    replace_modules(model, lambda _, module: module in names, lambda module: _empty(module, names[module], config))
+    names = named(model, config)
+    replace_modules(model, lambda _, module: module in names, lambda module: empty(module, names[module], config))
     model.quantization = config
 
 
@@ -156,7 +156,7 @@ def slow_reason(model: Transformer) -> str | None:
 
 def matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
     """The modules to be quantized, and their names. Raises as `quantize` does."""
-    names = _matrices(model, config)
+    names = named(model, config)
     for module, name in names.items():
         weight, grid = module.weight, config.of(name).grid
         largest = max(part.abs().amax().item() if part.isfinite().all() else math.inf for part in weight.split(4096))
@@ -168,7 +168,8 @@ def matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
     return names
 
 
-def _matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
+def named(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
+    """The same, whatever their values."""
     if quantization_of(model) is not None:
         raise ValueError("the model is quantized already")
     names = {module: name for name, module in model.named_modules() if type(module) in (nn.Linear, TokenEmbedding)}
@@ -196,7 +197,8 @@ def linear(found: Codes, config: Quantization) -> Quantized:
     return Int4Linear(pack(q, config.grid.low), scales, config.group_size, offsets, q.shape[1])
 
 
-def _empty(module: nn.Module, name: str, config: Quantization) -> Quantized:
+def empty(module: nn.Module, name: str, config: Quantization) -> Quantized:
+    """The same with codes that are yet to be filled in."""
     new = functools.partial(torch.empty, device=module.weight.device)
     (n, k), config = module.weight.shape, config.of(name)
     size, grid = config.group_size, config.grid

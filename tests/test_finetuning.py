@@ -34,8 +34,8 @@ from llama.errors import InputError, Stopped
 from llama.evaluation import perplexity
 from llama.tokenizer import ChatFormat, Tokenizer
 from llama.training import batch as batches
+from llama.training import qat, snapshot
 from llama.training import run as running
-from llama.training import snapshot
 from llama.training import verdict as verdicts
 from llama.training.options import Settings, TrainingOptions
 from llama.training.step import Evaluation, Trainer
@@ -326,6 +326,51 @@ def test_a_text_is_trained_on_and_another_measured_on(no_estimate, base, tmp_pat
     counts = f"{n_blocks} samples, 12 held out; held out: the first of {(len(ids['eval_data']) + 5) // 7} samples"
     assert run.data.summary == f"plain text: {counts} of {texts['eval_data']}, plain text"
     assert "owl" in summary["answers"][0]["instruction"]
+
+
+def test_a_run_through_the_rounding_resumes_to_the_same_bytes_and_writes_its_codes(no_estimate, base, tmp_path, texts):
+    """The exported checkpoint has the loss that the run has measured last."""
+    changes = texts | {"qat": 4, "max_steps": 2}
+    run = run_to(base, tmp_path / "whole", **changes)
+    assert "all weights through int4 with zero-points," in run.describe()
+    run_to(base, tmp_path / "run", 1, **changes)
+    run_to(base, tmp_path / "run", resume=True, **changes)
+    results = []
+    for root in (tmp_path / "whole", tmp_path / "run"):
+        (last,) = list((root / "snapshots").glob("*2"))
+        written = [root / "loss.jsonl", root / "merged" / "model.safetensors", *sorted(last.glob("*.safetensors"))]
+        results.append([path.read_bytes() for path in written])
+    assert results[0] == results[1]
+    assert checkpoint.read_quantization(root / "merged") == qat.FORMATS[4]
+    summary = json.loads((root / "summary.json").read_text())
+    ids = Tokenizer(TINY / "tokenizer.model").encode(Path(texts["eval_data"]).read_text(), bos=True, eos=False)
+    loss = perplexity.evaluate(checkpoint.load(root / "merged"), ids[: 12 * 7 + 1], context=8, stride=7).loss
+    assert summary["held_out_loss"] == pytest.approx(loss, rel=1e-6)
+    assert summary["held_out_loss"] < summary["held_out_loss_before"] - 0.1
+
+
+ROUNDED = {
+    "": "--qat=4 trains all weights through their rounding; use --lora=False",
+    "--lora=False --lean --accumulation=1": "--qat=4 with --lean=True",
+    "--lora=False --keep_zeros": "--keep_zeros=True with --qat=4",
+    "--lora=False --export=gguf": "--export=gguf: has no place for codes of 4 bits; use meta or none",
+}
+
+
+@pytest.mark.parametrize("extra", ROUNDED)
+def test_what_does_not_go_with_rounding_is_refused(base, tmp_path, monkeypatch, capsys, extra):
+    given = [f"--ckpt_dir={base / 'base'}", f"--out_dir={tmp_path / 'run'}", "--qat=4", *extra.split()]
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert code == 2 and ROUNDED[extra] in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_codes_are_not_trained_through_another_rounding(tmp_path, monkeypatch, capsys):
+    model = checkpoint.load(TINY)
+    quantization.quantize(model, quantization.Quantization(8))
+    checkpoint.save(model, tmp_path / "int8", tokenizer_path=TINY / "tokenizer.model")
+    given = [f"--ckpt_dir={tmp_path / 'int8'}", f"--out_dir={tmp_path / 'run'}", "--qat=4", "--lora=False"]
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert code == 2 and "int8 is quantized already; train the original" in err and len(err.splitlines()) == 1
 
 
 def test_what_is_measured_on_is_known_by_its_content(no_estimate, base, tmp_path, texts, monkeypatch, capsys):
@@ -744,6 +789,7 @@ BAD = {
     "clip_norm": ("0", "--clip_norm=0.0: expected more than 0"),
     "schedule": ("wave", "--schedule=wave: expected one of"),
     "device": ("tpu", "--device=tpu is unknown"),
+    "qat": ("5", "--qat=5: expected one of 4, 8"),
     "loss_normalization": ("sum", "--loss_normalization=sum: expected one of"),
     "checkpoint_budget_gb": ("1", "--checkpoint_budget_gb=1.0 chooses the layers; leave out --checkpointing="),
 }

@@ -35,6 +35,7 @@ from llama.errors import InputError
 from llama.lora import LoRAConfig
 from llama.model import Transformer
 from llama.quantization import Quantization
+from llama.training import qat
 from llama.training.batch import Batch
 from llama.training.options import Settings
 from llama.training.step import Trainer, checkpoint_layers
@@ -262,6 +263,8 @@ def fake_trainer(
         model = model.to_empty(device="cpu")
         if adapters is not None:
             lora.apply(model, adapters)
+        if settings.qat is not None:
+            qat.lay_out(model, qat.FORMATS[settings.qat])
         checkpoint_layers(model, layers)
         yield Trainer(model, settings, 1)
 

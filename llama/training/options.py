@@ -64,9 +64,19 @@ class Settings(cli.Options):
     lean: bool = option(
         False, "the same step in far less memory; without lora it takes plain sgd and an accumulation of 1"
     )
+    qat: int | None = option(
+        None,
+        "4 or 8: all weights are trained through their rounding to so many bits, and the codes are exported; 4 bits in "
+        "groups of 64 with zero-points; without lora and lean",
+        choices=(4, 8),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.qat is not None and self.lean:
+            raise InputError(
+                f"qat={self.qat} with lean=True: lean parts compute with unrounded weights; use lean=False"
+            )
         if self.momentum >= 1 or (self.momentum and self.optimizer != "sgd"):
             raise InputError(f"momentum={self.momentum}: expected less than 1, and optimizer=sgd")
 
@@ -162,6 +172,8 @@ class TrainingOptions(Settings):
         if self.keep_zeros and (self.lora or self.lean):
             refused = "lora=True" if self.lora else "lean=True"
             raise InputError(f"keep_zeros=True with {refused} would fill the zeros in; use lora=False and lean=False")
+        if self.qat is not None:
+            self._require_codes_alone()
         if self.lean and not self.lora:
             require_plain_sgd(self)
         if self.checkpoint_budget_gb is not None and self.checkpointing != "none":
@@ -173,6 +185,17 @@ class TrainingOptions(Settings):
             raise InputError(f"held_out=0 measures nothing on eval_data={self.eval_data}; leave one of them out")
         if self.resume and self.show_data is not None:
             raise InputError("show_data shows what a new run would train on; leave out resume=True")
+
+    def _require_codes_alone(self) -> None:
+        """Raise InputError for what does not go with training through the rounding."""
+        if self.lora:
+            raise InputError(f"qat={self.qat} trains all weights through their rounding; use lora=False")
+        if self.keep_zeros:
+            raise InputError(
+                f"keep_zeros=True with qat={self.qat}: codes round zeros as they do any weight; use one of them"
+            )
+        if self.export not in ("meta", "none"):
+            raise InputError(f"export={self.export}: has no place for codes of {self.qat} bits; use meta or none")
 
     @property
     def lora_config(self) -> LoRAConfig:

@@ -30,7 +30,7 @@ from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, pr
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import LEAST_PIECES, confidence
-from llama.training import batch, memory, snapshot, verdict
+from llama.training import batch, memory, qat, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
 
@@ -174,6 +174,8 @@ class Run:
             self.model.requires_grad_(True)
         if options.keep_zeros:
             pruning.keep_zeros(self.model)
+        if options.qat is not None:
+            qat.begin(self.model, qat.FORMATS[options.qat], progress=True)
         checkpoint_layers(self.model, self.layers)
         self.per_epoch = order.steps_per_epoch(len(data.sequences), options.batch_size * options.accumulation)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
@@ -221,6 +223,7 @@ class Run:
         name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         method += f", from {options.adapter}" if options.adapter is not None else ""
+        whole = "all weights" + (f" through {qat.FORMATS[options.qat].name}" if options.qat is not None else "")
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         context = self.model.args.trained_context
         longest = max(len(sample.tokens) for sequence in self.data.sequences for sample in sequence)
@@ -229,7 +232,7 @@ class Run:
             (
                 *[beyond] * (longest > context),
                 f"model      {name}, {options.dtype} on {devices.device_name(self.device)}, seed {options.seed}",
-                f"training   {method if options.lora else 'all weights'}, amp {options.amp}, "
+                f"training   {method if options.lora else whole}, amp {options.amp}, "
                 f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' * options.lean}",
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {options.optimizer}, lr {options.lr:g} {options.schedule}, "
@@ -446,6 +449,8 @@ class Run:
             zeros, n_all = pruning.count_zeros(self.model)
             lines.append(f"{zeros:,} of {n_all:,} weights of the projections are zero, as before.")
             pruning.remove_masks(self.model)
+        if options.qat is not None:
+            qat.finish(self.model, qat.FORMATS[options.qat])
         for name, layout in EXPORTS[options.export].items():
             if not (self.root / name).exists():
                 checkpoint.save(self.model, self.root / name, layout, self.tokenizer_file)
@@ -455,6 +460,8 @@ class Run:
 
 def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:
     """Raise InputError for what the codes of a quantized base do not allow."""
+    if options.qat is not None:
+        raise InputError(f"qat={options.qat}: {directory} is quantized already; train the original")
     if not options.lora:
         raise InputError(f"lora=False: {directory} is quantized; codes cannot be trained, use LoRA or the original")
     if options.export != "none":

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, random_model
 from llama import lora
 from llama.errors import InputError
 from llama.lora import LoRAConfig
-from llama.training import memory
+from llama.training import memory, qat
 from llama.training.memory import Profile, Shape
 from llama.training.step import Settings, Trainer, checkpoint_layers
 
@@ -31,6 +31,8 @@ def measured(adapters: LoRAConfig | None, settings: Settings, shape: Shape, laye
     model = random_model(TWO).requires_grad_(True)
     if adapters is not None:
         lora.apply(model, adapters)
+    if settings.qat is not None:
+        qat.begin(model, qat.FORMATS[settings.qat])
     checkpoint_layers(model, layers)
     window = shape.window()
     for batch in window:
@@ -51,6 +53,12 @@ def test_a_step_without_content_needs_what_a_real_one_does(amp, lean, adapters, 
     foreseen = memory.estimate(TWO, torch.float32, adapters, settings, shape, layers)
     assert foreseen == measured(adapters, settings, shape, layers)
     assert foreseen.peak == sum(foreseen.at_peak.values())
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_so_does_one_through_the_rounding(amp):
+    settings, shape = Settings(amp=amp, qat=4), Shape(2, 24, 30, 2)
+    assert memory.estimate(TWO, torch.float32, None, settings, shape) == measured(None, settings, shape)
 
 
 def allocated_peak(trainer: Trainer, window) -> int:
@@ -175,7 +183,7 @@ def test_categories_sum_to_what_the_allocator_counts():
 STEP = """
 import dataclasses, torch
 from llama import device as devices
-from llama.training import memory
+from llama.training import memory, qat
 from llama import device
 from llama.config import PRESETS
 from llama.model import Transformer

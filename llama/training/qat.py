@@ -1,0 +1,166 @@
+"""Quantization-aware training: all weights are trained through the rounding to the codes that are written at the end.
+
+    begin(model, FORMATS[4])     # swaps the layers in; whatever trains all weights now trains them for 4 bits
+    ...
+    finish(model, FORMATS[4])    # the codes that the last forward pass computed with: a quantized model, to be saved
+
+A layer keeps its weight in fp32 and computes with the values of its codes, those of the very layer that will be
+written. Their gradient goes to the weight as if it had not been rounded (the straight-through estimator, Bengio et al.
+2013), so that small steps add up until a code changes. Codes are made once for each optimizer step.
+
+Scales and offsets of groups start as those with the least squared error and are then trained with the weights (LSQ,
+Esser et al. 2020; LSQ+, Bhalgat et al. 2020). To search for them anew before each step would take a good part of
+its time. Where each row has one scale, in tables and in int8, it follows from the row.
+
+Left out on purpose: adapters; formats other than these. Groups of 64 with zero-points have 4.5 bits per weight, as many
+as groups of 32 without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from tqdm import tqdm
+
+from llama import quantization
+from llama.code_layers import Quantized
+from llama.codes import Codes
+from llama.frozen import compute_dtype
+from llama.model import TokenEmbedding, Transformer
+from llama.quantization import TABLES, Quantization
+from llama.surgery import replace_modules
+
+FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
+
+
+class _StraightThrough(Function):
+    """The value of a layer's codes [N, K], whose gradient the weight gets unchanged.
+
+    For u = (w - offset) / scale and the code q = round(u), cut to what codes there are, the gradients of a group's
+    scale and offset sum those of the value times q - u and 0 where nothing was cut, q and 1 where it was.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, weight: Tensor, scales: Tensor | None, offsets: Tensor | None, layer: _Rounded, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.layer = layer
+        return layer.value(dtype).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dv: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), layer = ctx.saved_tensors, ctx.layer
+        dv = dv.to(weight.dtype)
+        if layer.scales is None:
+            return dv, None, None, None, None
+        low, high = layer.grid.low, layer.grid.high
+        scales, offsets = layer.of_columns()
+        u = (weight if offsets is None else weight - offsets) / scales
+        is_inside = (u >= low) & (u <= high)
+        by_scale = dv * (u.round().clamp_(low, high) - u * is_inside)
+        by_offset = None if offsets is None else layer.of_groups(dv * ~is_inside)
+        return dv, layer.of_groups(by_scale), by_offset, None, None
+
+
+class _Rounded(nn.Module):
+    """A matrix [N, K] that is trained as `weight` and computed with as the value of its codes.
+
+    codes: of the weight as it is at the start, whose scales and offsets are trained from there on, in fp32, where
+    groups have them. config: of this matrix.
+    """
+
+    def __init__(self, weight: nn.Parameter, codes: Quantized, config: Quantization) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.config, self.grid = weight, config, config.grid
+        numbers = (None, None) if config.group_size is None else (codes.scales, getattr(codes, "offsets", None))
+        self.scales, self.offsets = (None if part is None else nn.Parameter(part.float()) for part in numbers)
+        self._values: dict[torch.dtype, Tensor] = {}
+        self._versions: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def codes(self) -> Quantized:
+        """The layer that is written: the codes closest to the weight as it is now."""
+        if self.scales is None:
+            return quantization.rounded(self, "", self.config)
+        q = self.grid.nearest(self.weight, *self.of_columns()).to(torch.int8)
+        return quantization.linear(Codes(q, *self._stored()), self.config)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What to multiply x by, in its dtype or that of autocast."""
+        return _StraightThrough.apply(self.weight, self.scales, self.offsets, self, compute_dtype(x))
+
+    @torch.no_grad()
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for. It is kept for as long as no optimizer changes what it is made of."""
+        versions = [(id(tensor), tensor._version) for tensor in self.parameters()]
+        if versions != self._versions:
+            self._versions, self._values = versions, {}
+        if dtype not in self._values:
+            self._values[dtype] = self.codes().widen(slice(None), self.weight.new_empty(self.weight.shape, dtype=dtype))
+        return self._values[dtype]
+
+    def of_columns(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets as they are stored, fp32 [N, K]."""
+        n_columns, size = self.weight.shape[1], self.config.group_size
+        parts = (None if part is None else part.float().repeat_interleave(size, 1) for part in self._stored())
+        return tuple(None if part is None else part[:, :n_columns] for part in parts)
+
+    def of_groups(self, values: Tensor) -> Tensor:
+        """Sums over the columns [N, K] of each group."""
+        size = self.config.group_size
+        return F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
+
+    def _stored(self) -> tuple[Tensor, Tensor | None]:
+        dtype = self.grid.dtype
+        return self.grid.stored(self.scales).to(dtype), None if self.offsets is None else self.offsets.to(dtype)
+
+
+class RoundedLinear(_Rounded):
+    """y = x v^T with the value v of the codes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.rounded(x))
+
+
+class RoundedEmbedding(_Rounded, TokenEmbedding):
+    """The table of token vectors, whose rows are looked up and multiplied as the values of their codes."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, _StraightThrough.apply(self.weight, None, None, self, self.weight.dtype))
+
+    def project(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.rounded(h))
+
+
+@torch.no_grad()
+def begin(model: Transformer, config: Quantization, progress: bool = False) -> None:
+    """Swap in layers that round every matrix, as `quantization.quantize` does now. Raises as that does."""
+    names, hidden = quantization.matrices(model, config), None if progress else True
+    bar = tqdm(names.items(), f"int{config.bits}", unit="matrix", disable=hidden, leave=False)
+    _swap(model, config, names, {name: quantization.rounded(module, name, config) for module, name in bar})
+
+
+def lay_out(model: Transformer, config: Quantization) -> None:
+    """The same layers with scales that are yet to be filled in, to plan without the weights."""
+    names = quantization.named(model, config)
+    _swap(model, config, names, {name: quantization.empty(module, name, config) for module, name in names.items()})
+
+
+def _swap(model: Transformer, config: Quantization, names: dict[nn.Module, str], codes: dict[str, Quantized]) -> None:
+    def make(module: nn.Module) -> _Rounded:
+        kind = RoundedEmbedding if isinstance(module, TokenEmbedding) else RoundedLinear
+        name = names[module]
+        return kind(module.weight, codes[name], FORMATS[8] if name in TABLES else config.of(name))
+
+    replace_modules(model, lambda _, module: module in names, make)
+
+
+def finish(model: Transformer, config: Quantization) -> None:
+    """The quantized model: every layer as its codes."""
+    replace_modules(model, lambda _, module: isinstance(module, _Rounded), lambda layer: layer.codes())
+    model.quantization = config

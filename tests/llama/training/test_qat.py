@@ -1,0 +1,158 @@
+"""Training through the rounding to codes: what is computed, what the gradients are, and what is written at the end."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, random_model
+from support import batches, gap, gradients, hard_rows, samples, widened
+
+from llama import checkpoint, quantization
+from llama.quantization import Quantization, rounded
+from llama.surgery import plain_linear
+from llama.training import qat
+from llama.training.options import Settings
+from llama.training.step import Trainer, evaluate
+
+TOKENS = torch.arange(40).view(2, 20)
+SETTINGS = Settings(optimizer="adamw", lr=1e-2)
+bits_of = pytest.mark.parametrize("bits", qat.FORMATS)
+
+
+def rounded_model(bits: int = 4):
+    model = random_model().requires_grad_(True)
+    qat.begin(model, qat.FORMATS[bits])
+    return model
+
+
+def layer_of(config: Quantization, n_columns: int = 96) -> qat.RoundedLinear:
+    """Of hard rows, whose last group of 64 is a shorter one."""
+    weight = torch.nn.Parameter(hard_rows(n_columns=n_columns))
+    return qat.RoundedLinear(weight, rounded(plain_linear(weight), "", config), config)
+
+
+def layers(model) -> dict[str, qat._Rounded]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, qat._Rounded)}
+
+
+def trained(bits: int, n_steps: int = 5, **changes) -> tuple[Trainer, list]:
+    trainer = Trainer(rounded_model(bits), Settings(**{**vars(SETTINGS), **changes}), n_steps)
+    (window,) = [batches([samples(3, seed=7)])]
+    return trainer, [trainer.step(window) for _ in range(n_steps)]
+
+
+@bits_of
+def test_it_starts_as_the_quantized_model(bits):
+    """Each matrix to the bit, in fp32 and in bf16."""
+    model, twin = rounded_model(bits), random_model()
+    quantization.quantize(twin, qat.FORMATS[bits])
+    assert len(layers(model)) == 7 * SMALL.n_layers + 1
+    for name, layer in layers(model).items():
+        for dtype in (torch.float32, torch.bfloat16):
+            there = twin.get_submodule(name)
+            assert torch.equal(
+                layer.value(dtype), there.widen(slice(None), torch.empty(layer.weight.shape, dtype=dtype))
+            )
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), twin(TOKENS), atol=1e-5, rtol=1e-5)
+
+
+@bits_of
+def test_gradients_are_those_by_the_rounded_weights(bits):
+    """Of every weight, the tied table included: as in a plain model whose weights are the values."""
+    model, twin = rounded_model(bits), random_model().requires_grad_(True)
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            twin.get_submodule(name).weight.copy_(layer.value(torch.float32))
+    for one in (model, twin):
+        F.cross_entropy(one(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+    straight = {name: grad for name, grad in gradients(model).items() if not name.endswith(("scales", "offsets"))}
+    assert gap(straight, gradients(twin)) < 1e-6
+
+
+@pytest.mark.parametrize("config", [qat.FORMATS[4], Quantization(4, 32), Quantization(8, 64)], ids=lambda c: c.name)
+def test_scales_and_offsets_have_the_gradients_of_the_papers(config):
+    """By autograd through round(u) = u + (round(u) - u), its second term held, in fp64; also where codes are cut."""
+    layer = layer_of(config)
+    with torch.no_grad():
+        layer.scales *= 0.7
+    dv = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    layer.rounded(dv).backward(dv)
+    scales, offsets = (None if part is None else part.detach().double() for part in layer._stored())
+    parts = [part.requires_grad_() for part in (scales, offsets) if part is not None]
+    of_columns = [part.repeat_interleave(config.group_size, 1)[:, : dv.shape[1]] for part in parts]
+    offset = of_columns[1] if len(parts) == 2 else 0.0
+    u = (layer.weight.detach().double() - offset) / of_columns[0]
+    cut = u.clamp(config.grid.low, config.grid.high)
+    assert (cut != u).any()
+    q = cut + (cut.round() - cut).detach()
+    (q * of_columns[0] + offset).backward(dv.double())
+    for ours, theirs in zip((layer.scales, layer.offsets), parts, strict=False):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-3, rtol=1e-4)
+    assert torch.equal(layer.weight.grad, dv)
+
+
+@bits_of
+def test_training_changes_codes_and_what_is_written_is_what_was_computed(bits, tmp_path):
+    """Values are those of the exported codes to the bit; the loss is that of the exported checkpoint."""
+    trainer, reports = trained(bits)
+    assert reports[-1].loss < reports[0].loss - 0.1
+    model, config = trainer.model, qat.FORMATS[bits]
+    last = batches([samples(1, seed=7)])
+    loss, values = (
+        evaluate(trainer, last).loss,
+        {name: layer.value(torch.float32) for name, layer in layers(model).items()},
+    )
+    start = {name: layer.value(torch.float32) for name, layer in layers(rounded_model(bits)).items()}
+    weights = {name: layer.weight for name, layer in layers(model).items()}
+    qat.finish(model, config)
+    checkpoint.save(model, tmp_path / "out")
+    found = checkpoint.load(tmp_path / "out")
+    assert quantization.quantization_of(found) == config
+    for name, value in values.items():
+        assert torch.equal(widened(found.get_submodule(name)).float(), value) and not torch.equal(value, start[name])
+        assert not torch.equal(weights[name], value)
+    found.norm.requires_grad_(True)  # a trainer wants something to train
+    assert evaluate(Trainer(found, SETTINGS, 1), last).loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_values_are_made_once_for_each_step(monkeypatch):
+    """Whatever moves a weight, a scale or an offset, they are made anew; and not without."""
+    layer, x = layer_of(qat.FORMATS[4]), torch.randn(3, 96)
+    made, make = [], layer.codes
+    monkeypatch.setattr(layer, "codes", lambda: made.append(1) or make())
+    layer(x), layer(x), layer(x).sum().backward()
+    assert len(made) == 1
+    for number, weight in enumerate((layer.weight, layer.scales, layer.offsets), 2):
+        before = layer(x).detach()
+        torch.optim.AdamW([weight], 0.1).step()
+        assert not torch.equal(layer(x), before) and len(made) == number
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16 and len(made) == 5
+    layer(x)
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_restored_training_continues_to_the_same_bits(amp):
+    whole, expected = trained(4, 4, amp=amp)
+    half, _ = trained(4, 2, amp=amp)
+    kept = copy.deepcopy(half.snapshot())
+    again = Trainer(rounded_model(), half.settings, 4)
+    again.model(TOKENS)  # values of the start, which must not outlive it
+    again.restore(kept)
+    window = batches([samples(3, seed=7)])
+    reports = [again.step(window) for _ in range(2)]
+    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, again.weights[name])
+
+
+def test_what_is_quantized_is_not_trained():
+    model = random_model()
+    quantization.quantize(model, Quantization(8))
+    with pytest.raises(ValueError, match="quantized already"):
+        qat.begin(model, qat.FORMATS[4])
