@@ -17,7 +17,7 @@ from llama import KVCache, ModelArgs, Transformer, lora
 from llama.config import PRESETS
 from llama.kernels.cpu import decode_step
 from llama.lora import LoRAConfig
-from llama.quantization import Quantization, rounded
+from llama.quantization import GROUP_SIZES, Quantization, rounded
 from llama.surgery import plain_linear
 from llama.training.batch import Batch, collate
 from reports import build, tables
@@ -80,6 +80,10 @@ def hard_rows(dtype: torch.dtype = torch.float32, n_columns: int = 256) -> torch
 def make_layer(config: Quantization, n: int = 300, k: int = 256):
     """A layer of hard rows, 64 of them again and again."""
     return linear_of(hard_rows(n_columns=k).repeat(5, 1)[:n], config)
+
+
+FORMATS = [Quantization(8), *(Quantization(8, size) for size in GROUP_SIZES)]
+FORMATS += [Quantization(4, size, zero_points) for size in GROUP_SIZES for zero_points in (False, True)]
 
 
 def linear_of(weight: torch.Tensor, config: Quantization):

@@ -7,13 +7,21 @@ import dataclasses
 import pytest
 import torch
 from conftest import SMALL, random_model
-from support import same_weights, widened
+from support import FORMATS, hard_rows, linear_of, same_weights, widened
 from torch import nn
 
 from llama import calibration, checkpoint
 from llama.calibration import affordable, calibrate
 from llama.errors import InputError, NonFinite
-from llama.quantization import CALIBRATED, Int4Linear, Int8Linear, Quantization, quantization_of, quantize
+from llama.quantization import (
+    CALIBRATED,
+    Int4Linear,
+    Int8Linear,
+    Quantization,
+    quantization_of,
+    quantize,
+)
+from llama.surgery import plain_linear
 
 TOKENS = torch.randint(0, SMALL.vocab_size, (6, 48), generator=torch.Generator().manual_seed(0))
 CONFIGS = {
@@ -51,6 +59,23 @@ def test_each_matrix_loses_what_it_says_and_less_than_with_the_nearest_codes(nam
         assert outcome.chosen < outcome.nearest
     change = [(other(TOKENS) - original(TOKENS)).norm() for other in (model, nearest)]
     assert change[0] < 0.9 * change[1]
+
+
+@pytest.mark.parametrize("config", FORMATS, ids=lambda config: f"{config.name} {config.group_size}")
+@pytest.mark.parametrize(("n_tokens", "width"), [(1, 33), (40, 172), (400, 7)])
+def test_a_matrix_never_loses_more_than_without_calibration(config, n_tokens, width):
+    """Few tokens or many, one input 1,000 times as large as others, one always 0; weights that are hard to round."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    for x in (torch.randn(n_tokens, width, generator=generator), torch.ones(n_tokens, width)):
+        x[:, 2], x[:, 3] = 1000 * x[:, 2], 0
+        weight = hard_rows(n_columns=width).clamp(-6e4, 6e4)
+        linear = plain_linear(nn.Parameter(weight, requires_grad=False))
+        choice = calibration._Choice(config, {})
+        chosen, nearest = choice.layer("a matrix", linear, x.t() @ x), linear_of(weight, config)
+        lost = [((widened(one) - weight.double()) @ x.double().t()).norm().item() for one in (chosen, nearest)]
+        assert lost[0] <= lost[1] * (1 + 1e-3)  # the Hessian is a sum in fp32
+        outcome = choice.outcomes["a matrix"]
+        assert outcome.chosen <= outcome.nearest
 
 
 def test_it_is_deterministic_and_survives_the_disk(tmp_path):

@@ -7,9 +7,10 @@ import copy
 import gguf
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_model
 from gguf import GGMLQuantizationType as Kind
-from support import hard_rows, linear_of, make_layer, widened
+from support import FORMATS, hard_rows, linear_of, make_layer, widened
 from torch import nn
 
 from llama import Transformer
@@ -131,6 +132,27 @@ def test_groups_need_not_divide_a_row(width, group_size, zero_points):
     assert torch.equal(widened(layer)[:, start:], widened(last))
     if width % 32 == 7:
         assert not (layer.weight[:, -16:] >> 4).any() and not layer.weight[:, -9:].any()
+
+
+@pytest.mark.parametrize("config", FORMATS, ids=lambda config: f"{config.name} {config.group_size}")
+@pytest.mark.parametrize("width", [7, 33, 96, 172, 300])
+def test_codes_stand_for_exactly_what_the_formula_says(config, width):
+    """code * scale (+ offset), read here from the stored tensors; a product with the identity is that of the twin."""
+    layer = linear_of(hard_rows(n_columns=width), config)
+    stored, columns = layer.weight, torch.arange(width)
+    codes = stored.double()
+    if config.bits == 4:
+        byte = stored[:, columns // 32 * 16 + columns % 16].int()
+        codes = torch.where(columns % 32 >= 16, byte >> 4, byte & 15).double() - (0 if config.zero_points else 8)
+    of_columns = columns // (config.group_size or width)
+    scales = (layer.scales if config.group_size else layer.scales[:, None])[:, of_columns]
+    offsets = layer.offsets[:, of_columns].double() if config.zero_points else 0
+    twin = codes * scales.double() + offsets
+    assert torch.equal(widened(layer), twin)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = twin.clamp(-6e4, 6e4).float().to(dtype)  # once more than fp32 itself does
+        assert torch.equal(layer.widen(slice(None), torch.empty_like(rounded)).clamp(-6e4, 6e4), rounded)
+    assert torch.equal(layer(torch.eye(width)).t(), F.linear(torch.eye(width), twin.float()).t())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
