@@ -24,7 +24,7 @@ import torch
 from llama import adapters, files
 from llama.device import device_name
 from llama.errors import InputError
-from llama.quantization import CALIBRATED, Quantization
+from llama.quantization import CALIBRATED, TRAINED, Quantization
 
 OUTPUT_FLAGS = ("--results", "--figures", "--out_dir", "--work_dir")
 FIELDS = {"experiment": str, "cell": dict, "metrics": dict, "device": dict, "dtype": str, "threads": int}
@@ -120,6 +120,8 @@ def model_cell(name: str, quantization: Quantization | None, adapter: str | None
         cell["zero_points"] = True
     if quantization is not None and quantization.method == CALIBRATED:
         cell["calibrated"] = True
+    if quantization is not None and quantization.method == TRAINED:
+        cell["qat"] = True
     if quantization is not None and quantization.int8:
         cell["int8_matrices"] = len(quantization.int8)
     if adapter is not None:

@@ -41,6 +41,7 @@ GROUP_SIZES = (32, 64, 128)
 TABLES = ("tok_embeddings", "output")  # int8 also in an int4 model
 FIELDS = ("method", "bits", "group_size", "zero_points", "int8")  # of params.json
 CALIBRATED = "gptq"  # the method of codes that calibration.py has chosen
+TRAINED = "qat"  # of those that weights were trained through: training/qat.py
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Quantization:
     bits: int
     group_size: int | None = None  # None: of int8 a whole row, of int4 32
     zero_points: bool = False  # of int4: an offset for each group beside its scale
-    method: str | None = None  # how the codes are chosen: CALIBRATED, or None, which stands for each weight by itself
+    method: str | None = None  # how the codes are chosen: CALIBRATED, TRAINED, or None: each weight by itself
     int8: tuple[
         str, ...
     ] = ()  # matrices of the blocks, by name, that have 8 bits with a scale for each row all the same
@@ -68,7 +69,7 @@ class Quantization:
         if size is not None and (isinstance(size, bool) or size not in GROUP_SIZES):
             raise ValueError(f"group_size={size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
         plain = {8: "absmax", 4: "least-squares"}[self.bits]
-        if self.method not in (None, plain, CALIBRATED):
+        if self.method not in (None, plain, CALIBRATED, TRAINED):
             raise ValueError(f"method={self.method!r} is not known for {self.bits} bits")
         object.__setattr__(self, "method", self.method or plain)
         is_list = isinstance(self.int8, (list, tuple)) and all(isinstance(name, str) for name in self.int8)

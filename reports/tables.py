@@ -142,7 +142,7 @@ def _weights_in_words(cell: dict[str, Any]) -> list[str]:
     words = cell["weights"] + (f" in groups of {cell['group_size']}" if cell.get("group_size") else "")
     words += " with zero-points" if cell.get("zero_points") else ""
     words += f" and {cell['int8_matrices']} matrices of int8" if cell.get("int8_matrices") else ""
-    return [words, *(["calibrated"] if cell.get("calibrated") else [])]
+    return [words, *(["calibrated"] if cell.get("calibrated") else []), *(["QAT"] if cell.get("qat") is True else [])]
 
 
 @per_setting("data", "data_sha256", "tokens", "context", "stride", "batch_size", dtype=False)

@@ -341,7 +341,7 @@ def test_a_run_through_the_rounding_resumes_to_the_same_bytes_and_writes_its_cod
         written = [root / "loss.jsonl", root / "merged" / "model.safetensors", *sorted(last.glob("*.safetensors"))]
         results.append([path.read_bytes() for path in written])
     assert results[0] == results[1]
-    assert checkpoint.read_quantization(root / "merged") == qat.FORMATS[4]
+    assert checkpoint.read_quantization(root / "merged") == dataclasses.replace(qat.FORMATS[4], method="qat")
     summary = json.loads((root / "summary.json").read_text())
     ids = Tokenizer(TINY / "tokenizer.model").encode(Path(texts["eval_data"]).read_text(), bos=True, eos=False)
     loss = perplexity.evaluate(checkpoint.load(root / "merged"), ids[: 12 * 7 + 1], context=8, stride=7).loss
@@ -362,6 +362,38 @@ def test_what_does_not_go_with_rounding_is_refused(base, tmp_path, monkeypatch, 
     given = [f"--ckpt_dir={base / 'base'}", f"--out_dir={tmp_path / 'run'}", "--qat=4", *extra.split()]
     code, _, err = call(monkeypatch, capsys, *given)
     assert code == 2 and ROUNDED[extra] in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_codes_of_a_checkpoint_and_no_others(no_estimate, base, tmp_path, monkeypatch, capsys):
+    """In its format; also when it is resumed, and not where it is no quantized form of the model."""
+    config = quantization.Quantization(4, 32)
+    for name, seed in (("codes", None), ("others", 1)):
+        model = checkpoint.load(base / "base")
+        if seed is not None:
+            model.init_weights(torch.Generator().manual_seed(seed))
+        quantization.quantize(model, config)
+        checkpoint.save(model, tmp_path / name)
+    changes = {"qat": 4, "lora": False, "amp": "none", "export": "meta", "max_steps": 1, "accumulation": 1}
+    run = run_to(base, tmp_path / "run", qat_start=str(tmp_path / "codes"), **changes)
+    assert run.rounding == config and len(run.trainer.weights["layers.0.feed_forward.w2.scales"][0]) > 1
+    assert checkpoint.read_quantization(tmp_path / "run" / "merged") == dataclasses.replace(config, method="qat")
+    again = [f"--out_dir={tmp_path / 'run'}", "--resume"]
+    assert call(monkeypatch, capsys, *again)[0] == 0
+    code, _, err = call(monkeypatch, capsys, *again, f"--qat_start={tmp_path / 'others'}")
+    assert code == 2 and "the codes to start from are not those of this weight" in err
+    given = {"lora": False, "qat": 4, "amp": "none"}
+    refused = {
+        "others": "the codes to start from are not those of this weight",
+        "base": "holds no codes of 4 bits; make them with compress.py quantize",
+    }
+    (tmp_path / "base").symlink_to(base / "base")
+    for name, message in refused.items():
+        extra = given | {"qat_start": tmp_path / name}
+        code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "new", **extra))
+        assert code == 2 and message in err and not (tmp_path / "new").exists(), err
+    code, _, err = call(monkeypatch, capsys, *flags(base, tmp_path / "new", qat_start=tmp_path / "codes"))
+    assert code == 2 and "leave it out, or say which" in err
 
 
 def test_codes_are_not_trained_through_another_rounding(tmp_path, monkeypatch, capsys):

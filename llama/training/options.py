@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SETTINGS = "settings.json"
 NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
 MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
-PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "data", "eval_data")  # known by their content, wherever they lie
+PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "qat_start", "data", "eval_data")  # known by their content
 MAY_CHANGE += PLACES
 
 
@@ -66,8 +66,8 @@ class Settings(cli.Options):
     )
     qat: int | None = option(
         None,
-        "4 or 8: all weights are trained through their rounding to so many bits, and the codes are exported; 4 bits in "
-        "groups of 64 with zero-points; without lora and lean",
+        "4 or 8: all weights are trained through their rounding to so many bits, and the codes are exported; without "
+        "lora and lean",
         choices=(4, 8),
     )
 
@@ -127,6 +127,11 @@ class TrainingOptions(Settings):
     accumulation: int = option(8, "micro-batches of one optimizer step", least=1)
     epochs: int = option(1, "passes over the data", least=1)
     max_steps: int | None = option(None, "end after this many optimizer steps", least=1)
+    qat_start: str | None = option(
+        None,
+        "with qat, start from the codes of this checkpoint, which compress.py has made of the same model, in its "
+        "format; default: 4 bits in groups of 64 with zero-points, chosen for each weight by itself",
+    )
     keep_zeros: bool = option(False, "of a model pruned by magnitude, zeros stay zeros; without lora and lean")
     checkpointing: str = option(
         "none", "layers that are recomputed in the backward pass: none, all, every:K, or a list such as 0,4,8"
@@ -174,6 +179,8 @@ class TrainingOptions(Settings):
             raise InputError(f"keep_zeros=True with {refused} would fill the zeros in; use lora=False and lean=False")
         if self.qat is not None:
             self._require_codes_alone()
+        elif self.qat_start is not None:
+            raise InputError(f"qat_start={self.qat_start} is where qat=4 or 8 starts; leave it out, or say which")
         if self.lean and not self.lora:
             require_plain_sgd(self)
         if self.checkpoint_budget_gb is not None and self.checkpointing != "none":

@@ -4,6 +4,8 @@
     ...
     finish(model, FORMATS[4])    # the codes that the last forward pass computed with: a quantized model, to be saved
 
+    begin(model, config, start)  # the same from the codes of a quantized model, such as calibration.py chooses
+
 A layer keeps its weight in fp32 and computes with the values of its codes, those of the very layer that will be
 written. Their gradient goes to the weight as if it had not been rounded (the straight-through estimator, Bengio et al.
 2013), so that small steps add up until a code changes. Codes are made once for each optimizer step.
@@ -18,6 +20,8 @@ as groups of 32 without.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,12 +32,15 @@ from tqdm import tqdm
 from llama import quantization
 from llama.code_layers import Quantized
 from llama.codes import Codes
+from llama.errors import InputError
 from llama.frozen import compute_dtype
 from llama.model import TokenEmbedding, Transformer
-from llama.quantization import TABLES, Quantization
+from llama.quantization import TABLES, TRAINED, Quantization
 from llama.surgery import replace_modules
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
+HALF = 0.499  # of a scale: how far from the value of a code a weight surely has that code
+FAR = 0.5  # relative error of a matrix beyond which codes are not of this weight
 
 
 class _StraightThrough(Function):
@@ -104,6 +111,17 @@ class _Rounded(nn.Module):
             self._values[dtype] = self.codes().widen(slice(None), self.weight.new_empty(self.weight.shape, dtype=dtype))
         return self._values[dtype]
 
+    @torch.no_grad()
+    def take(self, codes: Quantized) -> None:
+        """Change the weight as little as it takes for its codes to be these, which have the same scales and offsets."""
+        value = codes.widen(slice(None), torch.empty_like(self.weight))
+        if not (value - self.weight).norm() <= FAR * self.weight.norm():
+            raise InputError("the codes to start from are not those of this weight; quantize the model that is trained")
+        if self.scales is not None:
+            half = HALF * self.of_columns()[0].abs()
+            inside = self.weight.clamp(value - half, value + half)
+            self.weight.copy_(torch.where(self.value(value.dtype) == value, self.weight, inside))
+
     def of_columns(self) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets as they are stored, fp32 [N, K]."""
         n_columns, size = self.weight.shape[1], self.config.group_size
@@ -138,11 +156,22 @@ class RoundedEmbedding(_Rounded, TokenEmbedding):
 
 
 @torch.no_grad()
-def begin(model: Transformer, config: Quantization, progress: bool = False) -> None:
-    """Swap in layers that round every matrix, as `quantization.quantize` does now. Raises as that does."""
+def begin(model: Transformer, config: Quantization, start: Transformer | None = None, progress: bool = False) -> None:
+    """Swap in layers that round every matrix, as `quantization.quantize` does now, or to the codes of `start`.
+
+    start: a model that is quantized as `config` says. Raises as `quantize` does, and InputError naming a matrix whose
+    codes in `start` are far from its weight.
+    """
     names, hidden = quantization.matrices(model, config), None if progress else True
-    bar = tqdm(names.items(), f"int{config.bits}", unit="matrix", disable=hidden, leave=False)
-    _swap(model, config, names, {name: quantization.rounded(module, name, config) for module, name in bar})
+    codes = {}
+    for module, name in tqdm(names.items(), f"int{config.bits}", unit="matrix", disable=hidden, leave=False):
+        codes[name] = quantization.rounded(module, name, config) if start is None else start.get_submodule(name)
+    _swap(model, config, names, codes)
+    for name in codes if start is not None else ():
+        try:
+            model.get_submodule(name).take(codes[name])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def lay_out(model: Transformer, config: Quantization) -> None:
@@ -163,4 +192,4 @@ def _swap(model: Transformer, config: Quantization, names: dict[nn.Module, str],
 def finish(model: Transformer, config: Quantization) -> None:
     """The quantized model: every layer as its codes."""
     replace_modules(model, lambda _, module: isinstance(module, _Rounded), lambda layer: layer.codes())
-    model.quantization = config
+    model.quantization = replace(config, method=TRAINED)

@@ -30,6 +30,7 @@ from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, pr
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import LEAST_PIECES, confidence
+from llama.quantization import Quantization
 from llama.training import batch, memory, qat, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
@@ -154,6 +155,7 @@ class Run:
         if self.quantized is not None:
             require_adapters_alone(options, directory)
         args = checkpoint.read_args(directory)
+        self.rounding = rounding_of(options, args)
         self.directory, self.adapter_sha256 = directory, None
         self.lora = options.lora_config if options.lora else None
         if options.adapter is not None:
@@ -174,8 +176,9 @@ class Run:
             self.model.requires_grad_(True)
         if options.keep_zeros:
             pruning.keep_zeros(self.model)
-        if options.qat is not None:
-            qat.begin(self.model, qat.FORMATS[options.qat], progress=True)
+        if self.rounding is not None:
+            start = options.qat_start and checkpoint.load(options.qat_start, dtype, self.device, progress=True)
+            qat.begin(self.model, self.rounding, start, progress=True)
         checkpoint_layers(self.model, self.layers)
         self.per_epoch = order.steps_per_epoch(len(data.sequences), options.batch_size * options.accumulation)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
@@ -223,7 +226,7 @@ class Run:
         name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         method += f", from {options.adapter}" if options.adapter is not None else ""
-        whole = "all weights" + (f" through {qat.FORMATS[options.qat].name}" if options.qat is not None else "")
+        whole = "all weights" + (f" through {self.rounding.name}" if self.rounding is not None else "")
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         context = self.model.args.trained_context
         longest = max(len(sample.tokens) for sequence in self.data.sequences for sample in sequence)
@@ -268,6 +271,7 @@ class Run:
             "eval_data": self.data.eval_sha256,
             "base": self.base,
             "adapter": self.adapter_sha256,
+            "qat_start": self.options.qat_start and checkpoint.fingerprint(self.options.qat_start),
             "tokenizer": files.sha256(self.tokenizer_file),
         }
 
@@ -290,7 +294,7 @@ class Run:
             was = about.get(f"{name}_sha256", now if name == "tokenizer" else None)  # older runs do not tell it
             if was != now:
                 option = {"base": "ckpt_dir", "tokenizer": "tokenizer_path"}.get(name, name)
-                if was is None and name in ("eval_data", "adapter"):
+                if was is None and name in ("eval_data", "adapter", "qat_start"):
                     raise InputError(f"{self.root} was started without {option}; leave it out, or start a new run")
                 reason = f"is not what the run was started with (sha256 {str(was)[:12]}, now {str(now)[:12]})"
                 raise InputError(f"{option} {reason}; pass {option}=PATH of that, if it is elsewhere")
@@ -449,13 +453,25 @@ class Run:
             zeros, n_all = pruning.count_zeros(self.model)
             lines.append(f"{zeros:,} of {n_all:,} weights of the projections are zero, as before.")
             pruning.remove_masks(self.model)
-        if options.qat is not None:
-            qat.finish(self.model, qat.FORMATS[options.qat])
+        if self.rounding is not None:
+            qat.finish(self.model, self.rounding)
         for name, layout in EXPORTS[options.export].items():
             if not (self.root / name).exists():
                 checkpoint.save(self.model, self.root / name, layout, self.tokenizer_file)
         names = [*["adapter"] * options.lora, *EXPORTS[options.export]]
         return lines + [f"{name:<10} {self.root / name}" for name in names]
+
+
+def rounding_of(options: TrainingOptions, args: checkpoint.ModelArgs) -> Quantization | None:
+    """The format that weights are trained through. Raises InputError where qat_start holds no codes for this model."""
+    if options.qat_start is None:
+        return qat.FORMATS.get(options.qat)
+    found, place = checkpoint.read_quantization(options.qat_start), f"qat_start={options.qat_start}"
+    if found is None or found.bits != options.qat:
+        raise InputError(f"{place} holds no codes of {options.qat} bits; make them with compress.py quantize")
+    if checkpoint.read_args(options.qat_start) != args:
+        raise InputError(f"{place} holds a different model; quantize the one that is trained")
+    return found
 
 
 def require_adapters_alone(options: TrainingOptions, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from conftest import SMALL, random_model
 from support import batches, gap, gradients, hard_rows, samples, widened
 
 from llama import checkpoint, quantization
+from llama.calibration import calibrate
+from llama.errors import InputError
 from llama.quantization import Quantization, rounded
 from llama.surgery import plain_linear
 from llama.training import qat
@@ -19,6 +22,7 @@ from llama.training.step import Trainer, evaluate
 
 TOKENS = torch.arange(40).view(2, 20)
 SETTINGS = Settings(optimizer="adamw", lr=1e-2)
+FINE = Quantization(4, 32, zero_points=True)
 bits_of = pytest.mark.parametrize("bits", qat.FORMATS)
 
 
@@ -58,6 +62,32 @@ def test_it_starts_as_the_quantized_model(bits):
             )
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), twin(TOKENS), atol=1e-5, rtol=1e-5)
+
+
+def calibrated_model():
+    model = random_model()
+    calibrate(model, FINE, torch.randint(SMALL.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+def test_it_starts_from_the_codes_of_a_quantized_model():
+    """To the bit; weights move towards the code that they get, and only those that another one is closer to."""
+    start, model, untouched = calibrated_model(), random_model(), random_model()
+    qat.begin(model, FINE, start)
+    n_moved = 0
+    for name, layer in layers(model).items():
+        codes, before = start.get_submodule(name), untouched.get_submodule(name).weight
+        assert torch.equal(layer.value(torch.float32), widened(codes).float())
+        moved = layer.weight != before
+        if layer.scales is not None:
+            has_code = (before - layer.value(torch.float32)).abs() <= 0.498 * layer.of_columns()[0]
+            assert not moved[has_code].any()
+        closer = (layer.value(torch.float32) - layer.weight).abs() < (layer.value(torch.float32) - before).abs()
+        assert closer[moved].all()
+        n_moved += moved.sum().item()
+    assert 0 < n_moved < 0.3 * SMALL.n_params()
+    with pytest.raises(InputError, match="the codes to start from are not those of this weight"):
+        qat.begin(random_model(seed=1), FINE, start)
 
 
 @bits_of
@@ -111,7 +141,7 @@ def test_training_changes_codes_and_what_is_written_is_what_was_computed(bits, t
     qat.finish(model, config)
     checkpoint.save(model, tmp_path / "out")
     found = checkpoint.load(tmp_path / "out")
-    assert quantization.quantization_of(found) == config
+    assert quantization.quantization_of(found) == dataclasses.replace(config, method=quantization.TRAINED)
     for name, value in values.items():
         assert torch.equal(widened(found.get_submodule(name)).float(), value) and not torch.equal(value, start[name])
         assert not torch.equal(weights[name], value)
