@@ -58,14 +58,14 @@ from reports import tables
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 PARTS = {"cpu": ("decode", "prefill", "train"), "cuda": ("gpu",)}
 NEEDS = {
-    "cpu": "Linux, AVX-512 with bfloat16, AMX except for train, and a C compiler",
+    "cpu": "Linux, AVX-512 with VNNI and bfloat16, and a C compiler",
     "cuda": f"Triton, and compute capability {'.'.join(map(str, gpu.OLDEST))}",
 }
 BATCH_SIZES = (1, 16)  # of a decode step: one sequence, and as many as the kernel takes at once
 GRAPH_CALLS = 100  # of an operation that is far shorter than a replay takes to begin
 READ_BYTES = 1 << 28  # that a run goes through, where weights are read: caches hold 100 MB at most
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05
-VOCAB = 16  # of the models that lend their blocks: the least that the kernel takes
+VOCAB = 16  # of the models that lend their blocks: next to no time goes into the head
 SAME = 1 / 16  # of the norm of a result: tells a different operation from a different rounding, and no more
 Draw = Callable[..., Tensor]  # random bfloat16 of a shape
 Form = Callable[..., Any]  # an operation: operands to results

@@ -6,8 +6,8 @@ values to its cache and returns logits [B, T, V]. Plain decoding has T = 1, spec
     EagerStep      Transformer.forward, the slow twin of the others
     FusedStep      kernels/gpu/fused_step.py: on a GPU, what lies between the products in a few Triton kernels
     CapturedStep   one of these, recorded once for each T as a CUDA graph and replayed: no launch overhead, no Triton
-    NativeStep     kernels/cpu/decode_step.py: bfloat16 on a CPU with AMX, at the speed of its memory; whole sequences
-                   go through kernels/cpu/prefill.py there
+    NativeStep     kernels/cpu/decode_step.py: bfloat16 on a CPU with AVX-512, at the speed of its memory; whole
+                   sequences go through kernels/cpu/prefill.py there
 
 `decoding` names the choice: "auto" takes the fastest that the machine has, "eager" the plain one, "compiled" sends the
 eager step through torch.compile first, which takes a minute and is therefore never chosen on its own.

@@ -30,7 +30,7 @@ TRAIN = "rms_norm rms_norm_backward swiglu swiglu_backward rotate lora_down lora
 TRAIN += ["softmax_gradient_", "sgd_"]
 PREFILL = ["RMSNorm", "RoPE into the cache", "SwiGLU"]
 needs_kernels = pytest.mark.skipif(
-    train_ops.library() is None or decode_step.library() is None, reason="no CPU with AMX and a C compiler at hand"
+    train_ops.library() is None or decode_step.library() is None, reason="no CPU with AVX-512 and a C compiler at hand"
 )
 
 

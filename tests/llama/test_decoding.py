@@ -87,21 +87,6 @@ def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, 
 
 
 @needs_kernel
-@torch.no_grad()
-def test_native_step_and_pytorchs_own_products_do_not_disturb_each_other():
-    """Both configure the tile registers of the same threads."""
-    model = random_model(PRESETS["tiny"], std=0.05).bfloat16()
-    tokens, x = torch.tensor([[5, 6, 7]]), torch.randn(300, 256).bfloat16()
-    plain = model(tokens), x @ x.T
-    step = decode_step.NativeStep(model, full_cache(model.args, 16, 9))
-    newest, pos = torch.arange(16)[:, None], torch.arange(16)[:, None] % 9
-    first = step(newest, pos)
-    for _ in range(3):
-        assert torch.equal(model(tokens), plain[0]) and torch.equal(x @ x.T, plain[1])
-        assert torch.equal(step(newest, pos), first)
-
-
-@needs_kernel
 def test_native_step_refuses_what_is_out_of_range():
     model = random_model(PRESETS["tiny"]).bfloat16()
     cache = full_cache(model.args, 2, 9)
@@ -132,7 +117,8 @@ def test_native_step_leaves_every_changed_model_to_the_eager_one():
     assert not decode_step.supports(changed(lambda m: setattr(m.get_submodule(block), "w2", Other(1024, 256, False))))
     assert not decode_step.supports(changed(lambda m: setattr(m.get_submodule(block), "w2", nn.Linear(1024, 256))))
     assert not decode_step.supports(changed(lambda m: m.layers[0].register_forward_hook(print)))
-    assert not decode_step.supports(random_model(SMALL).bfloat16())  # heads of 16
+    wide = dataclasses.replace(SMALL, dim=640, n_heads=2, n_kv_heads=1, head_dim=320)
+    assert not decode_step.supports(random_model(wide).bfloat16())
 
 
 @needs_kernel
@@ -185,7 +171,7 @@ def no_home_and_nothing_writable(monkeypatch):
 )
 def test_a_machine_that_cannot_compile_kernels_says_so_and_goes_on(monkeypatch, fresh_kernels, lack, said):
     lack(monkeypatch)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(decode_step, "has_instructions", lambda: True)
     monkeypatch.setattr(native.sys, "platform", "linux")
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     llama = Llama(random_model(PRESETS["tiny"]).bfloat16(), TOKENIZER)
@@ -194,9 +180,19 @@ def test_a_machine_that_cannot_compile_kernels_says_so_and_goes_on(monkeypatch, 
     assert Llama(random_model(PRESETS["tiny"]), TOKENIZER).decoder.why_slower is None  # fp32 has no kernel to lack
 
 
+def test_a_cpu_without_the_instructions_and_a_model_with_other_layers_are_named(monkeypatch):
+    model = random_model(PRESETS["tiny"]).bfloat16()
+    model.layers[0].register_forward_hook(print)
+    monkeypatch.setattr(decode_step, "library", lambda: "compiled")
+    for there, said in ((False, "this CPU has no AVX-512"), (True, "the model has layers that the C step does not")):
+        monkeypatch.setattr(decode_step, "has_instructions", lambda there=there: there)
+        assert said in Decoder(model, "auto").why_slower
+        assert Decoder(model, "eager").why_slower is None
+
+
 def test_kernels_are_compiled_once_and_outlive_an_unwritable_home(monkeypatch, tmp_path):
     if decode_step.library() is None:
-        pytest.skip("no CPU with AMX and a C compiler at hand")
+        pytest.skip("no CPU with AVX-512 and a C compiler at hand")
     (tmp_path / "file").write_text("")
     for home, is_shared in ((tmp_path, True), (tmp_path / "file" / "below", False)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))

@@ -15,9 +15,7 @@ from torch import nn
 
 from llama import Transformer
 from llama.codes import INT4, INT4_ZERO_POINTS, INT8_GROUPS, pack, quantize_groups, quantize_rows
-from llama.decoding import Decoder
 from llama.errors import InputError
-from llama.kernels.cpu import decode_step
 from llama.quantization import Int8Embedding, Int8Linear, Quantization, lay_out, quantization_of, quantize
 
 CONFIGS = [Quantization(8), Quantization(8, 64), Quantization(4), Quantization(4, 64)]
@@ -291,16 +289,6 @@ def test_impossible_settings():
     quantize(model, Quantization(8))
     with pytest.raises(ValueError, match="quantized already"):
         quantize(model, Quantization(8))
-
-
-@pytest.mark.parametrize("config", [Quantization(4, 32, True), Quantization(8, 32), MIXED])
-def test_a_format_that_the_c_step_does_not_have_is_left_to_pytorch_and_named(config, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(decode_step, "library", lambda: "compiled")
-    model = random_model().bfloat16()
-    quantize(model, config)
-    decoder = Decoder(model, "auto")
-    assert decoder.name == "eager" and decoder.why_slower == f"the C step has no {config.name}"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)

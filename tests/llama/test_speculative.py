@@ -133,7 +133,7 @@ def test_greedy_equals_plain_in_fp32_on_the_embedded_model(tiny, name):
         assert speculation.counts.accepted > 20
 
 
-needs_kernel = pytest.mark.skipif(decode_step.library() is None, reason="no CPU with AMX and a C compiler at hand")
+needs_kernel = pytest.mark.skipif(decode_step.library() is None, reason="no CPU with AVX-512 and a C compiler at hand")
 
 
 @needs_kernel

@@ -1,4 +1,4 @@
-"""C kernels for the CPU: compiled once, in under a second, with the machine's own compiler; kept in the user's cache.
+"""C kernels for the CPU: compiled once, in a few seconds, with the machine's own compiler; kept in the user's cache.
 
 Without a compiler, or on a system that is not Linux on x86-64, there are none, and callers use plain PyTorch.
 """

@@ -24,7 +24,7 @@ from llama.cache import KVCache
 from llama.kernels.cpu.decode_step import Matrix, library
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, apply_rope, attend, rope_table
 
-SLAB = 1 << 22  # weights that are widened at once: 8 MB, in the cache of every CPU that has AMX
+SLAB = 1 << 22  # weights that are widened at once: 8 MB, which a CPU's cache holds
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ class _Run:
         slab = self.slab if len(self.slab) >= k else self.slab.new_empty(k)
         for start in range(0, n, size):
             stop = min(start + size, n)
-            library().widen_rows(matrix, start, stop - start, k, slab.data_ptr())
+            library().widen_rows(matrix, start, stop - start, slab.data_ptr())
             yield slice(start, stop), slab[: (stop - start) * k].view(-1, k)
 
 

@@ -22,6 +22,43 @@ static inline __m512 load(const bf16 *x) { return widen(_mm256_loadu_si256((cons
 
 static inline void store(bf16 *y, __m512 x) { _mm256_storeu_si256((__m256i *)y, narrow(x)); }
 
+/* Those that there are of 16 values, zeros for the rest. */
+static inline __m512 load_part(const bf16 *x, __mmask16 there) { return widen(_mm256_maskz_loadu_epi16(there, x)); }
+
+static inline void store_part(bf16 *y, __m512 x, __mmask16 there) { _mm256_mask_storeu_epi16(y, there, narrow(x)); }
+
+static inline __m512 load_fp16(const uint16_t *x, __mmask16 there) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, x));
+}
+
+/* 32 values of bfloat16, `n` of which there are, as 16 pairs; and the first and the second of each pair. */
+static inline __m512i load_pairs(const bf16 *x, int64_t n) {
+    return n >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, x);
+}
+
+static inline __m512 even_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+
+static inline __m512 odd_of(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+/* 16, 32 or 64 bytes, `n` of which there are. */
+static inline __m128i load_bytes_16(const char *x, int64_t n) {
+    return n >= 16 ? _mm_loadu_si128((const __m128i *)x) : _mm_maskz_loadu_epi8(n > 0 ? (1u << n) - 1 : 0, x);
+}
+
+static inline __m256i load_bytes_32(const char *x, int64_t n) {
+    return n >= 32 ? _mm256_loadu_si256((const __m256i *)x) : _mm256_maskz_loadu_epi8(n > 0 ? (1u << n) - 1 : 0, x);
+}
+
+static inline __m512i load_bytes_64(const char *x, int64_t n) {
+    return n >= 64 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi8(n > 0 ? (1ull << n) - 1 : 0, x);
+}
+
+static inline __m128 widen_4(__m128i x) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(x), 16)); }
+
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* 0, n, 2 n, ... 15 n. */
 static inline __m512i multiples(int n) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

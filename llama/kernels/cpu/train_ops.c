@@ -8,15 +8,11 @@
 
 #include "simd.h"
 
-static inline __m512 load_part(const bf16 *x, __mmask16 part) { return widen(_mm256_maskz_loadu_epi16(part, x)); }
-
 static inline __m512 load_either(const void *x, int64_t i, int wide) {
     return wide ? _mm512_loadu_ps((const float *)x + i) : load((const bf16 *)x + i);
 }
 
 static inline __m512 rounded(__m512 x) { return widen(narrow(x)); }
-
-static inline void store_part(bf16 *y, __m512 x, __mmask16 part) { _mm256_mask_storeu_epi16(y, part, narrow(x)); }
 
 static inline void store_either(void *y, int64_t i, __m512 x, int wide) {
     if (wide) _mm512_storeu_ps((float *)y + i, x);

@@ -107,12 +107,11 @@ def _int8_row(
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         inside = (rows < N)[:, None] & (columns < K)[None, :]
-        product = tl.load(codes + columns[None, :], inside, 0).to(tl.float32)
-        product *= tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
-        if GROUP is not None:
+        weight = tl.load(codes + columns[None, :], inside, 0).to(tl.float32)
+        if GROUP is not None:  # a code times an fp16 scale is exact in fp32
             index = rows.to(tl.int64)[:, None] * tl.cdiv(K, GROUP) + (columns // GROUP)[None, :]
-            product *= tl.load(scales + index, inside, 0.0).to(tl.float32)
-        sums += product
+            weight *= tl.load(scales + index, inside, 0.0).to(tl.float32)
+        sums += weight * tl.load(x + columns, columns < K, 0.0).to(tl.float32)[None, :]
     total = tl.sum(sums, 1)
     if GROUP is None:
         total *= tl.load(scales + rows, rows < N, 0.0)
