@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import stopwatch
+from benchmarks import hardware, stopwatch
 from benchmarks.options import TEXT
 from benchmarks.rows import Row, model_cell, record, require_writable, text_cell
 from data import text
@@ -153,6 +153,7 @@ def measure(
     devices.return_freed_memory()
     baseline = stopwatch.memory_baseline(device)
     model = checkpoint.load(side.directory, side.dtype, device, progress=True)
+    n_bytes = hardware.weight_bytes(model)  # without an adapter's
     if side.adapter is not None:
         base = None if side.any_base else partial(checkpoint.fingerprint, side.directory)
         adapters.load(model, side.adapter, base)
@@ -165,6 +166,8 @@ def measure(
         "scored_tokens": result.tokens,
         "windows": result.windows,
         "tokens_per_s": result.tokens / spent.seconds,
+        "weights_mb": n_bytes / devices.MB,
+        "weight_bits": 8 * n_bytes / model.args.n_params(),
     }
     if spent.peak_bytes is not None:
         values["peak_memory_mb"] = (spent.peak_bytes - baseline) / devices.MB

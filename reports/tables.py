@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.rows import Row
@@ -44,6 +44,7 @@ from reports.training_tables import (
 
 PLAIN_WEIGHTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # in rows that do not name a format
 PRUNED = ("one-round", "one-shot", "iterative")  # modes of pruning, beside each other
+YES = ("no", "yes")
 UNITS = {"tflop_s": "TFLOP/s", "gb_s": "GB/s", "tflop": "TFLOP", "gb": "GB", "mb": "MB", "nats": "nats", "s": "s"}
 
 of_generation = per_setting("model", "input_len", "output_len", "memory_limit_gb")
@@ -156,15 +157,59 @@ def perplexity(rows: list[Row]) -> list[Table]:
     columns = {"model": model, "loss": metric("loss_nats", ".4f"), "perplexity": metric("perplexity_x", ".4f")}
     columns |= {"scored tokens": metric("scored_tokens", ",.0f"), "tokens/s": metric("tokens_per_s", ",.0f")}
     columns |= {"peak memory (MB)": metric("peak_memory_mb", ",.0f")}
-    cell = rows[0].cell
-    mode = "sliding" if cell["stride"] < cell["context"] else "side by side, each without its first token"
     note: list[Cell] = [_verdict(row) for row in rows if row.has("difference_nats")]
-    note.append(f"Loss in nats per token, over {cell['tokens']:,} tokens of {cell['data']}.")
-    words = f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."
-    note.append((figure(rows[0], "windows", ",.0f"), words))
+    note += _how_counted(rows[0])
     if len(rows) > 1:
         note.append("Peak memory of the first includes what the libraries set up once.")
-    return line_per_row("perplexity", f"Perplexity on {cell['data']}", rows, columns, *note)
+    return line_per_row("perplexity", f"Perplexity on {rows[0].cell['data']}", rows, columns, *note)
+
+
+def _how_counted(row: Row) -> list[Cell]:
+    """The text of a perplexity, and the windows in which a model saw it."""
+    cell = row.cell
+    mode = "sliding" if cell["stride"] < cell["context"] else "side by side, each without its first token"
+    words = f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."
+    text = f"Loss in nats per token, over {cell['tokens']:,} tokens of {cell['data']}."
+    return [text, (figure(row, "windows", ",.0f"), words)]
+
+
+@per_setting("model", "data", "data_sha256", "tokens", "context", "stride", dtype=False)
+def perplexity_formats(rows: list[Row]) -> list[Table]:
+    """A model in each format of its weights: what that costs in perplexity, and what it takes by batch size."""
+    names = ("weights", "group_size", "zero_points", "calibrated", "int8_matrices")
+
+    def format_of(row: Row) -> tuple[Any, ...]:
+        return (row.data["dtype"], *map(row.cell.get, names))
+
+    rows = [row for row in rows if row.cell.get("adapter") is None and row.has("weights_mb")]
+    if not rows:
+        return []
+    lines = list({format_of(row): row for row in rows}.values())
+    whole = next((row for row in lines if weights_of(row) in ("bf16", "fp16")), None)
+
+    def like(size: int) -> Related:
+        return lambda row: newest([other for other in rows if format_of(other) == format_of(row)], batch_size=size)
+
+    def of_codes(word: Callable[[dict[str, Any]], str]) -> Column:
+        return lambda row: word(row.cell) if row.cell.get("weights") else NOT_MEASURED
+
+    columns: dict[str, Column] = {"weights": lambda row: weights_of(row) + " and int8" * bool(row.cell.get(names[-1]))}
+    columns |= {"bits per weight": metric("weight_bits", ".2f")}
+    columns |= {"group": of_codes(lambda cell: str(cell.get("group_size", "row")))}
+    columns |= {name.replace("_", "-"): of_codes(lambda cell, name=name: YES[name in cell]) for name in names[2:4]}
+    columns |= {"perplexity": metric("perplexity_x", ".3f")}
+    columns |= {"relative to 16 bits": lambda row: ratio(row, whole, "perplexity_x", ".4f")}
+    columns |= {"weights (MB)": metric("weights_mb", ",.1f")}
+    for size in sorted({row.cell["batch_size"] for row in rows}):
+        columns[f"batch {size}: peak memory (MB)"] = metric("peak_memory_mb", ",.0f", of=like(size))
+        columns[f"batch {size}: tokens/s"] = metric("tokens_per_s", ",.0f", of=like(size))
+    note = (
+        "Bits per weight: of all that is stored, with scales and offsets, and the embedding in 8 bits. Group: weights "
+        "of a row that share a scale. Calibrated: codes chosen for what the layers compute on a different text."
+    )
+    title = "{model}: perplexity by format of the weights, stride {stride}".format_map(lines[0].cell)
+    found = line_per_row("perplexity-formats", title, lines, columns, note, *_how_counted(lines[0]))
+    return [dataclasses.replace(table, rows=rows) for table in found]
 
 
 def _verdict(row: Row) -> Cell:
@@ -445,7 +490,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "finetuning": (learning, answers, held_out_answers),
     "sweep": (sweep,),
     "pretraining": (pretraining,),
-    "perplexity": (perplexity,),
+    "perplexity": (perplexity_formats, perplexity),
     "conversation": (conversation,),
     "loading": (loading,),
     "leaderboard": (leaderboard,),

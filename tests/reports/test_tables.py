@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -179,6 +180,27 @@ def test_a_models_weights_and_adapter_stand_beside_its_name():
     rows = [measured_row(metrics, line, model="m", **text_of, **cell) for line, cell in enumerate(cells_of, 1)]
     (table,) = tables.perplexity(rows)
     assert [line[0] for line in table.body] == ["m, float32", "m with adapter, float32", "m, int8, float32"]
+
+
+def test_formats_of_a_model_stand_beside_each_other_by_batch_size():
+    """A line for each format, with the ratio to 16 bits; every figure is of a row; adapters have no part in it."""
+    text_of = {"model": "m", "data": "t", "data_sha256": None, "tokens": 9, "context": 4, "stride": 4}
+    int4 = {"weights": "int4", "group_size": 64, "zero_points": True, "calibrated": True, "int8_matrices": 3}
+    formats = ({"adapter": None}, {"adapter": None, "weights": "int8"}, int4, {"adapter": "a"})
+    rows = []
+    for number, (cell, size) in enumerate(itertools.product(formats, (12, 4)), 1):
+        metrics = {"perplexity_x": 20 + number, "weights_mb": 100 * number, "weight_bits": number / 10}
+        metrics |= {"windows": 2, "tokens_per_s": 1000 + number, "peak_memory_mb": 2000 + number}
+        rows.append(measured_row(metrics, number, batch_size=size, **text_of, **cell))
+        rows[-1].data["dtype"] = "bfloat16"
+    (table,) = tables.perplexity_formats(rows)
+    assert table.head[-4:] == [f"batch {n}: {what}" for n in (4, 12) for what in ("peak memory (MB)", "tokens/s")]
+    assert [[text(cell) for cell in line] for line in table.body] == [
+        ["bf16", "0.20", "-", "-", "-", "22.000", "1.0000", "200.0", "2,002", "1,002", "2,001", "1,001"],
+        ["int8", "0.40", "row", "no", "no", "24.000", "1.0909", "400.0", "2,004", "1,004", "2,003", "1,003"],
+        ["int4 and int8", "0.60", "64", "yes", "yes", "26.000", "1.1818", "600.0", "2,006", "1,006", "2,005", "1,005"],
+    ]
+    assert not tables.perplexity_formats(rows[-2:]) and not tables.perplexity_formats([])
 
 
 def test_generic_tables_show_every_metric_of_any_experiment():
