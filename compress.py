@@ -177,11 +177,11 @@ class PruneOptions(cli.Options):
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     method: str = option(
         "dimensions",
-        "dimensions takes hidden units of the feed-forward out, which makes the model smaller and faster; magnitude "
-        "sets the smallest weights of each matrix to zero, which makes it neither",
+        "dimensions takes hidden units of the feed-forward out, heads whole key/value heads with their query heads: "
+        "the model is smaller and faster; magnitude sets the smallest weights of each matrix to zero: it is neither",
         choices=pruning.METHODS,
     )
-    share: float = option(0.5, "share of the hidden units, or of the weights, to take out")
+    share: float = option(0.5, "share of the hidden units, heads or weights to take out")
     iterative: bool = option(False, "cut in equal parts and fine-tune after each; without it, cut once and fine-tune")
     rounds: int | None = option(None, f"with --iterative, number of parts; default: {ROUNDS}", least=1)
     steps: int | None = option(
@@ -248,12 +248,13 @@ def prune(options: PruneOptions) -> None:
         line += f", validation loss {before:.4f}"
     print(line)
     if options.n_steps == 0:
-        model, gone = pruning.cut(model, method, share, args.ffn_dim), pruning.gone(method, share, args.ffn_dim)
+        model = pruning.cut(model, method, share, args, None if source is None else source.calibration())
+        gone = pruning.gone(method, share, args)
     else:
         rise = math.inf if options.max_loss_increase is None else options.max_loss_increase
         model, gone = shrink(model, options, source, before + rise)
     pruning.remove_masks(model.to(dtype))
-    is_whole = gone == pruning.gone(method, share, args.ffn_dim)
+    is_whole = gone == pruning.gone(method, share, args)
     print(f"{'reached' if is_whole else 'kept':<10} share {gone:g} of --share={share:g}")
     if method == "magnitude":
         zeros, n_all = pruning.count_zeros(model)
@@ -293,7 +294,8 @@ def shrink(model: Transformer, options: PruneOptions, source: text.Text, limit: 
         fine_tune(rest, lambda step: [collate([[sample] for sample in source.samples(step)])], steps, settings)
 
     kept: tuple[Transformer, float] | None = None
-    cuts = pruning.gradually(model, options.method, options.share, rounds, train, source.loss)
+    found = source.calibration()
+    cuts = pruning.gradually(model, options.method, options.share, rounds, train, source.loss, found)
     for number in range(1, rounds + 1):
         try:
             cut = next(cuts)

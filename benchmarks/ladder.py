@@ -174,7 +174,7 @@ def make_forms(source: Path, folder: Path, forms: set[str]) -> dict[str, str]:
     for name in sorted(forms - {"whole"}):
         model = checkpoint.load(source)
         if name == "pruned":
-            model = pruning.cut(model, "dimensions", SHARE, model.args.ffn_dim)
+            model = pruning.cut(model, "dimensions", SHARE, model.args)
         else:
             quantization.quantize(model, inputs.QUANTIZED[name], progress=True)
         checkpoint.save(model, folder / name)

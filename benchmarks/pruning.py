@@ -10,10 +10,11 @@ Quality is the loss on text that is not trained on: of `--eval_data`, or of the 
 pruning goes through all shares with `--steps` of fine-tuning after each cut. Its two rivals make the whole cut at once:
 one then takes as many steps as the iterative one has taken until there, on the same samples (one-shot), the other those
 of one round, as many as the iterative one has after its last cut (one-round). The dense model, fine-tuned as long as
-the longest of them, shows what the steps do by themselves.
+the longest of them, shows what the steps do by themselves; and a cut by the norms of the weights, without fine-tuning,
+what the inputs are good for that the other cuts look at, on the first samples of the text that trains.
 
-Speed is that of taking hidden units out: zeros in a dense matrix change none. All sizes take turns in shuffled order;
-the limit of a decode step is the time in which the best reading kernel goes through its bytes in the same round.
+Speed is that of taking hidden units or heads out: zeros in a dense matrix change none. All sizes take turns in shuffled
+order; the limit of a decode step is the time in which the best reading kernel goes through its bytes in the same round.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from llama.config import PRESETS
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.training.batch import Batch, collate
+from llama.training.options import AMP
 from llama.training.step import Settings, fine_tune
 from reports import tables
 
-PARTS = ("dense", "iterative", "one-shot", "one-round", "speed")
+PARTS = ("dense", "norm", "iterative", "one-shot", "one-round", "speed")
 INPUT_LEN, OUTPUT_LEN = 256, 16
 Measured = tuple[dict[str, Any], dict[str, list[float]]]  # cell and metrics of a row
 
@@ -58,6 +60,7 @@ class Options(shared.DeviceOptions):
     steps: int = option(12, "fine-tuning steps after each of them", least=1)
     batch_size: int = option(4, "sequences per step", least=1)
     lr: float = option(1e-3, "peak learning rate of AdamW")
+    amp: str = option("none", "autocast of the fine-tuning: none, fp16 or bf16", choices=AMP)
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     data: str | None = option(
@@ -128,18 +131,22 @@ class Quality:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device = options, device
-        self.settings = Settings(optimizer="adamw", lr=options.lr, schedule="cosine", warmup_steps=2, clip_norm=1.0)
+        settings = {"optimizer": "adamw", "schedule": "cosine", "warmup_steps": 2, "clip_norm": 1.0}
+        self.settings = Settings(**settings, lr=options.lr, amp=options.amp)
         self.cell = {"model": name_of(options.directory), "batch_size": options.batch_size, "lr": options.lr}
+        self.cell |= {"amp": options.amp} if options.amp != "none" else {}
         tokenizer = Tokenizer(find_tokenizer(options.directory, options.tokenizer_path))
         tokenizer.check_vocabulary(checkpoint.read_args(options.directory).vocab_size)
         if options.data is None:
             if not has_tokenizer(tokenizer):
                 raise InputError("--data is missing; pass a text file to fine-tune on")
             self.text = text.of_embedded_model(tokenizer, options.batch_size, options.seed)
+            self.tokens = self.text.calibration()
             return
         other, sizes = options.eval_data, (options.seq_len, options.batch_size, options.seed)
         files = Path(options.data), tokenizer, *sizes, other and Path(other)
         self.text = text.from_file(*files, options.eval_tokens)
+        self.tokens = self.text.calibration()
         self.cell |= {"seq_len": options.seq_len, "eval_tokens": len(self.text.validation)}
         self.cell |= rows.text_cell(options.data)
         self.cell |= {f"eval_{name}": value for name, value in (rows.text_cell(other) if other else {}).items()}
@@ -156,6 +163,9 @@ class Quality:
                 continue
             for number in range(1, rounds + 1):
                 gone = share if number == rounds else share * number / rounds
+                if part == "norm":
+                    yield self._by_norm(method, gone)
+                    continue
                 yield from self._cuts(part, method, gone, 1, steps * (number if part == "one-shot" else 1))
 
     def _window(self, step: int) -> list[Batch]:
@@ -166,6 +176,13 @@ class Quality:
         yield self._measured(model, "dense", "none", 0.0, 0, loss_nats=self.text.loss(model))
         fine_tune(model, self._window, range(n_steps), self.settings)
         yield self._measured(model, "dense", "none", 0.0, n_steps, loss_nats=self.text.loss(model))
+
+    def _by_norm(self, method: str, share: float) -> Measured:
+        whole = load(self.options, torch.float32, self.device)
+        args = whole.args
+        model = pruning.cut(whole, method, share, args)
+        share = pruning.gone(method, share, args)
+        return self._measured(model, "norm", method, share, 0, loss_cut_nats=self.text.loss(model))
 
     def _cuts(self, part: str, method: str, share: float, rounds: int, steps: int) -> Iterator[Measured]:
         def train(rest: Transformer, number: int) -> None:
@@ -195,26 +212,29 @@ def speed(options: Options, device: torch.device, dtype: torch.dtype) -> Iterato
         whole = load(options, dtype, device)
     else:
         whole = Transformer.random(PRESETS[options.model], dtype, device, options.seed).eval()
-    sizes = {0.0: whole}
-    for number in range(1, options.rounds + 1):
-        gone = options.share * number / options.rounds
-        sizes[gone] = pruning.cut(whole, "dimensions", gone, whole.args.ffn_dim)
+    shares = [options.share * number / options.rounds for number in range(options.rounds + 1)]
+    methods = [method for method in options.methods.split(",") if method in pruning.PARTS]
+    sizes = {
+        (method, gone): pruning.cut(whole, method, gone, whole.args) if gone else whole
+        for method in methods
+        for gone in shares
+    }
     prompts = inputs.random_prompts(whole.args.vocab_size, 1, INPUT_LEN, options.seed)
-    models = {gone: Llama(model, None, INPUT_LEN + OUTPUT_LEN, 1) for gone, model in sizes.items()}
-    runs: dict[float, list[dict[str, float]]] = {gone: [] for gone in models}
+    models = {size: Llama(model, None, INPUT_LEN + OUTPUT_LEN, 1) for size, model in sizes.items()}
+    runs: dict[tuple[str, float], list[dict[str, float]]] = {size: [] for size in models}
     order = random.Random(options.seed)
     for llama in models.values():
         time_generation(llama, prompts)  # warm up
     for _ in range(options.repeats):
-        for gone in order.sample(list(models), len(models)):
-            runs[gone].append(time_generation(models[gone], prompts))
-    for gone, llama in models.items():
-        cell = {"part": "speed", "method": "dimensions", "share": gone}
+        for size in order.sample(list(models), len(models)):
+            runs[size].append(time_generation(models[size], prompts))
+    for (method, gone), llama in models.items():
+        cell = {"part": "speed", "method": method, "share": pruning.gone(method, gone, whole.args) if gone else 0.0}
         cell["model"] = options.model or name_of(options.directory)
         cell |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "batch_size": 1, "decoding": llama.decoder.name}
         n_params = llama.model.args.n_params()
-        size = {"parameters": [n_params], "stored_mb": [n_params * dtype.itemsize / devices.MB]}
-        yield cell, size | rows.by_metric(runs[gone])
+        stored = {"parameters": [n_params], "stored_mb": [n_params * dtype.itemsize / devices.MB]}
+        yield cell, stored | rows.by_metric(runs[method, gone])
 
 
 def time_generation(llama: Llama, prompts: list[list[int]]) -> dict[str, float]:

@@ -9,10 +9,14 @@ A sample is one of data/samples.py whose prompt is its first token: what trains 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from data import records
 from data.samples import Sample
@@ -28,6 +32,7 @@ LINE = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")  # the start of a line that is not
 WINDOW = 2048  # what papers on quantization use
 VALIDATION = 64  # samples at most
 VALIDATION_SHARE = 0.1  # of a file, its end
+CALIBRATION = 8  # samples on which pruning measures activations
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,14 @@ class Text:
     samples: Callable[[int], list[Sample]]
     validation: list[int]
     context: int
+
+    def calibration(self, n: int = CALIBRATION) -> Tensor:
+        """The first `n` samples of full length that train, int64 [n, tokens]."""
+        found: list[Sample] = []
+        for step in itertools.count():
+            found += [sample for sample in self.samples(step) if len(sample.tokens) == self.context]
+            if len(found) >= n:
+                return torch.tensor([sample.tokens for sample in found[:n]])
 
     def loss(self, model: Transformer) -> float:
         """Nats per token of the validation part, in windows side by side."""

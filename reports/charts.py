@@ -135,11 +135,18 @@ def ladder(rows: list[Row]) -> Drawn:
 
 @per_setting("model")
 def pruning(rows: list[Row]) -> Drawn:
-    """Held-out loss by share removed for each method, and time per decoding step by the size of what is left."""
-    by_share = sorted(rows, key=lambda row: row.cell["share"])
+    """Held-out loss and size by the share that each method keeps, and time per decoding step by size."""
+    by_share = sorted(rows, key=lambda row: -row.cell["share"])
     trained = [row for row in rows if row.has("loss_nats")]
-    for method in dict.fromkeys(row.cell["method"] for row in trained if row.cell["method"] != "none"):
-        about = f"Held-out loss by the share that {method} pruning removes, for each way of fine-tuning."
+    methods = [method for method in dict.fromkeys(row.cell["method"] for row in trained) if method != "none"]
+
+    def by_kept(axes: Axes, metric: str, label: str, style: str, colour: str, **wanted: str) -> None:
+        points = [(1 - row.cell["share"], row.median(metric)) for row in chosen(by_share, **wanted) if row.has(metric)]
+        _draw(axes, points, label, style, colour)
+        axes.set_xlabel("share kept")
+
+    for method in methods:
+        about = f"Held-out loss by the share that {method} pruning keeps, for each way of fine-tuning."
         figure, axes = _plot(f"Held-out loss (nats per token), {method}", rows, about)
         for label, part, metric, style, colour in (
             ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats", "x:", GREY),
@@ -147,17 +154,25 @@ def pruning(rows: list[Row]) -> Drawn:
             ("one-shot, steps of all rounds", "one-shot", "loss_nats", "s--", RED),
             ("iterative", "iterative", "loss_nats", "o-", BLUE),
         ):
-            _line(axes, chosen(by_share, part=part, method=method), "share", metric, label, style, colour)
+            by_kept(axes, metric, label, style, colour, part=part, method=method)
         for row, style in zip(chosen(trained, method="none"), ("-", "-."), strict=False):
             label = f"dense, {row.cell['steps'] or 'no'} steps"
             axes.axhline(row.median("loss_nats"), color="black", linewidth=0.8, linestyle=style, label=label)
-        axes.set_xlabel("share removed")
         yield f"pruning-{method}", figure
+    if trained:
+        about = "Size of the weights in 16 bits by the share that pruning keeps of what it takes out, for each method."
+        figure, axes = _plot("Weights (MB), 16 bits", trained, about)
+        for method, style, colour in zip(methods, ("o-", "s--", "^-."), (BLUE, RED, GREY), strict=False):
+            by_kept(axes, "stored_mb", method, style, colour, part="iterative", method=method)
+        axes.set_ylim(0, None)
+        yield "pruning-size", figure
     if speed := chosen(by_share, part="speed"):
         about = "Time per decoding step by the size of the weights that pruning leaves, and its hardware limit."
         figure, axes = _plot("Time per decoding step (ms)", speed, about)
-        _line(axes, speed, "stored_mb", "tpot_s", "measured", "o-", BLUE, 1e3)
-        _line(axes, speed, "stored_mb", "floor_tpot_s", "hardware limit", "o:", BLUE, 1e3)
+        for method, colour in zip(dict.fromkeys(row.cell["method"] for row in speed), (BLUE, RED), strict=False):
+            own = chosen(speed, method=method)
+            _line(axes, own, "stored_mb", "tpot_s", method, "o-", colour, 1e3)
+            _line(axes, own, "stored_mb", "floor_tpot_s", f"{method}, hardware limit", "o:", colour, 1e3)
         axes.set(xlabel="weights (MB)", ylim=(0, None))
         yield "pruning-speed", figure
 

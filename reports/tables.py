@@ -399,31 +399,34 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
     dense = sorted(chosen(rows, part="dense"), key=lambda row: row.cell["steps"])
     note = (
         "Held-out loss in nats per token. Iterative: cut a little, fine-tune, again. One-shot: the same cut at once, "
-        "then the steps of all those rounds together; one-round: then those of one round. Share 0: the dense model."
+        "then the steps of all those rounds together; one-round: then those of one round. Cut: without any steps, by "
+        "the weights times their inputs, as in the other columns, and by the norms of the weights alone. Share 0: the "
+        "dense model."
     )
     tables = []
     for method in dict.fromkeys(row.cell["method"] for row in rows if row not in dense):
         cut = chosen(rows, method=method)
-        lines: list[tuple[Row, list[Row | None]]] = [(row, [row] * len(PRUNED)) for row in dense]
+        lines: list[tuple[Row, list[Cell]]] = [(row, 5 * [figure(row, "loss_nats", ".3f")]) for row in dense]
         for share in sorted({row.cell["share"] for row in cut}):
-            modes = [newest(cut, part=part, share=share) for part in PRUNED]
-            lines.append((max(filter(None, modes), key=lambda row: row.cell["steps"]), modes))
+            norm, *modes = (newest(cut, part=part, share=share) for part in ("norm", *PRUNED))
+            row = max(filter(None, (norm, *modes)), key=lambda row: row.cell["steps"])
+            losses = [figure(row, "loss_cut_nats", ".3f") for row in (norm, modes[PRUNED.index("one-shot")])]
+            lines.append((row, losses + [figure(mode, "loss_nats", ".3f") for mode in modes]))
         body = [
             [f"{row.cell['share']:g}", str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
-            + [figure(row, "stored_mb", ",.1f"), figure(row, "zeros", ",.0f")]
-            + [figure(mode, "loss_nats", ".3f") for mode in modes]
-            for row, modes in lines
+            + [figure(row, "stored_mb", ",.1f"), figure(row, "zeros", ",.0f"), *losses]
+            for row, losses in lines
         ]
-        head = ["share", "steps", "parameters", "stored (MB)", "zeros", *PRUNED]
+        head = ["share", "steps", "parameters", "stored (MB)", "zeros", "cut by norm", "cut", *PRUNED]
         title = f"{rows[0].cell['model']}: pruning by {method}"
         tables.append(Table("pruning-quality", title, head, body, [note], [*dense, *cut]))
     return tables
 
 
-@per_setting("model", "input_len", "output_len")
+@per_setting("model", "method", "input_len", "output_len")
 def pruning_speed(rows: list[Row]) -> list[Table]:
-    """First token and decode step of a model with fewer and fewer hidden units, beside those of the whole one."""
-    model = rows[0].cell["model"]
+    """First token and decode step of a model with fewer and fewer hidden units or heads, and those of the whole one."""
+    model, method = rows[0].cell["model"], rows[0].cell["method"]
     rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
     columns = {"share": lambda row: f"{row.cell['share']:g}", "parameters": metric("parameters", ",.0f")}
     columns |= {"stored (MB)": metric("stored_mb", ",.1f"), "TTFT (ms)": runs("ttft_s", ",.2f", 1e3)}
@@ -431,10 +434,10 @@ def pruning_speed(rows: list[Row]) -> list[Table]:
     columns |= {"TPOT, times as fast": faster(lambda _: rows[0], "tpot_s")}
     columns |= {"TPOT vs. limit": lambda row: ratio(row, row, "tpot_s", other="floor_tpot_s")}
     note = (
-        "Share: of the hidden units that are taken out. TTFT: time to first token. TPOT: time per output token after "
-        f"it. {RELATIVE}, the time in which the best reading kernel goes through a step's bytes."
+        "Share: of the hidden units, or of the heads, that are taken out. TTFT: time to first token. TPOT: time per "
+        f"output token after it. {RELATIVE}, the time in which the best reading kernel goes through a step's bytes."
     )
-    return line_per_row("pruning-speed", f"{model}: speed after pruning", rows, columns, note)
+    return line_per_row("pruning-speed", f"{model}: speed after pruning by {method}", rows, columns, note)
 
 
 def generic(rows: Sequence[Row]) -> list[Table]:

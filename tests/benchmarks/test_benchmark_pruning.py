@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -12,7 +13,7 @@ from conftest import SMALL, TINY, random_model
 from benchmarks import pruning as benchmark_pruning
 from benchmarks.rows import Row, read_file
 from data import text
-from llama import checkpoint, cli, files, pruning
+from llama import checkpoint, cli, files
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.evaluation import perplexity
@@ -40,7 +41,7 @@ def by_share(rows: list[Row], **wanted) -> list[Row]:
 
 def test_one_shot_takes_as_many_steps_as_its_rival(measured):
     _, rows = measured
-    for method in pruning.METHODS:
+    for method in ("dimensions", "magnitude"):
         pairs = [by_share(rows, method=method, part=part) for part in ("iterative", "one-shot")]
         found = [[(row.cell["share"], row.cell["steps"]) for row in side] for side in pairs]
         assert found[0] == found[1] == [(0.25, 1), (0.5, 2)]
@@ -65,7 +66,12 @@ def test_a_checkpoint_and_texts_of_your_own(tmp_path, monkeypatch):
         (tmp_path / f"{name}.txt").write_text(f"The little fox went to {name}.\n" * 30)
     flags = f"--ckpt_dir={tmp_path / 'own'} --data={tmp_path / 'train.txt'} --eval_data={tmp_path / 'eval.txt'}".split()
     flags += "--eval_tokens=99 --seq_len=32 --share=0.5 --rounds=1 --steps=1 --batch_size=1 --repeats=1".split()
-    flags += ["--parts=dense,iterative,speed", f"--results={tmp_path / 'rows.jsonl'}", f"--figures={tmp_path}"]
+    flags += [
+        "--methods=dimensions,heads",
+        "--parts=dense,norm,iterative,speed",
+        f"--results={tmp_path / 'rows.jsonl'}",
+        f"--figures={tmp_path}",
+    ]
     cli.call(benchmark_pruning.main, [*flags, "--device=cpu"])
     rows = benchmark_pruning.newest(tmp_path / "rows.jsonl")
     assert {row.cell["model"] for row in rows} == {"own"}
@@ -78,9 +84,11 @@ def test_a_checkpoint_and_texts_of_your_own(tmp_path, monkeypatch):
                 assert row.cell[f"{prefix}data"] == name
                 assert row.cell[f"{prefix}data_sha256"] == files.sha256(tmp_path / name)
             assert (row.cell["seq_len"], row.cell["eval_tokens"]) == (32, 99)
-    assert [row.median("parameters") for row in chosen(rows, part="speed")] == [
-        args.with_ffn_dim(n).n_params() for n in (192, 96)
-    ]
+    halves = {"dimensions": args.with_ffn_dim(96), "heads": dataclasses.replace(args, n_heads=2, n_kv_heads=1)}
+    for method, half in halves.items():
+        for part, (share, size) in itertools.product(("norm", "iterative", "speed"), ((0, args), (0.5, half))):
+            found = chosen(rows, part=part, method=method, share=share)
+            assert [row.median("parameters") for row in found] == [size.n_params()] * (part == "speed" or share > 0)
 
 
 def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
@@ -92,11 +100,13 @@ def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
             assert f"| {cell['share']:g} | {row.median('parameters'):,.0f} |" in speed
             assert f"{1e3 * row.median('tpot_s'):,.2f}" in speed
         else:
-            steps = cell["steps"] * (round(cell["share"] / 0.25) if cell["part"] == "one-round" else 1)
+            loss = row.median("loss_cut_nats" if cell["part"] == "norm" else "loss_nats")
+            is_brief = cell["part"] in ("norm", "one-round")  # they stand in the line of those that take more steps
+            steps = round(cell["share"] / 0.25) if is_brief else cell["steps"]
             lines = [line for line in quality.splitlines() if line.startswith(f"| {cell['share']:g} | {steps} |")]
-            assert lines and any(f" {row.median('loss_nats'):.3f} " in line for line in lines)
+            assert lines and any(f" {loss:.3f} " in line for line in lines)
     assert " - " not in quality and {path.name for path in work.glob("*.svg")} == {
-        f"pruning-{name}-tiny-cpu.svg" for name in ("dimensions", "magnitude", "speed")
+        f"pruning-{name}-tiny-cpu.svg" for name in ("dimensions", "magnitude", "size", "speed")
     }
 
 

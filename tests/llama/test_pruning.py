@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SMALL, TINY, random_model
 
 import compress
@@ -23,6 +24,7 @@ from llama.config import PRESETS
 from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
 from llama.evaluation import perplexity
+from llama.model import rope_table
 from llama.tokenizer import Tokenizer
 from llama.training import snapshot, verdict
 from llama.training import step as training
@@ -30,6 +32,7 @@ from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer
 
 FFN = SMALL.ffn_dim  # 192
+EIGHT_HEADS = dataclasses.replace(SMALL, n_heads=8, n_kv_heads=4, head_dim=8, vocab_size=PRESETS["tiny"].vocab_size)
 ONE_LAYER = dataclasses.replace(SMALL, n_layers=1, vocab_size=128)
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -51,24 +54,35 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # Magnitude
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 12])
-def test_exactly_so_many_of_the_smallest_are_chosen(n):
+def of_row(share: float, weight: torch.Tensor) -> int:
+    """How many weights of each row go."""
+    return round(share * weight.shape[1])
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4])
+def test_exactly_so_many_of_each_row_are_chosen(n):
     """Also where many are equal, as in 16 bits."""
-    weight = torch.tensor([[3.0, -1, 1, 0], [0, -2, 2, 1], [1, 5, -1, 2]], dtype=torch.bfloat16)
-    chosen = pruning.smallest(weight, n)
-    assert chosen.sum() == n
-    if 0 < n < 12:
-        assert weight.abs()[chosen].max() <= weight.abs()[~chosen].min()
+    size = torch.tensor([[3.0, 1, 1, 0], [0, 2, 2, 1], [1, 1, 1, 1]])
+    chosen = pruning.smallest(size, n)
+    assert chosen.sum(1).tolist() == 3 * [n]
+    if 0 < n < 4:
+        for row, mask in zip(size, chosen, strict=True):
+            assert row[mask].max() <= row[~mask].min()
 
 
 @pytest.mark.parametrize("share", [0.125, 0.5, 0.9])
-def test_that_share_of_each_matrix_is_zero_and_nothing_else_changes(model, share):
+@pytest.mark.parametrize("measured", [False, True])
+def test_that_share_of_each_row_is_zero_and_nothing_else_changes(model, share, measured):
+    """What goes adds least to its output: the weight by the root mean square of its input, or by 1 without a text."""
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    pruning.zero_smallest(model, share)
+    powers = pruning.input_powers(model, TOKENS) if measured else None
+    pruning.zero_smallest(model, share, powers)
     assert len(zeros(model)) == 7 * SMALL.n_layers
     for name, is_zero in zeros(model).items():
-        assert is_zero.sum() == round(share * is_zero.numel())
-        assert before[f"{name}.weight"].abs()[is_zero].max() <= before[f"{name}.weight"].abs()[~is_zero].min()
+        assert (is_zero.sum(1) == of_row(share, is_zero)).all()
+        size = before[f"{name}.weight"].abs() * (powers[name].sqrt() if measured else 1)
+        largest_gone, least_kept = size.where(is_zero, 0).amax(1), size.where(~is_zero, torch.inf).amin(1)
+        assert (largest_gone <= least_kept).all()
     for name, weight in model.named_parameters():
         kept = ~zeros(model).get(name.removesuffix(".weight"), torch.zeros_like(weight, dtype=torch.bool))
         assert torch.equal(weight[kept], before[name][kept])
@@ -77,11 +91,47 @@ def test_that_share_of_each_matrix_is_zero_and_nothing_else_changes(model, share
     assert n_all == SMALL.n_layers * SMALL.block_linear_params()
 
 
+def test_powers_are_the_mean_squares_of_what_each_matrix_is_given(model):
+    """Compared with the network written out for its first block, and with masks in the place of matrices."""
+    powers = pruning.input_powers(model, TOKENS)
+    block, x = model.layers[0], model.tok_embeddings(TOKENS)
+    freqs = rope_table(torch.arange(TOKENS.shape[1])[None], model.rope_freqs)
+    normed = block.attention_norm(x)
+    h = x + block.attention(normed, freqs, None, None, None)
+    gated = block.ffn_norm(h)
+    hidden = F.silu(block.feed_forward.w1(gated)) * block.feed_forward.w3(gated)
+    expected = {"attention.wq": normed, "attention.wv": normed, "feed_forward.w3": gated, "feed_forward.w2": hidden}
+    for name, inputs in expected.items():
+        torch.testing.assert_close(powers[f"layers.0.{name}"], inputs.square().mean((0, 1)))
+    assert powers.keys() == zeros(model).keys() and not any(module._forward_pre_hooks for module in model.modules())
+    masked = pruning.input_powers(pruning.zero_smallest(model, 0.5), TOKENS)
+    assert masked.keys() == powers.keys()
+    torch.testing.assert_close(masked["layers.0.attention.wq"], powers["layers.0.attention.wq"])
+
+
+@pytest.mark.parametrize("method", pruning.METHODS)
+def test_a_text_in_which_inputs_differ_makes_a_better_cut(method):
+    """Half of the inputs are a hundredth of the others: a cut that measures them loses less of what is computed."""
+    model = random_model()
+    with torch.no_grad():
+        for block in model.layers:  # the weights that read small inputs are larger, so that their size misleads
+            for reader, writer in ((block.feed_forward.w2, block.feed_forward.w3), (block.attention.wo, None)):
+                half = reader.weight.shape[1] // 2
+                reader.weight[:, :half] *= 3
+                (block.attention.wv if writer is None else writer).weight[: half if writer else half // 2] *= 0.01
+    whole = model(TOKENS)
+    errors = [
+        (pruning.cut(copy.deepcopy(model), method, 0.5, model.args, tokens)(TOKENS) - whole).norm().item()
+        for tokens in (TOKENS, None)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_pruning_again_keeps_the_zeros_that_are_there(model):
     first = zeros(pruning.zero_smallest(model, 0.3))
     second = zeros(pruning.zero_smallest(model, 0.6))
     assert all((second[name] | ~first[name]).all() for name in first)
-    assert pruning.count_zeros(model)[0] == sum(round(0.6 * z.numel()) for z in second.values())
+    assert pruning.count_zeros(model)[0] == sum(len(z) * of_row(0.6, z) for z in second.values())
 
 
 DECAY = {"weight_decay": 0.1}
@@ -206,25 +256,71 @@ def test_zeros_that_would_be_filled_in_are_not_promised(base, tmp_path, monkeypa
     assert code == 2 and message in err and not (tmp_path / "run").exists()
 
 
-# Dimensions
+# Dimensions and heads
 
 
 @pytest.mark.parametrize("n_units", [32, 96, 160])
-def test_the_strongest_units_are_left_in_their_order(model, n_units):
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_strongest_units_are_left_in_their_order(model, n_units, measured):
     """The smaller model computes what the whole one does with the other units silenced."""
-    smaller = pruning.keep_units(model, n_units)
+    powers = pruning.input_powers(model, TOKENS) if measured else None
+    smaller = pruning.keep_units(model, n_units, powers)
     assert smaller.args.ffn_dim == n_units and smaller.args.with_ffn_dim(FFN) == model.args.with_ffn_dim(FFN)
     assert sum(p.numel() for p in smaller.parameters()) == smaller.args.n_params()
     assert model.args.n_params() - smaller.args.n_params() == SMALL.n_layers * 3 * SMALL.dim * (FFN - n_units)
     silenced = copy.deepcopy(model)
-    for block in silenced.layers:
+    for i, block in enumerate(silenced.layers):
         w2 = block.feed_forward.w2.weight
-        norms = w2.norm(dim=0)
+        norms = w2.norm(dim=0) * (powers[f"layers.{i}.feed_forward.w2"].sqrt() if measured else 1)
         with torch.no_grad():
             w2[:, norms < norms.sort(descending=True).values[n_units - 1]] = 0
     with torch.no_grad():
         torch.testing.assert_close(smaller(TOKENS), silenced(TOKENS), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(smaller(TOKENS), model(TOKENS), atol=1e-3)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3])
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_strongest_heads_are_left_with_their_query_heads(n_heads, measured):
+    """The same for heads: 8 query heads of 4 key/value heads, of which some are silenced in wo."""
+    model = random_model(EIGHT_HEADS)
+    powers = pruning.input_powers(model, TOKENS) if measured else None
+    smaller = pruning.keep_heads(model, n_heads, powers)
+    args = smaller.args
+    assert (args.n_kv_heads, args.n_heads, args.head_dim) == (n_heads, 2 * n_heads, EIGHT_HEADS.head_dim)
+    assert sum(p.numel() for p in smaller.parameters()) == args.n_params() < model.args.n_params()
+    silenced = copy.deepcopy(model)
+    for i, block in enumerate(silenced.layers):
+        wo = block.attention.wo.weight
+        power = wo.square().sum(0) * (powers[f"layers.{i}.attention.wo"] if measured else 1)
+        with torch.no_grad():
+            for head in power.view(4, -1).sum(1).argsort()[: 4 - n_heads]:
+                wo.view(len(wo), 4, -1)[:, head] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(TOKENS), silenced(TOKENS), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(smaller(TOKENS), model(TOKENS), atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf", "gguf"])
+def test_every_layout_describes_fewer_heads(tmp_path, layout):
+    """What is loaded computes the same, with and without the cache; `transformers` reads its own layout."""
+    smaller = pruning.keep_heads(random_model(EIGHT_HEADS), 2)  # `transformers` wants a number that divides dim
+    target = tmp_path / ("out.gguf" if layout == "gguf" else "out")
+    tokenizer = TINY / "tokenizer.model"
+    checkpoint.save(smaller, target, layout, tokenizer)
+    loaded = checkpoint.load(target, torch.float32)
+    assert (loaded.args.n_heads, loaded.args.n_kv_heads, loaded.args.head_dim) == (4, 2, EIGHT_HEADS.head_dim)
+    exact = {"atol": 0.02, "rtol": 0.02} if layout == "gguf" else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(loaded(TOKENS), smaller(TOKENS), **exact)
+    on, off = (
+        Llama(loaded, None, 32, 2).generate([[1, 2, 3], [4, 5]], 6, 0, use_cache=use)[0] for use in (True, False)
+    )
+    assert on == off
+    if layout == "hf":
+        from transformers import LlamaForCausalLM
+
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(theirs(TOKENS).logits, loaded(TOKENS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
@@ -259,7 +355,7 @@ def test_any_hidden_size_can_be_described(name):
 def test_kernels_take_every_share_of_the_real_shape():
     args = PRESETS["llama3.2-1b"]
     for percent in range(1, 100):
-        n_units = pruning.kept_units(args.ffn_dim, percent / 100)
+        n_units = pruning.kept_count(args, "dimensions", percent / 100)
         assert n_units % 32 == 0 and abs(n_units / args.ffn_dim - (1 - percent / 100)) <= 16 / args.ffn_dim
 
 
@@ -328,21 +424,24 @@ def test_another_file_validates_and_all_of_the_first_trains(base, tmp_path, most
 
 @pytest.mark.parametrize("method", pruning.METHODS)
 def test_rounds_cut_equal_parts_with_training_between(method):
+    args = dataclasses.replace(SMALL, n_heads=6, n_kv_heads=6)
     seen = []
 
     def fine_tune(rest, number):
         training.fine_tune(rest, window, range(2 * number - 2, 2 * number), Settings(optimizer="adamw", lr=1e-3))
-        seen.append((number, rest.args.ffn_dim, pruning.count_zeros(rest)[0]))
+        seen.append((number, rest.args.ffn_dim, rest.args.n_kv_heads, pruning.count_zeros(rest)[0]))
 
-    cuts = list(pruning.gradually(random_model(), method, 0.5, 3, fine_tune, lambda rest: rest(TOKENS).sum().item()))
+    validate = lambda rest: rest(TOKENS).sum().item()  # noqa: E731
+    cuts = list(pruning.gradually(random_model(args), method, 0.5, 3, fine_tune, validate, TOKENS))
     assert [cut.share for cut in cuts] == pytest.approx([1 / 6, 1 / 3, 1 / 2]) and cuts[-1].share == 0.5
     assert all(cut.loss != cut.loss_cut for cut in cuts)
-    n_all = SMALL.n_layers * SMALL.block_linear_params()
-    if method == "dimensions":
-        assert seen == [(1, 160, 0), (2, 128, 0), (3, 96, 0)]
+    if method == "magnitude":
+        weights = [module.weight for module in pruning.projections(cuts[-1].model).values()]
+        at = [sum(len(weight) * of_row(share, weight) for weight in weights) for share in (1 / 6, 1 / 3, 1 / 2)]
+        assert seen == [(number, FFN, 6, at[number - 1]) for number in (1, 2, 3)]
     else:
-        assert [number for number, *_ in seen] == [1, 2, 3]
-        assert [zero / n_all for *_, zero in seen] == pytest.approx([1 / 6, 1 / 3, 1 / 2], abs=1e-3)
+        left = [(160, 6), (128, 6), (96, 6)] if method == "dimensions" else [(FFN, 5), (FFN, 4), (FFN, 3)]
+        assert seen == [(number, *sizes, 0) for number, sizes in enumerate(left, 1)]
 
 
 # compress.py
@@ -369,8 +468,9 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("method", pruning.METHODS)
 def test_prune_writes_what_it_says(base, tmp_path, monkeypatch, capsys, method):
     """The count printed is the count found; the loss printed is that of the file, in its dtype."""
-    flags = (f"--ckpt_dir={base / 'base'}", f"--data={base / 'text.txt'}", "--iterative", "--rounds=2", "--steps=6")
+    flags = (f"--ckpt_dir={base / 'base'}", f"--data={base / 'text.txt'}", "--iterative", "--steps=6")
     flags += (f"--method={method}", "--share=0.5", f"--out_dir={tmp_path / 'out'}", "--batch_size=2", "--device=cpu")
+    flags += (f"--rounds={1 if method == 'heads' else 2}",)
     code, out, err = call(monkeypatch, capsys, "prune", *flags)
     assert code == 0, err
     written = checkpoint.load(tmp_path / "out")
@@ -379,14 +479,15 @@ def test_prune_writes_what_it_says(base, tmp_path, monkeypatch, capsys, method):
     if method == "magnitude":
         assert f"zeros      {n_zeros:,} of {n_all:,} weights in 28 matrices" in out and n_zeros == n_all / 2
     else:
-        assert written.args.ffn_dim == FFN / 2 and n_zeros == 0
+        assert n_zeros == 0
+        assert (written.args.ffn_dim, written.args.n_kv_heads) == ((96, 2) if method == "dimensions" else (FFN, 1))
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     source = text.from_file(base / "text.txt", tokenizer, compress.CONTEXT, 2, 1)
     assert f"validation loss {source.loss(written.float()):.4f}" in out.splitlines()[-1]
     rounds = [line for line in out.splitlines() if line.startswith("round")]
-    assert len(rounds) == 2 and "after 6 steps" in rounds[1] and "reached    share 0.5" in out
-    losses = [float(line.split("loss ")[1].split()[0]) for line in (out.splitlines()[0], rounds[1])]
-    assert losses[1] < losses[0]  # random weights learn more than they lose
+    assert "after 6 steps" in rounds[-1] and "reached    share 0.5" in out
+    cut, tuned = map(float, re.search(r"loss ([\d.]+) cut, ([\d.]+) after", rounds[-1]).groups())
+    assert tuned < cut
 
 
 def test_the_loss_is_that_of_the_text_which_validates(base, tmp_path, monkeypatch, capsys):
@@ -496,14 +597,18 @@ BAD = {
     "nan": ("--share=nan", r"--share=nan"),
     "everything": ("--share=0.95", r"none of 192 hidden units would be left"),
     "nothing": ("--share=0.05", r"all of 192 hidden units would be left"),
-    "every weight": ("--method=magnitude --share=0.99999", r"none of the 2,048 weights of a matrix would be left"),
-    "no weight": ("--method=magnitude --share=0.00001", r"all of the 2,048 weights of a matrix would be left"),
+    "every weight": ("--method=magnitude --share=0.99999", r"none of the 64 weights of a row would be left"),
+    "no weight": ("--method=magnitude --share=0.00001", r"all of the 64 weights of a row would be left"),
+    "every head": (
+        "--method=heads --share=0.8",
+        r"none of 2 key/value heads would be left; possible are multiples of 0.5",
+    ),
     "a round for nothing": (
         "--iterative --rounds=4",
-        r"--rounds=4: this share is 3 groups of 32 hidden units; use --rounds=3",
+        r"--rounds=4: this share is 3 times 32 hidden units; use --rounds=3",
     ),
     "rounds of one": ("--rounds=3", r"--rounds=3: needs --iterative"),
-    "method": ("--method=luck", r"--method=luck: expected one of magnitude, dimensions"),
+    "method": ("--method=luck", r"--method=luck: expected one of magnitude, dimensions, heads"),
     "no directory": ("--ckpt_dir=nowhere", r"nowhere does not exist"),
     "no data": ("--data=nowhere.txt", r"cannot read nowhere.txt: No such file"),
     "no text to train on": ("--eval_data=wiki.txt", r"--eval_data=wiki.txt: needs --data"),

@@ -108,7 +108,7 @@ def test_the_ladder_draws_speed_and_memory():
 
 def test_pruning_draws_every_way_and_speed_by_size():
     rows, found = ROWS["pruning"], charts.pruning(ROWS["pruning"])
-    share = lambda row: row.cell["share"]  # noqa: E731
+    kept = lambda row: 1 - row.cell["share"]  # noqa: E731
     for method in ("dimensions", "magnitude"):
         (figure,) = (figure for name, figure in found.items() if method in name)
         lines = drawn(figure)
@@ -118,12 +118,14 @@ def test_pruning_draws_every_way_and_speed_by_size():
             ("one-shot, steps of all rounds", "one-shot", "loss_nats"),
             ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats"),
         ):
-            assert lines[name] == points(pick(rows, part=part, method=method), share, metric)
+            assert lines[name] == points(pick(rows, part=part, method=method), kept, metric)
+        (size,) = (figure for name, figure in found.items() if name.startswith("pruning-size"))
+        assert drawn(size)[method] == points(pick(rows, part="iterative", method=method), kept, "stored_mb")
         levels = {y for name, line in lines.items() if name.startswith("dense") for _, y in line}
         assert levels == {row.median("loss_nats") for row in pick(rows, part="dense")}
     for model in ("tiny", "llama3.2-1b"):
         lines = drawn(found[f"pruning-speed-{model}-cpu"])
-        for name, metric in (("measured", "tpot_s"), ("hardware limit", "floor_tpot_s")):
+        for name, metric in (("dimensions", "tpot_s"), ("dimensions, hardware limit", "floor_tpot_s")):
             ours = pick([row for row in rows if row.cell["part"] == "speed"], model=model)
             assert lines[name] == points(ours, lambda row: row.median("stored_mb"), metric, 1e3)
 

@@ -356,7 +356,7 @@ def test_ways_of_pruning_stand_beside_each_other(tmp_path):
     section, lines = section_of(tmp_path, cuts(), "pruning")
     dense, *cut = lines
     assert [line[0] for line in cut] == ["0.25", "0.5"]
-    assert [line[5:] for line in cut] == [["-", "-", "0.500"], ["-", "0.625", "0.750"]]
+    assert [line[5:] for line in cut] == [["-", "-", "-", "-", "0.500"], ["-", "-", "-", "0.625", "0.750"]]
     assert dense[:2] == ["0", "0"] and set(dense[5:]) == {"0.375"}
     speed = [[cell.text() for cell in line.all("td")] for line in section.all("tbody")[1].all("tr")]
     assert [(line[-4], line[-2]) for line in speed] == [("1.00", "1.00"), ("2.00", "1.50")]
