@@ -360,7 +360,7 @@ def test_ways_of_pruning_stand_beside_each_other(tmp_path):
     assert dense[:2] == ["0", "0"] and set(dense[5:]) == {"0.375"}
     speed = [[cell.text() for cell in line.all("td")] for line in section.all("tbody")[1].all("tr")]
     assert [(line[-4], line[-2]) for line in speed] == [("1.00", "1.00"), ("2.00", "1.50")]
-    assert len(section.all("svg")) == 2
+    assert len(section.all("svg")) == 3
 
 
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):
