@@ -35,6 +35,7 @@ from llama import Llama, adapters, checkpoint, cli, quantization
 from llama import device as devices
 from llama.cli import option
 from llama.conversation import Conversation
+from llama.decoding import CACHES
 from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import verdict
@@ -94,6 +95,11 @@ class Options(cli.Options):
     seed: int = option(1, "seed of sampling; the same seed and settings give the same text")
     device: str = option("auto", cli.DEVICE)
     dtype: str = option("auto", cli.DTYPE)
+    cache_dtype: str = option(
+        "auto",
+        "of the KV cache: auto is that of the activations, int8 takes half the memory of 16 bits",
+        choices=CACHES,
+    )
     decoding: str = option(
         "auto", "auto takes the fastest step that the machine has; eager the plain one; compiled uses torch.compile"
     )
@@ -189,7 +195,7 @@ def settings_of(options: Options, llama: Llama, speculation: Speculation | None)
 
 def load(options: Options, directory: Path, tokenizer: Tokenizer) -> Llama:
     """The model, with the adapter in place."""
-    names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding")
+    names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding", "cache_dtype")
     llama = Llama.build(directory, tokenizer, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:
         base = None if options.any_base else partial(checkpoint.fingerprint, directory)
@@ -225,6 +231,7 @@ def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
     dtype, config = dtype_name(llama.model.dtype), quantization.quantization_of(llama.model)
     dtype += f" over {config.name} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
+    dtype += ", int8 cache" if llama.decoder.cache_dtype == "int8" else ""
     size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""
     is_embedded = directory == EMBEDDED

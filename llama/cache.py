@@ -1,7 +1,8 @@
 """The KV cache: keys and values of every layer and position in one preallocated pair of tensors.
 
-Created by the generation loop, passed down through `Transformer.forward`, owned by one generation; taking tokens back
-(speculative decoding) is a smaller `pos`. Shapes never change, so that a decode step can be captured or compiled.
+In the dtype of the activations, or in int8. Created by the generation loop, passed down through `Transformer.forward`,
+owned by one generation; taking tokens back (speculative decoding) is a smaller `pos`. Shapes never change, so that a
+decode step can be captured or compiled.
 Two prompts, three tokens later; each sequence writes at its own `pos`, over the padding of the shorter prompt:
 
     slot          0      1      2      3      4      5
@@ -22,6 +23,8 @@ from llama.config import ModelArgs
 class KVCache:
     """Keys and values, each [n_layers, batch, n_kv_heads, max_len, head_dim]; 2 * that many values of `dtype`."""
 
+    parts: tuple[str, ...] = ("k", "v")
+
     def __init__(
         self,
         args: ModelArgs,
@@ -40,13 +43,15 @@ class KVCache:
 
     def clear(self) -> None:
         """Start over in place, for a recorded step that holds the addresses."""
-        self.k.zero_()
-        self.v.zero_()
+        for name in self.parts:
+            getattr(self, name).zero_()
 
     def part(self, start: int, stop: int) -> KVCache:
         """Sequences start..stop-1 of the same storage."""
         view = copy.copy(self)
-        view.k, view.v, view.sequences = self.k[:, start:stop], self.v[:, start:stop], self.sequences[: stop - start]
+        for name in self.parts:
+            setattr(view, name, getattr(self, name)[:, start:stop])
+        view.sequences = self.sequences[: stop - start]
         return view
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,15 +62,58 @@ class KVCache:
         """
         if k_BKTD.requires_grad:
             raise ValueError("a KV cache is for inference: run under torch.no_grad(), or train with cache=None")
-        keys, values = self.k[layer], self.v[layer]
-        if len(k_BKTD) != len(keys):
-            raise ValueError(f"the cache was made for {len(keys)} sequences, not {len(k_BKTD)}")
+        if len(k_BKTD) != self.k.shape[1]:
+            raise ValueError(f"the cache was made for {self.k.shape[1]} sequences, not {len(k_BKTD)}")
+        return self._keep("k", layer, k_BKTD, pos), self._keep("v", layer, v_BKTD, pos)
+
+    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> Tensor:
+        slots = getattr(self, name)[layer]
+        self._write(slots, values, pos)
+        return slots
+
+    def _write(self, slots: Tensor, values: Tensor, pos: Tensor | None) -> None:
+        """`values` [B, K, T, ...] into the slots [B, K, S, ...] at `pos`."""
         if pos is None:
-            T = k_BKTD.shape[2]
-            keys[:, :, :T], values[:, :, :T] = k_BKTD, v_BKTD
+            slots[:, :, : values.shape[2]] = values
         else:
             # Indexed assignment touches T slots per sequence; scatter_ on a CPU copies the whole layer first (45 ms).
             # Unlike a slice, it does not convert: under autocast K and V come in a different dtype.
-            keys.transpose(1, 2)[self.sequences, pos] = k_BKTD.transpose(1, 2).to(keys.dtype)
-            values.transpose(1, 2)[self.sequences, pos] = v_BKTD.transpose(1, 2).to(values.dtype)
-        return keys, values
+            slots.transpose(1, 2)[self.sequences, pos] = values.transpose(1, 2).to(slots.dtype)
+
+
+class Int8Cache(KVCache):
+    """The same in little more than half the memory: int8 codes, and an fp32 scale for each position of each head.
+
+    A value is code * scale, with scale = max |values of the position| / 127. `update` returns a layer widened to
+    `dtype`, which takes longer than reading one of 16 bits; the C step reads the codes.
+    """
+
+    parts = ("k", "v", "k_scales", "v_scales")
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        n_layers: int | None = None,
+    ) -> None:
+        super().__init__(args, batch_size, max_len, torch.int8, device, n_layers)
+        self.dtype = dtype
+        self.k_scales = torch.zeros(self.k.shape[:-1], device=device)
+        self.v_scales = torch.zeros_like(self.k_scales)
+
+    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> Tensor:
+        codes, scales = encode(values)
+        scales_of_slots = getattr(self, f"{name}_scales")[layer]
+        self._write(scales_of_slots, scales, pos)
+        slots = super()._keep(name, layer, codes, pos)
+        return (slots * scales_of_slots[..., None]).to(self.dtype)
+
+
+def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of x [..., D], and scales fp32 [...]: |x - code * scale| <= scale / 2."""
+    largest = x.float().abs().amax(-1)
+    scales = torch.where(largest == 0, 1.0, largest / 127)
+    return (x.float() / scales[..., None]).round().to(torch.int8), scales

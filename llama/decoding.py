@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llama import device as devices
-from llama.cache import KVCache
+from llama.cache import Int8Cache, KVCache
 from llama.errors import EnvironmentFailure
 from llama.kernels.cpu import decode_step, prefill
 from llama.kernels.cpu.decode_step import NativeStep
@@ -33,6 +33,7 @@ from llama.kernels.gpu.fused_step import FusedStep
 from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")
+CACHES = {"auto": KVCache, "int8": Int8Cache}  # "auto": in the dtype of the activations
 # Tokens that go through the network at once before the first step (at least one row): the activations of this many,
 # 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
 PREFILL_TOKENS = 1024
@@ -178,8 +179,8 @@ class Session:
 class Decoder:
     """Makes caches and steps for one model, and keeps the last recorded or compiled one for calls of the same shape."""
 
-    def __init__(self, model: Transformer, decoding: str) -> None:
-        self.model, self.decoding = model, decoding
+    def __init__(self, model: Transformer, decoding: str, cache_dtype: str = "auto") -> None:
+        self.model, self.decoding, self.cache_dtype = model, decoding, cache_dtype
         self._kept: tuple[tuple, KVCache, Step] | None = None  # of a generation that has ended
 
     @property
@@ -200,7 +201,7 @@ class Decoder:
 
     @property
     def _is_fused(self) -> bool:
-        return self.decoding == "auto" and fused_step.supports(self.model)
+        return self.decoding == "auto" and self.cache_dtype == "auto" and fused_step.supports(self.model)
 
     @property
     def _captures(self) -> bool:
@@ -248,7 +249,8 @@ class Decoder:
 
     def _new_cache(self, batch_size: int, max_len: int) -> KVCache:
         device = self.model.tok_embeddings.weight.device
-        return KVCache(self.model.args, batch_size, max_len, self.model.dtype, device)
+        kind = CACHES[self.cache_dtype]
+        return kind(self.model.args, batch_size, max_len, self.model.dtype, device)
 
     def _new_step(self, cache: KVCache, is_native: bool) -> Step:
         if is_native:

@@ -23,7 +23,7 @@ from llama import checkpoint
 from llama import device as devices
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message
 from llama.config import ModelArgs
-from llama.decoding import DECODING, Decoder, Session
+from llama.decoding import CACHES, DECODING, Decoder, Session
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.sampling import Sampling, next_token, penalize
@@ -99,22 +99,23 @@ class Llama:
         device: str = "auto",
         dtype: str = "auto",
         decoding: str = "auto",
+        cache_dtype: str = "auto",
         progress: bool = False,
     ) -> Llama:
         """Load a checkpoint in Meta's or Hugging Face's layout, or a GGUF file, with a tokenizer or the path of one.
 
-        See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding. All arguments are
-        checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one process, so
-        it can only be 1.
+        See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding and cache_dtype. All
+        arguments are checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one
+        process, so it can only be 1.
         """
         if model_parallel_size not in (None, 1):
             raise InputError(f"model_parallel_size={model_parallel_size}: shards merge into one process; leave it out")
         target, weights = devices.resolve(device, dtype)
         tokenizer = tokenizer_path if isinstance(tokenizer_path, Tokenizer) else Tokenizer(tokenizer_path)
         source = checkpoint.open_source(ckpt_dir)
-        _check_limits(tokenizer, source.args, max_seq_len, max_batch_size, seed, decoding)
+        _check_limits(tokenizer, source.args, max_seq_len, max_batch_size, seed, decoding, cache_dtype)
         model = checkpoint.load(source, weights, target, progress)
-        return Llama(model, tokenizer, max_seq_len, max_batch_size, seed, decoding)
+        return Llama(model, tokenizer, max_seq_len, max_batch_size, seed, decoding, cache_dtype)
 
     def __init__(
         self,
@@ -124,13 +125,14 @@ class Llama:
         max_batch_size: int = 32,
         seed: int = 1,
         decoding: str = "auto",
+        cache_dtype: str = "auto",
     ) -> None:
-        _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed, decoding)
+        _check_limits(tokenizer, model.args, max_seq_len, max_batch_size, seed, decoding, cache_dtype)
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.formatter = None if tokenizer is None else ChatFormat(tokenizer)
         self.stop_tokens = [] if tokenizer is None else tokenizer.stop_tokens
-        self.decoder = Decoder(model, decoding)
+        self.decoder = Decoder(model, decoding, cache_dtype)
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     @property
@@ -470,15 +472,22 @@ def _is_finite(logits: Tensor) -> Tensor:
 
 
 def _check_limits(
-    tokenizer: Tokenizer | None, args: ModelArgs, max_seq_len: int, max_batch_size: int, seed: int, decoding: str
+    tokenizer: Tokenizer | None,
+    args: ModelArgs,
+    max_seq_len: int,
+    max_batch_size: int,
+    seed: int,
+    decoding: str,
+    cache_dtype: str,
 ) -> None:
     if tokenizer is not None:
         tokenizer.check_vocabulary(args.vocab_size)
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if value < 1:
             raise InputError(f"{name}={value} is out of range; use at least 1")
-    if decoding not in DECODING:
-        raise InputError(f"decoding={decoding} is unknown; use {', '.join(DECODING)}")
+    for name, value, known in (("decoding", decoding, DECODING), ("cache_dtype", cache_dtype, CACHES)):
+        if value not in known:
+            raise InputError(f"{name}={value} is unknown; use {', '.join(known)}")
     _check_seed(seed)
 
 

@@ -72,7 +72,7 @@ void silu_mul(bf16 *gate, const bf16 *up, int64_t n) {
 
 /* Attention over the cache. */
 
-enum { MAX_D = 256 };
+enum { MAX_D = STEP };
 
 /* Rotate the pairs of a head by angles given as (cosine, sine). */
 static void rotate(const bf16 *x, const float *cos_sin, bf16 *y, int64_t D) {
@@ -115,65 +115,173 @@ static inline float softmax_weights(float *scores, int64_t n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* softmax(q k^T / sqrt(D)) v for one head; D is even. Each 32 bits of v hold two neighbours, which are summed apart and
-   put together again at the end. */
-static inline void attend_head(const bf16 *q, const bf16 *k, const bf16 *v, float *scores, bf16 *out, int64_t n,
-                               int64_t D) {
-    const float scale = 1.0f / sqrtf((float)D);
-    for (int64_t s = 0; s < n; s++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; d < D; d += 32) {
-            _mm_prefetch((const char *)(v + s * D + d), _MM_HINT_T1);
-            const __m512i q_d = load_pairs(q + d, D - d), k_d = load_pairs(k + s * D + d, D - d);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)q_d, (__m512bh)k_d);
-        }
-        scores[s] = _mm512_reduce_add_ps(sum) * scale;
+/* Keys and values of a layer, [B, K, S, D]: bfloat16, or int8 with a scale fp32 [B, K, S] for each position of a head. */
+typedef struct {
+    void *keys, *values;
+    float *key_scales, *value_scales; /* NULL for bfloat16 */
+} Cache;
+
+enum { TOGETHER = 4 }; /* query heads at most for which a position is read once */
+
+/* A query, ready for the keys: as it is, or int16 in units. */
+typedef struct {
+    bf16 turned[MAX_D];
+    __m512i whole[MAX_D / 32];
+    float unit;
+} Query;
+
+/* Codes of a row of D values; returns the scale. */
+static float encode_row(const bf16 *x, int8_t *codes, int64_t D) {
+    __m512 top = _mm512_setzero_ps();
+    for (int64_t d = 0; d < D; d += 16) {
+        const __m512 size = _mm512_abs_ps(load_part(x + d, first(D - d)));
+        top = _mm512_max_ps(top, size); /* NaN in the second operand stays */
     }
-    const __m512 factor = _mm512_set1_ps(1.0f / softmax_weights(scores, n));
-    __m512 even[MAX_D / 32], odd[MAX_D / 32];
-    for (int64_t i = 0; i < ceil_div(D, 32); i++) even[i] = odd[i] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < n; s++) {
-        const __m512 weight = _mm512_set1_ps(scores[s]);
-        for (int64_t i = 0; i < ceil_div(D, 32); i++) {
-            const __m512i pairs = load_pairs(v + s * D + i * 32, D - i * 32);
-            even[i] = _mm512_fmadd_ps(weight, even_of(pairs), even[i]);
-            odd[i] = _mm512_fmadd_ps(weight, odd_of(pairs), odd[i]);
-        }
+    const float largest = _mm512_reduce_max_ps(top), scale = largest == 0 ? 1.0f : largest / 127;
+    for (int64_t d = 0; d < D; d += 16) {
+        const __m512 code = _mm512_div_ps(load_part(x + d, first(D - d)), _mm512_set1_ps(scale));
+        _mm_mask_storeu_epi8(codes + d, first(D - d), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(code)));
     }
-    for (int64_t i = 0; i < ceil_div(D, 32); i++) {
-        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even[i], factor));
-        const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd[i], factor));
-        const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-        const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), shifted);
-        _mm512_mask_storeu_epi32(out + i * 32, first(D / 2 - i * 16), pairs);
+    return scale;
+}
+
+/* scores[g S + s] = q[g] k[s]^T times `scale` for `heads` queries and s from `from` to `to`, four positions at a time. */
+INLINE void scores_of(const Cache *cache, int64_t unit, int64_t S, const Query *q, int heads, int64_t D, float scale,
+                      int64_t from, int64_t to, float *scores) {
+    for (int64_t s = from; s < to; s += 4) {
+        __m512 sums[TOGETHER][4];
+        const __mmask8 there = (__mmask8)first(at_most(4, to - s));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const int64_t at = (unit * S + at_most(s + i, to - 1)) * D;
+            __m512i whole[TOGETHER];
+            for (int g = 0; g < heads; g++) {
+                sums[g][i] = _mm512_setzero_ps();
+                whole[g] = _mm512_setzero_si512();
+            }
+            for (int64_t d = 0; d < D; d += 32) {
+                if (!cache->key_scales) {
+                    const __m512bh k = (__m512bh)load_pairs((const bf16 *)cache->keys + at + d, D - d);
+                    for (int g = 0; g < heads; g++)
+                        sums[g][i] = _mm512_dpbf16_ps(sums[g][i], (__m512bh)load_pairs(q[g].turned + d, D - d), k);
+                    continue;
+                }
+                const __m512i k = _mm512_cvtepi8_epi16(load_bytes_32((const char *)cache->keys + at + d, D - d));
+                for (int g = 0; g < heads; g++) whole[g] = _mm512_dpwssd_epi32(whole[g], k, q[g].whole[d / 32]);
+            }
+            if (cache->key_scales)
+                for (int g = 0; g < heads; g++) sums[g][i] = _mm512_cvtepi32_ps(whole[g]);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < heads; g++) {
+            __m128 four = lane_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
+            four = _mm_mul_ps(four, _mm_set1_ps(scale * q[g].unit));
+            if (cache->key_scales)
+                four = _mm_mul_ps(four, _mm_maskz_loadu_ps(there, cache->key_scales + unit * S + s));
+            _mm_mask_storeu_ps(scores + g * S + s, there, four);
+        }
     }
 }
 
-/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [S, D], keys and values [B, K, S, D], scores [B, T, H, S].
-   Writes k and v into the cache, all T before the first is read. A key/value head passes through a core once, for all
-   the tokens and query heads that share it. */
+/* y[g, D] += weights[g S + s] v[s] for `heads` of them and s from `from` to `to`. */
+INLINE void add_values(const Cache *cache, int64_t unit, int64_t S, int heads, int64_t D, int64_t from, int64_t to,
+                       const float *weights, float (*y)[MAX_D]) {
+    __m512 sums[TOGETHER][MAX_D / 16];
+    for (int g = 0; g < heads; g++)
+        for (int64_t d = 0; d < D; d += 16) sums[g][d / 16] = _mm512_loadu_ps(y[g] + d);
+    for (int64_t s = from; s < to; s++) {
+        const int64_t at = (unit * S + s) * D;
+        const float scale = cache->value_scales ? cache->value_scales[unit * S + s] : 1.0f;
+        __m512 weight[TOGETHER];
+        for (int g = 0; g < heads; g++) weight[g] = _mm512_set1_ps(weights[g * S + s] * scale);
+        for (int64_t d = 0; d < D; d += 16) {
+            __m512 v;
+            if (cache->value_scales) {
+                const __m128i codes = load_bytes_16((const char *)cache->values + at + d, D - d);
+                v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+            } else v = load_part((const bf16 *)cache->values + at + d, first(D - d));
+            for (int g = 0; g < heads; g++) sums[g][d / 16] = _mm512_fmadd_ps(weight[g], v, sums[g][d / 16]);
+        }
+    }
+    for (int g = 0; g < heads; g++)
+        for (int64_t d = 0; d < D; d += 16) _mm512_storeu_ps(y[g] + d, sums[g][d / 16]);
+}
+
+/* softmax(q k^T / sqrt(D)) v over n positions, for `heads` query heads q[heads, D] of key/value head `unit`. */
+INLINE void attend_heads(const Cache *cache, int64_t unit, int64_t S, const bf16 *q, const float *cos_sin, int heads,
+                         int64_t D, int64_t n, float *scores, bf16 *out) {
+    Query queries[TOGETHER] = {0};
+    float sums[TOGETHER][MAX_D] = {0};
+    for (int g = 0; g < heads; g++) {
+        rotate(q + g * D, cos_sin, queries[g].turned, D);
+        queries[g].unit = cache->key_scales ? whole_units(queries[g].turned, D, queries[g].whole) : 1.0f;
+    }
+    scores_of(cache, unit, S, queries, heads, D, 1.0f / sqrtf((float)D), 0, n, scores);
+    float factors[TOGETHER];
+    for (int g = 0; g < heads; g++) factors[g] = 1.0f / softmax_weights(scores + g * S, n);
+    add_values(cache, unit, S, heads, D, 0, n, scores, sums);
+    for (int g = 0; g < heads; g++)
+        for (int64_t d = 0; d < D; d += 16) {
+            const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(sums[g] + d), _mm512_set1_ps(factors[g]));
+            store_part(out + g * D + d, y, first(D - d));
+        }
+}
+
+/* The same with constants, for which loops unroll and sums stay in registers. */
+#define ATTEND(name, heads_, D_)                                                                                      \
+    static void name(const Cache *cache, int64_t unit, int64_t S, const bf16 *q, const float *cos_sin, int heads,      \
+                     int64_t D, int64_t n, float *scores, bf16 *out) {                                                \
+        (void)heads, (void)D;                                                                                         \
+        attend_heads(cache, unit, S, q, cos_sin, heads_, D_, n, scores, out);                                         \
+    }
+ATTEND(attend_1, 1, 64)
+ATTEND(attend_2, 2, 64)
+ATTEND(attend_4, 4, 64)
+ATTEND(attend_any, heads, D)
+
+/* A row of k and v at its place in the cache. */
+static void keep(const Cache *cache, int64_t at, const bf16 *k, const bf16 *v, const float *cos_sin, int64_t D) {
+    bf16 turned[MAX_D];
+    rotate(k, cos_sin, turned, D);
+    if (cache->key_scales) {
+        cache->key_scales[at] = encode_row(turned, (int8_t *)cache->keys + at * D, D);
+        cache->value_scales[at] = encode_row(v, (int8_t *)cache->values + at * D, D);
+        return;
+    }
+    memcpy((bf16 *)cache->keys + at * D, turned, (size_t)D * sizeof *k);
+    memcpy((bf16 *)cache->values + at * D, v, (size_t)D * sizeof *v);
+}
+
+/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [S, D], scores [B, T, H, S]. Writes k and v into the cache, all T
+   before the first is read. Each position passes through a core once for the query heads that share it. */
 static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin,
-                   const int64_t *pos, bf16 *keys, bf16 *values, float *scores, bf16 *out, int64_t B, int64_t T,
-                   int64_t S) {
+                   const int64_t *pos, const Cache *cache, float *scores, bf16 *out, int64_t B, int64_t T, int64_t S) {
     const int64_t K = model->n_kv_heads, D = model->head_dim, G = model->n_heads / K;
 #pragma omp for schedule(static) nowait
     for (int64_t unit = 0; unit < B * K; unit++) {
         const int64_t first_row = unit / K * T;
-        bf16 *k_all = keys + unit * S * D, *v_all = values + unit * S * D, turned[MAX_D];
         for (int64_t row = first_row; row < first_row + T; row++) {
             const int64_t from = (row * K + unit % K) * D;
-            rotate(k + from, cos_sin + pos[row] * D, k_all + pos[row] * D, D);
-            memcpy(v_all + pos[row] * D, v + from, (size_t)D * sizeof *v);
+            keep(cache, unit * S + pos[row], k + from, v + from, cos_sin + pos[row] * D, D);
         }
         for (int64_t row = first_row; row < first_row + T; row++) {
-            const int64_t n = pos[row] + 1, group = (row * K + unit % K) * G; /* heads of one group are neighbours */
-            for (int64_t head = group; head < group + G; head++) {
-                rotate(q + head * D, cos_sin + pos[row] * D, turned, D);
-                if (D == 64) attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, 64); /* unrolls */
-                else attend_head(turned, k_all, v_all, scores + head * S, out + head * D, n, D);
+            const int64_t head = (row * K + unit % K) * G, n = pos[row] + 1; /* heads of one group are neighbours */
+            const float *angles = cos_sin + pos[row] * D;
+            for (int64_t h = head; h < head + G;) {
+                const int64_t left = head + G - h, heads = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                (D != 64 ? attend_any : heads == 4 ? attend_4 : heads == 2 ? attend_2 : attend_1)(
+                    cache, unit, S, q + h * D, angles, (int)heads, D, n, scores + h * S, out + h * D);
+                h += heads;
             }
         }
     }
+}
+
+/* What begins `rows` rows of D values further on. */
+static Cache layer_of(const Cache *cache, int64_t rows, int64_t D) {
+    if (!cache->key_scales) return (Cache){(bf16 *)cache->keys + rows * D, (bf16 *)cache->values + rows * D, NULL, NULL};
+    return (Cache){(int8_t *)cache->keys + rows * D, (int8_t *)cache->values + rows * D, cache->key_scales + rows,
+                   cache->value_scales + rows};
 }
 
 /* The step. */
@@ -215,10 +323,10 @@ int64_t decode_workspace(const Model *model, int64_t M, int64_t S) {
 }
 
 /* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T]; `cos_sin` [S, D] has the rotations of every slot. Keys and
-   values are written to the cache, [n_layers, B, K, S, D] each. Returns -1, and has written nothing, where a token or
-   position is out of range. */
-int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, bf16 *keys,
-                bf16 *values, char *workspace, bf16 *logits, int64_t B, int64_t T, int64_t S) {
+   values are written to the cache, that of all layers, one after another. Returns -1, and has written nothing, where a
+   token or position is out of range. */
+int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, const Cache *cache,
+                char *workspace, bf16 *logits, int64_t B, int64_t T, int64_t S) {
     const int64_t M = B * T, dim = model->dim, ffn = model->ffn_dim, heads = model->n_heads * model->head_dim;
     const int64_t kv = model->n_kv_heads * model->head_dim;
     const float eps = model->norm_eps;
@@ -237,11 +345,11 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
 #pragma omp barrier
         for (int64_t i = 0; i < model->n_layers; i++) {
             const Layer *layer = &model->layers[i];
-            const int64_t offset = i * B * kv * S;
+            const Cache own = layer_of(cache, i * B * model->n_kv_heads * S, model->head_dim);
             const Product qkv[] = {{&layer->wq, q, false}, {&layer->wk, k, false}, {&layer->wv, v, false}};
             products(&self, x, layer->attention_norm, eps, qkv, 3, M);
 #pragma omp barrier
-            attend(model, q, k, v, cos_sin, pos, keys + offset, values + offset, scores, out, B, T, S);
+            attend(model, q, k, v, cos_sin, pos, &own, scores, out, B, T, S);
 #pragma omp barrier
             products(&self, out, NULL, eps, (Product[]){{&layer->wo, x, true}}, 1, M);
 #pragma omp barrier

@@ -39,7 +39,7 @@ LAYER_WEIGHTS = (
 PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList}
 
 
-MOST_HEAD_DIM = 256
+MOST_HEAD_DIM = 128
 FORMATS = {nn.Linear: 0, TokenEmbedding: 0, Int8Linear: 1, Int8Embedding: 1, Int4Linear: 2}  # as products.h has them
 DTYPES = (torch.bfloat16, torch.int8, torch.uint8)  # of the weights of each
 
@@ -90,6 +90,10 @@ def has_instructions() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
 
 
+class _Cache(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where this machine cannot run it: no such CPU, no C compiler."""
@@ -98,7 +102,9 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.decode_workspace.argtypes = [ctypes.POINTER(_Model), ctypes.c_int64, ctypes.c_int64]
     loaded.decode_workspace.restype = ctypes.c_int64
-    loaded.decode_step.argtypes = [ctypes.POINTER(_Model), *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3]
+    shape = [ctypes.c_int64] * 3
+    loaded.decode_step.argtypes = [ctypes.POINTER(_Model), *[ctypes.c_void_p] * 3, ctypes.POINTER(_Cache)]
+    loaded.decode_step.argtypes += [*[ctypes.c_void_p] * 2, *shape]
     loaded.rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int64, ctypes.c_int64]
     loaded.silu_mul.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     loaded.rotate_heads.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
@@ -171,6 +177,7 @@ class NativeStep:
         self._struct = _Model(*shape, args.norm_eps, *tables, layers)
         self._cos_sin = rope_table(torch.arange(cache.max_len)[None], model.rope_freqs)  # of every slot
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._cache = _Cache(*(getattr(cache, name).data_ptr() for name in cache.parts))
 
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, T, V]. Raises IndexError for a token outside the vocabulary or a position outside the cache."""
@@ -180,9 +187,10 @@ class NativeStep:
         needed = library().decode_workspace(self._struct, B * T, cache.max_len)
         if len(self._workspace) < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
-        logits = cache.k.new_empty(B, T, self.model.args.vocab_size)
-        tensors = (tokens.contiguous(), pos.contiguous(), self._cos_sin, cache.k, cache.v, self._workspace, logits)
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        if library().decode_step(self._struct, *pointers, B, T, cache.max_len) != 0:
+        logits = torch.empty(B, T, self.model.args.vocab_size, dtype=torch.bfloat16)
+        tensors = (tokens.contiguous(), pos.contiguous(), self._cos_sin, self._workspace, logits)
+        token_data, pos_data, angles, workspace, out = (tensor.data_ptr() for tensor in tensors)
+        arguments = (self._struct, token_data, pos_data, angles, self._cache, workspace, out, B, T, cache.max_len)
+        if library().decode_step(*arguments) != 0:
             raise IndexError(f"a token is outside the vocabulary, or a position outside the {cache.max_len} slots")
         return logits

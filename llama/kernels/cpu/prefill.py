@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.cache import KVCache
+from llama.cache import Int8Cache, KVCache
 from llama.kernels.cpu.decode_step import Matrix, library
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, apply_rope, attend, rope_table
 
@@ -69,8 +69,13 @@ class _Run:
 
     def store(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions, written to the cache and returned, [B, K, T, D] each."""
-        keys = self._heads(self.linear(attention.wk, h), cache.k[layer])
-        values = self._heads(self.linear(attention.wv, h), cache.v[layer], rotated=False)
+        k, v = self.linear(attention.wk, h), self.linear(attention.wv, h)
+        if isinstance(cache, Int8Cache):  # attention takes keys and values as they were before they became codes
+            shape = (self.B, k.shape[-1] // self.head_dim, self.T, self.head_dim)
+            keys, values = self._heads(k, k.new_empty(shape)), self._heads(v, v.new_empty(shape), rotated=False)
+            cache.update(layer, keys, values, None)
+        else:
+            keys, values = self._heads(k, cache.k[layer]), self._heads(v, cache.v[layer], rotated=False)
         return keys[:, :, : self.T], values[:, :, : self.T]
 
     def attend(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
