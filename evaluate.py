@@ -2,6 +2,7 @@
 
     python evaluate.py                                                      # the embedded model on text of its world
     python evaluate.py --dtype=bfloat16 --against_dtype=float32             # what 16 bits cost
+    python evaluate.py --cache_dtype=int8 --against=data/tiny               # what a KV cache in 8 bits costs
     python evaluate.py --adapter=runs/finetuning/adapter --against=data/tiny   # what fine-tuning changed
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw         # chunks of 2,048, as papers count
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw --stride=512   # sliding windows
@@ -29,6 +30,7 @@ from data.tiny import directory_of, name_of
 from llama import adapters, checkpoint, cli
 from llama import device as devices
 from llama.cli import option
+from llama.decoding import CACHES
 from llama.errors import InputError
 from llama.evaluation import perplexity
 from llama.evaluation.intervals import LEAST_PIECES, confidence
@@ -46,11 +48,13 @@ class Side:
     adapter: str | None
     dtype: torch.dtype
     any_base: bool = False
+    cache_dtype: str = "auto"
 
     @property
     def cell(self) -> dict[str, Any]:
         config = checkpoint.read_quantization(self.directory)
-        return {"adapter": None, **model_cell(name_of(self.directory), config, self.adapter)}
+        cache = {} if self.cache_dtype == "auto" else {"cache_dtype": self.cache_dtype}
+        return {"adapter": None, **model_cell(name_of(self.directory), config, self.adapter), **cache}
 
     @property
     def dtype_name(self) -> str:
@@ -80,6 +84,11 @@ class Options(cli.Options):
     )
     dtype: str = option("auto", cli.DTYPE)
     device: str = option("auto", cli.DEVICE)
+    cache_dtype: str = option(
+        "auto",
+        "attend to keys and values as a KV cache of this kind returns them; auto: as they are. A second model has none",
+        choices=tuple(CACHES),
+    )
     against: str | None = option(
         None, "checkpoint directory of a second model, without adapter, to compare with on the same tokens"
     )
@@ -116,13 +125,13 @@ def main(options: Options) -> None:
 def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
     """Where to compute, and the one or two models."""
     target, dtype = devices.resolve(options.device, options.dtype)
-    first = Side(directory_of(options.ckpt_dir), options.adapter, dtype, options.any_base)
+    first = Side(directory_of(options.ckpt_dir), options.adapter, dtype, options.any_base, options.cache_dtype)
     if options.against is None and options.against_dtype is None:
         return target, [first]
     other = dtype if options.against_dtype is None else devices.resolve(target, options.against_dtype)[1]
-    second = (
-        replace(first, dtype=other) if options.against is None else Side(directory_of(options.against), None, other)
-    )
+    second = replace(first, dtype=other, cache_dtype="auto")
+    if options.against is not None:
+        second = Side(directory_of(options.against), None, other)
     return target, [first, second]
 
 
@@ -158,7 +167,8 @@ def measure(
         base = None if side.any_base else partial(checkpoint.fingerprint, side.directory)
         adapters.load(model, side.adapter, base)
     perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
-    work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, progress=True)
+    cache_type = None if side.cache_dtype == "auto" else CACHES[side.cache_dtype]
+    work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, True, cache_type)
     result, spent = stopwatch.measure(work, device)
     values = {
         "loss_nats": result.loss,

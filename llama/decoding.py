@@ -192,7 +192,9 @@ class Decoder:
 
     @property
     def why_slower(self) -> str | None:
-        """What the machine lacks for the fastest step of this model, where it could have it."""
+        """What keeps this model from the fastest step, where it could have it."""
+        if self.cache_dtype == "int8" and not self._is_native:
+            return "which widens the int8 cache at each step: it saves memory and no time"
         return decode_step.why_not(self.model) if self.decoding == "auto" else None
 
     @property

@@ -34,6 +34,7 @@ from llama.code_layers import Int4Linear, Int8Embedding, Int8Linear, Quantized
 from llama.codes import BLOCK, Codes, Grid, pack, quantize_groups, quantize_rows
 from llama.errors import InputError
 from llama.kernels import gpu
+from llama.kernels.cpu import decode_step
 from llama.model import TokenEmbedding, Transformer
 from llama.surgery import replace_modules
 
@@ -147,11 +148,18 @@ def quantization_of(model: nn.Module) -> Quantization | None:
 def slow_reason(model: Transformer) -> str | None:
     """Why decoding with these weights is slower than with those that they were made from; None where it is not."""
     config, device = quantization_of(model), model.norm.weight.device
-    if config is None or device.type == "cpu" or gpu.ops(device) is not None:
+    if config is None:
+        return None
+    if device.type == "cpu":
+        usual = "the C step for a CPU computes in bfloat16 (dtype=bfloat16)"
+        reason = None if decode_step.supports(model) else decode_step.why_not(model) or usual
+    else:
+        reason = None if gpu.ops(device) is not None else gpu.why_not(device)
+    if reason is None:
         return None
     return (
-        f"int{config.bits} weights save memory here and no time: {gpu.why_not(device)}, so they are widened before "
-        "each product; decoding is faster from the checkpoint that they were made from"
+        f"int{config.bits} weights save memory here and no time: {reason}, so they are widened before each product; "
+        "decoding is faster from the checkpoint that they were made from"
     )
 
 

@@ -152,7 +152,8 @@ def perplexity(rows: list[Row]) -> list[Table]:
 
     def model(row: Row) -> str:
         words = [row.cell["model"] + (" with adapter" if row.cell["adapter"] else ""), *_weights_in_words(row.cell)]
-        return ", ".join([*words, row.data["dtype"]])
+        cache = [f"{row.cell['cache_dtype']} cache"] if "cache_dtype" in row.cell else []
+        return ", ".join([*words, row.data["dtype"], *cache])
 
     columns = {"model": model, "loss": metric("loss_nats", ".4f"), "perplexity": metric("perplexity_x", ".4f")}
     columns |= {"scored tokens": metric("scored_tokens", ",.0f"), "tokens/s": metric("tokens_per_s", ",.0f")}
@@ -182,6 +183,7 @@ def perplexity_formats(rows: list[Row]) -> list[Table]:
         return (row.data["dtype"], *map(row.cell.get, names))
 
     rows = [row for row in rows if row.cell.get("adapter") is None and row.has("weights_mb")]
+    rows = [row for row in rows if "cache_dtype" not in row.cell]
     if not rows:
         return []
     lines = list({format_of(row): row for row in rows}.values())

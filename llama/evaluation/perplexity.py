@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.cache import KVCache
 from llama.device import dtype_name
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
@@ -103,11 +104,13 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 1,
     progress: bool = False,
+    cache_type: type[KVCache] | None = None,
 ) -> Perplexity:
     """Perplexity of a text, given as token ids, under any model, without dropout.
 
     context: tokens of a window. stride: tokens from one window's start to the next's; None: context. batch_size:
-    windows that go through the network at once. progress: show a bar on a terminal.
+    windows that go through the network at once. progress: show a bar on a terminal. cache_type: attend to keys and
+    values as such a cache gives them back, as decoding does; None: as they are.
 
     Logits are computed in the dtype of the model and everything after them in fp32 or wider, `CHUNK` positions at a
     time; sums over more than that are fp64. Raises InputError for settings out of range or ids outside the vocabulary,
@@ -126,7 +129,7 @@ def evaluate(
         with tqdm(total=total, unit="token", desc="perplexity", disable=None if progress else True, leave=False) as bar:
             for start in range(0, len(plan), batch_size):
                 batch = plan[start : start + batch_size]
-                for window, nats in zip(batch, _nats(model, text, batch), strict=True):
+                for window, nats in zip(batch, _nats(model, text, batch, cache_type), strict=True):
                     _require_finite(model, window, nats)
                     result.sums.append(nats)
                     result.counts.append(window.stop - window.first)
@@ -136,7 +139,7 @@ def evaluate(
     return result
 
 
-def _nats(model: Transformer, text: Tensor, batch: Sequence[Window]) -> list[float]:
+def _nats(model: Transformer, text: Tensor, batch: Sequence[Window], cache_type: type[KVCache] | None) -> list[float]:
     """-log p of the scored tokens of each window.
 
     Shorter windows are padded on the right, where causal attention hides the padding from everything that is scored.
@@ -145,8 +148,12 @@ def _nats(model: Transformer, text: Tensor, batch: Sequence[Window]) -> list[flo
     tokens = text.new_zeros(len(batch), max(window.stop - 1 - window.start for window in batch))
     for sequence, window in zip(tokens, batch, strict=True):
         sequence[: window.stop - 1 - window.start] = text[window.start : window.stop - 1]
+    cache = pos = None
+    if cache_type is not None:
+        cache = cache_type(model.args, *tokens.shape, model.dtype, tokens.device)
+        pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     sums = []
-    for h, window in zip(model.hidden(tokens), batch, strict=True):
+    for h, window in zip(model.hidden(tokens, pos, cache), batch, strict=True):
         scored = h[window.first - 1 - window.start : window.stop - 1 - window.start]
         labels = text[window.first : window.stop]
         parts = zip(scored.split(CHUNK), labels.split(CHUNK), strict=True)

@@ -134,5 +134,6 @@ def test_an_unknown_one_is_refused():
 
 def test_a_fused_step_which_knows_no_codes_is_not_taken(monkeypatch):
     monkeypatch.setattr("llama.decoding.fused_step.supports", lambda model: True)
-    names = [Decoder(random_model(), "auto", kind).name for kind in ("auto", "int8")]
-    assert names[0] == "fused" and "fused" not in names[1]
+    plain, int8 = (Decoder(random_model(), "auto", kind) for kind in ("auto", "int8"))
+    assert plain.name == "fused" and int8.name == "eager"
+    assert "widens the int8 cache" in int8.why_slower and plain.why_slower is None

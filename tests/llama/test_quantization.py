@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 from gguf import GGMLQuantizationType as Kind
-from support import FORMATS, hard_rows, linear_of, make_layer, widened
+from support import FORMATS, hard_rows, linear_of, make_layer, needs_kernel, widened
 from torch import nn
 
 from llama import Transformer
 from llama.codes import INT4, INT4_ZERO_POINTS, INT8_GROUPS, pack, quantize_groups, quantize_rows
 from llama.errors import InputError
-from llama.quantization import Int8Embedding, Int8Linear, Quantization, lay_out, quantization_of, quantize
+from llama.quantization import Int8Embedding, Int8Linear, Quantization, lay_out, quantization_of, quantize, slow_reason
 
 CONFIGS = [Quantization(8), Quantization(8, 64), Quantization(4), Quantization(4, 64)]
 CONFIGS += [Quantization(4, 32, True), Quantization(4, 128, True)]
@@ -316,3 +316,13 @@ def test_weights_may_begin_at_any_byte(offset, n_rows):
     layer.weight.data = moved[start : start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
     assert layer.weight.data_ptr() % 64 == offset
     assert torch.allclose(layer(x).float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@needs_kernel
+def test_codes_that_are_widened_before_each_product_on_a_cpu_are_warned_of():
+    model = random_model()
+    quantize(model, Quantization(4, 32))
+    assert "int4 weights save memory here and no time: the C step" in slow_reason(model)
+    assert slow_reason(model.bfloat16()) is None
+    model.layers[0].register_forward_hook(print)
+    assert "the model has layers that the C step does not have, so they are widened" in slow_reason(model)

@@ -23,7 +23,9 @@ from data.tiny.sequences import held_out
 from data.tiny.train import loss_of
 from llama import Transformer, adapters, checkpoint, cli, lora
 from llama import device as devices
+from llama.cache import Int8Cache, KVCache
 from llama.config import PRESETS
+from llama.decoding import EagerStep
 from llama.errors import InputError, NonFinite
 from llama.evaluation import perplexity
 from llama.training.loss import CHUNK
@@ -237,6 +239,23 @@ def test_sixteen_bits(device, dtype):
     assert 0 < abs(rounded - exact) < 0.02
 
 
+@pytest.mark.parametrize(("context", "stride", "batch_size"), [(16, 16, 3), (16, 5, 1)])
+def test_through_a_cache_it_is_what_decoding_token_by_token_gives(model, context, stride, batch_size):
+    ids = random_ids(60)
+    plain = perplexity.evaluate(model, ids, context, stride, batch_size)
+    exact = perplexity.evaluate(model, ids, context, stride, batch_size, cache_type=KVCache)
+    assert exact.sums == pytest.approx(plain.sums, rel=1e-5)
+    found = perplexity.evaluate(model, ids, context, stride, batch_size, cache_type=Int8Cache)
+    assert found.loss != exact.loss and found.loss == pytest.approx(exact.loss, abs=0.01)
+    for nats, window in zip(found.sums, perplexity.windows(len(ids), context, stride), strict=True):
+        step = EagerStep(model, Int8Cache(SMALL, 1, context, model.dtype, "cpu"))
+        text = torch.tensor(ids[window.start : window.stop])[None]
+        with torch.no_grad():
+            parts = [step(text[:, i : i + 1], torch.tensor([[i]])) for i in range(text.shape[1] - 1)]
+        scores = torch.cat(parts, 1)[0].log_softmax(-1)[torch.arange(text.shape[1] - 1), text[0, 1:]]
+        assert -scores[window.first - window.start - 1 :].sum().item() == pytest.approx(nats, rel=1e-4)
+
+
 def test_only_scored_positions_are_projected_and_only_so_many_at_once(model, monkeypatch):
     rows, project = [], model.logits
     monkeypatch.setattr(model, "logits", lambda h: rows.append(len(h)) or project(h))
@@ -352,6 +371,15 @@ def test_against_itself_the_difference_is_zero(small, tmp_path, monkeypatch, cap
             assert value(ours, name) == 0.0
         assert value(ours, "loss_nats") == value(theirs, "loss_nats")
         assert "+0.00000, so 1.0000 times its perplexity [95 %: +0.00000 to +0.00000]: no difference" in out
+
+
+def test_a_cache_in_8_bits_is_a_cell_of_its_own_and_the_second_model_has_none(small, tmp_path, monkeypatch, capsys):
+    flags = (f"--ckpt_dir={small}/m", f"--data={small}/text.txt", "--context=32", f"--results={tmp_path}/r")
+    code, out, _ = call(monkeypatch, capsys, *flags, "--cache_dtype=int8", f"--against={small}/m")
+    assert code == 0 and out.count("| m, float32, int8 cache |") == out.count("| m, float32 |") == 1
+    ours, theirs = newest(tmp_path / "r", 2)
+    assert ours["cell"]["cache_dtype"] == "int8" and "cache_dtype" not in theirs["cell"]
+    assert value(ours, "loss_nats") != value(theirs, "loss_nats")
 
 
 def test_the_difference_has_the_right_sign(tmp_path, monkeypatch, capsys):

@@ -345,10 +345,6 @@ def test_codes_that_do_not_pay_say_so(monkeypatch):
     assert "int8 weights save memory here and no time: Triton needs another card, so" in slow_reason(model)
     interpret(monkeypatch)
     assert slow_reason(model) is None
-    quantized = random_model()
-    quantize(quantized, Quantization(8))
-    monkeypatch.undo()
-    assert slow_reason(quantized) is None
 
 
 # Compiled, without a GPU
