@@ -8,6 +8,9 @@ codes before what it computes with them goes on to the next. So a matrix is chos
 errors of the matrices before it included, and memory holds the weights, and of activations and Hessians those of one
 block. Where that is no better than the nearest codes, on the very inputs, these are kept.
 
+The head comes first, with its inputs in the unquantized model: a tied one is the table of the embeddings, too, whose
+errors the blocks are to see.
+
 With a budget of more than 4 bits per weight, those matrices have 8 whose 4 bits cost the most. To second order, an
 error e of what a matrix computes costs (g e)^2 / 2 for a gradient g of the loss by it, on average over the tokens. Of g
 the mean square of each output is taken, from the unquantized model, and outputs count as independent.
@@ -30,14 +33,18 @@ from tqdm import tqdm
 
 from llama.code_layers import Quantized
 from llama.errors import NonFinite
-from llama.gptq import round_for, row_errors
+from llama.gptq import DAMPING, ROWS, round_for, row_errors
 from llama.model import Transformer, TransformerBlock, rope_table
-from llama.quantization import CALIBRATED, TABLES, Quantization, linear, matrices, rounded
+from llama.quantization import CALIBRATED, TABLES, Quantization, matrices, of_codes, rounded
 from llama.surgery import replace_modules
 from llama.training.loss import cross_entropy_sum
 
 TOKENS = 2048  # that go through a layer at once
-GRADIENT_TOKENS = 4096  # of the text, from which gradients are taken
+FEW_TOKENS = 4096  # of the text, from which gradients are taken, and what reaches the head
+
+# Of the head. A tied one is looked up, too, where all its columns count alike. For SmolLM2-135M the mean divergence
+# from the unquantized distribution falls from 0.00096 to 0.00043 with gptq.DAMPING, and to 0.00037 with this.
+HEAD_DAMPING = 0.1
 
 
 class Outcome(NamedTuple):
@@ -60,11 +67,11 @@ def calibrate(
     config = replace(config, method=CALIBRATED)
     names = matrices(model, config)
     sizes = {name: module.weight.numel() for module, name in names.items() if name not in TABLES}
-    slopes = {} if bits is None else _slopes(model, tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])])
-    _swap(model, {name: rounded(module, name, config) for module, name in names.items() if name in TABLES})
+    few = tokens[: max(1, FEW_TOKENS // tokens.shape[1])]
+    choice = _Choice(config, {} if bits is None else _slopes(model, few))
+    _swap(model, _tables(model, choice, few))
     x = model.tok_embeddings(tokens).to(model.dtype)
     freqs_cis = rope_table(torch.arange(tokens.shape[1], device=tokens.device)[None], model.rope_freqs)
-    choice = _Choice(config, slopes)
     hidden = None if progress else True
     with tqdm(total=len(sizes), desc="calibrating", unit="matrix", disable=hidden, leave=False) as bar:
         for i, block in enumerate(model.layers):
@@ -96,6 +103,17 @@ def affordable(costs: Mapping[str, float], sizes: Mapping[str, int], bits: float
     return tuple(name for name in sizes if name in kept)
 
 
+def _tables(model: Transformer, choice: _Choice, tokens: Tensor) -> dict[str, Quantized]:
+    """What takes the place of embedding and head."""
+    hessian = _hessian(_parts(model.hidden, tokens))
+    if not hessian.isfinite().all():
+        hessian.zero_()  # so that the head keeps its nearest codes; the first matrix with such inputs will be named
+    if model.output is None:
+        return {"tok_embeddings": choice.layer("tok_embeddings", model.tok_embeddings, hessian)}
+    embedding = rounded(model.tok_embeddings, "tok_embeddings", choice.config)
+    return {"output": choice.layer("output", model.output, hessian), "tok_embeddings": embedding}
+
+
 class _Choice:
     """Codes for one matrix after the other, and what is known of them."""
 
@@ -113,13 +131,15 @@ class _Choice:
         layer = rounded(module, name, config)
         errors = nearest = _errors(layer, weight, hessian)
         if hessian.diagonal().any():
-            found = linear(round_for(weight, hessian, config.grid, config.group_size or weight.shape[1]), config)
+            damping = HEAD_DAMPING if name in TABLES else DAMPING
+            found = round_for(weight, hessian, config.grid, config.group_size or weight.shape[1], damping)
+            found = of_codes(module, found, config)
             better = _errors(found, weight, hessian)
             if better.sum() < nearest.sum():
                 layer, errors = found, better
-        whole = row_errors(weight, hessian).sum()
+        whole = torch.cat([row_errors(rows, hessian) for rows in weight.split(ROWS)]).sum()
         self.outcomes[name] = Outcome(_relative(nearest, whole), _relative(errors, whole))
-        if self.slopes:
+        if name in self.slopes:
             self.costs[name] = (self.slopes[name] * errors).sum().item()
             wide = rounded(module, name, Quantization(8))
             self.wide[name] = wide, Outcome(*2 * (_relative(_errors(wide, weight, hessian), whole),))
@@ -128,7 +148,12 @@ class _Choice:
 
 def _errors(layer: Quantized, weight: Tensor, hessian: Tensor) -> Tensor:
     """The error of each row, [N]."""
-    return row_errors(layer.widen(slice(None), torch.empty_like(weight)).sub_(weight), hessian)
+    parts = []
+    for start in range(0, len(weight), ROWS):
+        rows = weight[start : start + ROWS]
+        difference = layer.widen(slice(start, start + ROWS), torch.empty_like(rows)).sub_(rows)
+        parts.append(row_errors(difference, hessian))
+    return torch.cat(parts)
 
 
 def _relative(errors: Tensor, whole: Tensor) -> float:

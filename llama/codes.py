@@ -204,11 +204,11 @@ def quantize_groups(weight: Tensor, group_size: int, grid: Grid) -> Codes:
                 q = grid.nearest(groups, scales, offsets).t().reshape(part.shape).to(torch.int8)
                 numbers = (None if x is None else x.view(len(part), -1).to(grid.dtype) for x in (scales, offsets))
                 found.append(Codes(q, *numbers))
-        parts.append(_joined(found, 1))
-    return _joined(parts, 0)
+        parts.append(joined(found, 1))
+    return joined(parts, 0)
 
 
-def _joined(parts: list[Codes], dim: int) -> Codes:
+def joined(parts: list[Codes], dim: int) -> Codes:
     return Codes(*(None if some[0] is None else torch.cat(some, dim) for some in zip(*parts, strict=True)))
 
 

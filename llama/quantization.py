@@ -93,8 +93,9 @@ class Quantization:
         return name + (f" and {len(self.int8)} matrices of int8" if self.int8 else "")
 
     def of(self, name: str) -> Quantization:
-        """How this matrix is quantized: the same in a model of one format."""
-        return Quantization(8, method=CALIBRATED if self.method == CALIBRATED else None) if name in self.int8 else self
+        """How this matrix is quantized: tables, and the matrices that are named, in 8 bits."""
+        is_wide = name in TABLES or name in self.int8
+        return Quantization(8, method=CALIBRATED if self.method == CALIBRATED else None) if is_wide else self
 
     @classmethod
     def from_params(cls, content: Any) -> Quantization:
@@ -171,7 +172,7 @@ def matrices(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
         largest = max(part.abs().amax().item() if part.isfinite().all() else math.inf for part in weight.split(4096))
         if largest == math.inf:
             raise InputError(f"{name}.weight: holds values that are not finite; the checkpoint is damaged")
-        if name not in TABLES and grid.dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
+        if grid.dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
             remedy = "use zero_points=False" if grid.has_offsets else "leave out group_size"
             raise InputError(f"{name}.weight: values exceed float16, which scales and offsets have; {remedy}")
     return names
@@ -193,9 +194,16 @@ def named(model: Transformer, config: Quantization) -> dict[nn.Module, str]:
 def rounded(module: nn.Module, name: str, config: Quantization) -> Quantized:
     """What takes the place of a linear layer or table, with the nearest codes of each weight."""
     config = config.of(name)
-    if name in TABLES or config.grid is codes.INT8_ROWS:
+    if config.grid is codes.INT8_ROWS:
         return _int8(module, *quantize_rows(module.weight))
     return linear(quantize_groups(module.weight, config.group_size, config.grid), config)
+
+
+def of_codes(module: nn.Module, found: Codes, config: Quantization) -> Quantized:
+    """What takes the place of a linear layer or table, with these codes."""
+    if config.grid is codes.INT8_ROWS:
+        return _int8(module, found.codes, found.scales[:, 0].contiguous())
+    return linear(found, config)
 
 
 def linear(found: Codes, config: Quantization) -> Quantized:
@@ -211,7 +219,7 @@ def empty(module: nn.Module, name: str, config: Quantization) -> Quantized:
     new = functools.partial(torch.empty, device=module.weight.device)
     (n, k), config = module.weight.shape, config.of(name)
     size, grid = config.group_size, config.grid
-    if name in TABLES or grid is codes.INT8_ROWS:
+    if grid is codes.INT8_ROWS:
         return _int8(module, new(n, k, dtype=torch.int8), new(n))
     groups = functools.partial(new, n, math.ceil(k / size), dtype=grid.dtype)
     if config.bits == 8:

@@ -37,16 +37,18 @@ ODD = dataclasses.replace(SMALL, n_layers=2, multiple_of=4, ffn_dim_multiplier=0
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_each_matrix_loses_what_it_says_and_less_than_with_the_nearest_codes(name, args, monkeypatch):
-    """Measured at the inputs that it has once all codes are there."""
+    """Measured at the inputs that it has once all codes are there; the head, at those in the unquantized model."""
     monkeypatch.setattr(calibration, "TOKENS", 96)  # several parts
     model, original = random_model(args), random_model(args)
     outcomes = calibrate(model, CONFIGS[name], TOKENS)
-    assert len(outcomes) == 7 * args.n_layers and quantization_of(model).method == CALIBRATED
+    head = "output" if model.output is not None else "tok_embeddings"
+    assert len(outcomes) == 7 * args.n_layers + 1 and quantization_of(model).method == CALIBRATED
     seen: dict[str, torch.Tensor] = {}
-    for path in outcomes:
+    for path in outcomes.keys() - {head}:
         module = model.get_submodule(path)
         module.register_forward_pre_hook(lambda _, given, path=path: seen.update({path: given[0].double()}))
     model(TOKENS)
+    seen[head] = original.hidden(TOKENS).double()
     nearest = random_model(args)
     quantize(nearest, CONFIGS[name])
     for path, outcome in outcomes.items():
@@ -95,7 +97,7 @@ def test_a_budget_is_spent_on_whole_matrices_and_never_overdrawn(bits, tmp_path)
     outcomes = calibrate(model, CONFIGS["zero"], TOKENS, bits)
     calibrate(plain, CONFIGS["zero"], TOKENS)
     kept = quantization_of(model).int8
-    layers = {name: model.get_submodule(name) for name in outcomes}
+    layers = {name: model.get_submodule(name) for name in outcomes if name.startswith("layers.")}
     assert {name for name, layer in layers.items() if type(layer) is Int8Linear} == set(kept)
     sizes = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
     average = 4 + 4 * sum(sizes[name] for name in kept) / sum(sizes.values())
@@ -150,7 +152,9 @@ def test_a_matrix_whose_inputs_are_zero_keeps_its_nearest_codes():
     assert outcomes[w2] == (0.0, 0.0) and torch.equal(
         widened(model.get_submodule(w2)), widened(plain.get_submodule(w2))
     )
-    assert all(type(module) is Int4Linear for name, module in model.named_modules() if name in outcomes)
+    assert all(
+        type(module) is Int4Linear for name, module in model.layers.named_modules(prefix="layers") if name in outcomes
+    )
 
 
 def test_what_is_not_finite_is_refused_by_name():
