@@ -18,7 +18,7 @@ draft is right about a model that has learned nothing says nothing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from llama.cli import option
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.evaluation import perplexity
+from llama.quantization import Quantization
 from llama.speculative import Draft, ModelDraft, PromptLookup, Speculation
 from llama.tokenizer import Tokenizer
 from reports import tables
@@ -168,15 +169,17 @@ def ladder(has_text: bool) -> list[Rung]:
     ]
 
 
-def make_forms(source: Path, folder: Path, forms: set[str]) -> dict[str, str]:
-    """A checkpoint for each form of the weights: whole, quantized, or with hidden units taken out."""
+def make_forms(
+    source: Path, folder: Path, forms: Iterable[str], formats: Mapping[str, Quantization] = inputs.QUANTIZED
+) -> dict[str, str]:
+    """A checkpoint for each form of the weights: whole, with hidden units taken out, or in one of these formats."""
     directories = {"whole": str(source.resolve())}
-    for name in sorted(forms - {"whole"}):
+    for name in sorted(set(forms) - {"whole"}):
         model = checkpoint.load(source)
         if name == "pruned":
             model = pruning.cut(model, "dimensions", SHARE, model.args)
         else:
-            quantization.quantize(model, inputs.QUANTIZED[name], progress=True)
+            quantization.quantize(model, formats[name], progress=True)
         checkpoint.save(model, folder / name)
         directories[name] = str((folder / name).resolve())
     return directories

@@ -27,6 +27,7 @@ from llama.evaluation import perplexity
 from llama.quantization import Quantization
 from reports import render, tables
 
+INT4 = "int4 with zero-points"
 EMBEDDED = Tokenizer(TINY / "tokenizer.model")
 MODEL = f"--ckpt_dir={TINY / 'draft'} --tokenizer_path={TINY / 'tokenizer.model'}"  # a tenth of the embedded model
 SMALL = "--batch_sizes=1,3 --accumulation=2 --seq_len=9 --input_len=7 --output_len=5 --max_tokens=600 --device=cpu"
@@ -65,7 +66,7 @@ def measured(tmp_path_factory) -> tuple[list[Row], str]:
 
 
 def prepared(ids: list[int], cell: Cell, **changes) -> CellRunner:
-    directories = dict.fromkeys(("whole", "int8", "int4"), str(TINY / "draft"))
+    directories = dict.fromkeys(("whole", "int8", INT4), str(TINY / "draft"))
     setup = Setup(directories, ids, **{**SIZES, **changes}, device="cpu", half="bfloat16")
     runner = CellRunner(setup, cell)
     runner.prepare()
@@ -81,7 +82,7 @@ def test_every_cell_has_its_row_and_every_row_its_place_in_the_table(measured):
     (table,) = tables.leaderboard(rows)
     assert table.rows == rows and render.markdown([table]) in printed
     assert [line[0] for line in table.body] == [
-        "fp32, all weights", "bf16, all weights", "bf16, LoRA", "int8, LoRA", "int4, LoRA"
+        "fp32, all weights", "bf16, all weights", "bf16, LoRA", "int8, LoRA", f"{INT4}, LoRA"
     ]  # fmt: skip
     assert not {cell for line in table.body for cell in line} & {"-", "x"}
     before = render.markdown([table])
@@ -119,9 +120,9 @@ def test_throughput_is_of_whole_steps_and_of_generated_tokens(measured):
         assert slowest == pytest.approx(tokens / row.metrics["runtime_s"]["max"])
         assert fastest == pytest.approx(tokens / row.metrics["runtime_s"]["min"])
     weights = {row.cell["weights"]: row.median("weights_mb") for row in rows if row.cell["work"] == GENERATION}
-    assert weights["fp32"] == 2 * weights["bf16"] and weights["bf16"] > weights["int8"] > weights["int4"]
+    assert weights["fp32"] == 2 * weights["bf16"] and weights["bf16"] > weights["int8"] > weights[INT4]
     assert {row.data["dtype"] for row in rows if "fp32" in row.cell["weights"]} == {"float32"}
-    assert {row.data["dtype"] for row in rows if row.cell["work"] == GENERATION and row.cell["weights"] == "int4"} == {
+    assert {row.data["dtype"] for row in rows if row.cell["work"] == GENERATION and row.cell["weights"] == INT4} == {
         "bfloat16"
     }
 
@@ -131,7 +132,7 @@ def test_the_loss_is_that_of_evaluate(measured, ids):
     loss = {row.cell["weights"]: row.median("loss_nats") for row in rows if row.cell["work"] == LOSS}
     plain = perplexity.evaluate(checkpoint.load(TINY / "draft", torch.float32), ids[:600], 257).loss
     assert loss["fp32"] == pytest.approx(plain, rel=1e-6)
-    assert all(0 < abs(loss[name] - plain) < 0.1 for name in ("bf16", "int8", "int4"))
+    assert all(0 < abs(loss[name] - plain) < 0.1 for name in ("bf16", "int8", INT4))
     assert rows[0].cell["data"] == "the embedded model's held-out text" and rows[0].cell["tokens"] == 600
 
 
