@@ -141,12 +141,10 @@ class Quality:
             if not has_tokenizer(tokenizer):
                 raise InputError("--data is missing; pass a text file to fine-tune on")
             self.text = text.of_embedded_model(tokenizer, options.batch_size, options.seed)
-            self.tokens = self.text.calibration()
             return
         other, sizes = options.eval_data, (options.seq_len, options.batch_size, options.seed)
         files = Path(options.data), tokenizer, *sizes, other and Path(other)
         self.text = text.from_file(*files, options.eval_tokens)
-        self.tokens = self.text.calibration()
         self.cell |= {"seq_len": options.seq_len, "eval_tokens": len(self.text.validation)}
         self.cell |= rows.text_cell(options.data)
         self.cell |= {f"eval_{name}": value for name, value in (rows.text_cell(other) if other else {}).items()}
@@ -189,9 +187,8 @@ class Quality:
             numbers = range(steps * (number - 1), steps * number)
             fine_tune(rest, self._window, numbers, self.settings)
 
-        cuts = pruning.gradually(
-            load(self.options, torch.float32, self.device), method, share, rounds, train, self.text.loss
-        )
+        whole, tokens = load(self.options, torch.float32, self.device), self.text.calibration()
+        cuts = pruning.gradually(whole, method, share, rounds, train, self.text.loss, tokens)
         for number, cut in enumerate(cuts, 1):
             losses = {"loss_nats": cut.loss, "loss_cut_nats": cut.loss_cut}
             yield self._measured(cut.model, part, method, cut.share, steps * number, **losses)

@@ -8,12 +8,13 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import SMALL, TINY, random_model
 
 from benchmarks import pruning as benchmark_pruning
 from benchmarks.rows import Row, read_file
 from data import text
-from llama import checkpoint, cli, files
+from llama import checkpoint, cli, files, pruning
 from llama.config import PRESETS
 from llama.errors import InputError
 from llama.evaluation import perplexity
@@ -89,6 +90,18 @@ def test_a_checkpoint_and_texts_of_your_own(tmp_path, monkeypatch):
         for part, (share, size) in itertools.product(("norm", "iterative", "speed"), ((0, args), (0.5, half))):
             found = chosen(rows, part=part, method=method, share=share)
             assert [row.median("parameters") for row in found] == [size.n_params()] * (part == "speed" or share > 0)
+
+
+def test_one_cut_looks_at_the_text_and_the_other_at_norms_alone(measured):
+    """Of the embedded model: each loss before any step is that of such a cut, and the two differ."""
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    source = text.of_embedded_model(tokenizer, 1, 1)
+    source = dataclasses.replace(source, validation=source.validation[: source.context])  # as VALIDATION was patched
+    for part, tokens in (("norm", None), ("one-shot", source.calibration()), ("one-round", source.calibration())):
+        (row,) = chosen(measured[1], part=part, method="dimensions", share=0.5)
+        model = checkpoint.load(TINY, torch.float32)
+        expected = source.loss(pruning.cut(model, "dimensions", 0.5, model.args, tokens))
+        assert row.median("loss_cut_nats") == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_figure_of_the_pruning_tables_stands_in_a_row(measured):
