@@ -177,7 +177,7 @@ def _how_counted(row: Row) -> list[Cell]:
 @per_setting("model", "data", "data_sha256", "tokens", "context", "stride", dtype=False)
 def perplexity_formats(rows: list[Row]) -> list[Table]:
     """A model in each format of its weights: what that costs in perplexity, and what it takes by batch size."""
-    names = ("weights", "group_size", "zero_points", "calibrated", "int8_matrices")
+    names = ("weights", "group_size", "zero_points", "calibrated", "qat", "int8_matrices")
 
     def format_of(row: Row) -> tuple[Any, ...]:
         return (row.data["dtype"], *map(row.cell.get, names))
@@ -195,7 +195,10 @@ def perplexity_formats(rows: list[Row]) -> list[Table]:
     def of_codes(word: Callable[[dict[str, Any]], str]) -> Column:
         return lambda row: word(row.cell) if row.cell.get("weights") else NOT_MEASURED
 
-    columns: dict[str, Column] = {"weights": lambda row: weights_of(row) + " and int8" * bool(row.cell.get(names[-1]))}
+    def label(row: Row) -> str:
+        return weights_of(row) + " and int8" * bool(row.cell.get(names[-1])) + ", QAT" * ("qat" in row.cell)
+
+    columns: dict[str, Column] = {"weights": label}
     columns |= {"bits per weight": metric("weight_bits", ".2f")}
     columns |= {"group": of_codes(lambda cell: str(cell.get("group_size", "row")))}
     columns |= {name.replace("_", "-"): of_codes(lambda cell, name=name: YES[name in cell]) for name in names[2:4]}
@@ -207,7 +210,8 @@ def perplexity_formats(rows: list[Row]) -> list[Table]:
         columns[f"batch {size}: tokens/s"] = metric("tokens_per_s", ",.0f", of=like(size))
     note = (
         "Bits per weight: of all that is stored, with scales and offsets, and the embedding in 8 bits. Group: weights "
-        "of a row that share a scale. Calibrated: codes chosen for what the layers compute on a different text."
+        "of a row that share a scale. Calibrated: codes chosen for what the layers compute on a different text. QAT: "
+        "weights trained through their rounding."
     )
     title = "{model}: perplexity by format of the weights, stride {stride}".format_map(lines[0].cell)
     found = line_per_row("perplexity-formats", title, lines, columns, note, *_how_counted(lines[0]))

@@ -186,7 +186,8 @@ def test_formats_of_a_model_stand_beside_each_other_by_batch_size():
     """A line for each format, with the ratio to 16 bits; every figure is of a row; adapters have no part in it."""
     text_of = {"model": "m", "data": "t", "data_sha256": None, "tokens": 9, "context": 4, "stride": 4}
     int4 = {"weights": "int4", "group_size": 64, "zero_points": True, "calibrated": True, "int8_matrices": 3}
-    formats = ({"adapter": None}, {"adapter": None, "weights": "int8"}, int4, {"adapter": "a"})
+    trained = {"weights": "int4", "group_size": 64, "zero_points": True, "qat": True}
+    formats = ({"adapter": None}, {"adapter": None, "weights": "int8"}, int4, trained, {"adapter": "a"})
     rows = []
     for number, (cell, size) in enumerate(itertools.product(formats, (12, 4)), 1):
         metrics = {"perplexity_x": 20 + number, "weights_mb": 100 * number, "weight_bits": number / 10}
@@ -199,6 +200,7 @@ def test_formats_of_a_model_stand_beside_each_other_by_batch_size():
         ["bf16", "0.20", "-", "-", "-", "22.000", "1.0000", "200.0", "2,002", "1,002", "2,001", "1,001"],
         ["int8", "0.40", "row", "no", "no", "24.000", "1.0909", "400.0", "2,004", "1,004", "2,003", "1,003"],
         ["int4 and int8", "0.60", "64", "yes", "yes", "26.000", "1.1818", "600.0", "2,006", "1,006", "2,005", "1,005"],
+        ["int4, QAT", "0.80", "64", "yes", "no", "28.000", "1.2727", "800.0", "2,008", "1,008", "2,007", "1,007"],
     ]
     assert not tables.perplexity_formats(rows[-2:]) and not tables.perplexity_formats([])
 
