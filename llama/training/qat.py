@@ -39,7 +39,7 @@ from llama.quantization import TABLES, TRAINED, Quantization
 from llama.surgery import replace_modules
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
-HALF = 0.499  # of a scale: how far from the value of a code a weight surely has that code
+HALF = 0.45  # of a scale: how far from the value of its code a weight starts at most; a few small steps do not undo it
 FAR = 0.5  # relative error of a matrix beyond which codes are not of this weight
 
 
