@@ -35,7 +35,7 @@ from llama.codes import Codes
 from llama.errors import InputError
 from llama.frozen import compute_dtype
 from llama.model import TokenEmbedding, Transformer
-from llama.quantization import TABLES, TRAINED, Quantization
+from llama.quantization import TRAINED, Quantization
 from llama.surgery import replace_modules
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
@@ -159,8 +159,8 @@ class RoundedEmbedding(_Rounded, TokenEmbedding):
 def begin(model: Transformer, config: Quantization, start: Transformer | None = None, progress: bool = False) -> None:
     """Swap in layers that round every matrix, as `quantization.quantize` does now, or to the codes of `start`.
 
-    start: a model that is quantized as `config` says. Raises as `quantize` does, and InputError naming a matrix whose
-    codes in `start` are far from its weight.
+    start: a model that is quantized as `config` says. Where each row has one scale, codes are the nearest ones all the
+    same. Raises as `quantize` does, and InputError naming a matrix whose codes in `start` are far from its weight.
     """
     names, hidden = quantization.matrices(model, config), None if progress else True
     codes = {}
@@ -184,7 +184,7 @@ def _swap(model: Transformer, config: Quantization, names: dict[nn.Module, str],
     def make(module: nn.Module) -> _Rounded:
         kind = RoundedEmbedding if isinstance(module, TokenEmbedding) else RoundedLinear
         name = names[module]
-        return kind(module.weight, codes[name], FORMATS[8] if name in TABLES else config.of(name))
+        return kind(module.weight, codes[name], config.of(name))
 
     replace_modules(model, lambda _, module: module in names, make)
 

@@ -77,9 +77,11 @@ def test_it_starts_from_the_codes_of_a_quantized_model():
     n_moved = 0
     for name, layer in layers(model).items():
         codes, before = start.get_submodule(name), untouched.get_submodule(name).weight
-        assert torch.equal(layer.value(torch.float32), widened(codes).float())
         moved = layer.weight != before
-        if layer.scales is not None:
+        if layer.scales is None:  # the table: what calibration chose for it is within a code of the nearest
+            assert not moved.any()
+        else:
+            assert torch.equal(layer.value(torch.float32), widened(codes).float())
             has_code = (before - layer.value(torch.float32)).abs() <= 0.498 * layer.of_columns()[0]
             assert not moved[has_code].any()
         closer = (layer.value(torch.float32) - layer.weight).abs() < (layer.value(torch.float32) - before).abs()
