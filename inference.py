@@ -39,6 +39,7 @@ from llama.decoding import CACHES
 from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import verdict
+from llama.quantization import Quantization
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.stops import StopStrings, cut
 from llama.tokenizer import ChatFormat, StreamDecoder, Tokenizer, find_tokenizer, other_tokenizer
@@ -48,6 +49,9 @@ SAMPLE_CHATS = (
     "Tell me a story about a mouse and a lantern.",
     "Name two fruits.",
 )
+
+
+OWN_DRAFTS = {"int8": Quantization(8), "int4": Quantization(4, 32, zero_points=True)}  # made of the model's weights
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Options(cli.Options):
     use_cache: bool = option(True, "False recomputes the whole text for every token")
     draft: str | None = option(
         None,
-        "speculative decoding: checkpoint directory of a smaller model with the same tokenizer, or lookup, which "
-        "proposes what followed the same tokens before",
+        "speculative decoding: int8 or int4, the model's own weights in so many bits; lookup, what followed the same "
+        "tokens before; or the checkpoint directory of a smaller model with the same tokenizer",
     )
     draft_tokens: int | None = option(
         None, "tokens that the draft proposes per round; default: as many as pay, at most 8"
@@ -114,7 +118,7 @@ class Options(cli.Options):
         if self.results is not None and not self.compare:
             raise InputError("--results keeps what --compare measures; add --compare")
         if self.draft is None and self.draft_tokens is not None:
-            raise InputError("--draft_tokens needs --draft, a checkpoint directory or lookup")
+            raise InputError("--draft_tokens needs --draft, a checkpoint directory, int8, int4 or lookup")
         if self.chat and self.alpaca:
             raise InputError("--chat and --alpaca are two templates; choose one")
         if self.is_conversation and (self.draft is not None or not self.use_cache):
@@ -208,6 +212,11 @@ def load_draft(name: str, llama: Llama, decoding: str) -> Draft:
     """The draft of that name. Raises InputError, before its weights are read, for one that does not fit the model."""
     if name == "lookup":
         return PromptLookup()
+    if name in OWN_DRAFTS:
+        try:
+            return ModelDraft(quantization.quantized_copy(llama.model, OWN_DRAFTS[name]), decoding)
+        except ValueError as error:
+            raise InputError(f"--draft={name}: takes a model of plain weights; {error}") from None
     directory = directory_of(name)
     check_vocabulary(checkpoint.read_args(directory), llama.n_words)
     if (other := other_tokenizer(directory, llama.tokenizer)) is not None:
@@ -396,7 +405,8 @@ def cell_of(options: Options, llama: Llama) -> dict[str, Any]:
         cell["stop"] = options.stop
     if options.draft is None:
         return {**cell, "what": "KV cache"}
-    draft = "lookup" if options.draft == "lookup" else name_of(directory_of(options.draft))
+    is_named = options.draft == "lookup" or options.draft in OWN_DRAFTS
+    draft = options.draft if is_named else name_of(directory_of(options.draft))
     return {**cell, "what": "draft", "draft": draft, "draft_tokens": options.draft_tokens}
 
 

@@ -210,41 +210,43 @@ class Decoder:
         return self.decoding != "eager" and self.model.tok_embeddings.weight.device.type == "cuda"
 
     @contextmanager
-    def start(self, batch_size: int, max_len: int | None) -> Iterator[Generation]:
+    def start(self, batch_size: int, max_len: int | None, cache: KVCache | None = None) -> Iterator[Generation]:
         """What a generation needs, its own until the block ends: an empty cache of `max_len` slots for each sequence
         and the step that goes with it, neither where `max_len` is None.
 
-        Which kernels compute it is decided here, from the modules as they are now.
+        cache: that of another generation, to read and write in place of an own one. Which kernels compute it is decided
+        here, from the modules as they are now.
         """
         is_native = self._is_native
         if max_len is None:
             yield Generation(self.model, None, None, is_native)
         elif self._captures or self.decoding == "compiled":
-            key = (batch_size, max_len, *self._addresses())
-            cache, step = self._take_prepared(key) or self._prepare(batch_size, max_len, is_native)
+            key = (batch_size, max_len, cache and cache.k.data_ptr(), *self._addresses())
+            cache, step = self._take_prepared(key, cache) or self._prepare(batch_size, max_len, is_native, cache)
             try:
                 yield Generation(self.model, cache, step, is_native)
             finally:
                 self._kept = key, cache, step
         else:
-            cache = self._new_cache(batch_size, max_len)
+            cache = cache or self._new_cache(batch_size, max_len)
             yield Generation(self.model, cache, self._new_step(cache, is_native), is_native)
 
     def _addresses(self) -> Iterator[int]:
         """What a recorded step reads; swapped weights need a new one."""
         return (tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
 
-    def _take_prepared(self, key: tuple) -> tuple[KVCache, Step] | None:
+    def _take_prepared(self, key: tuple, others: KVCache | None) -> tuple[KVCache, Step] | None:
         """The kept cache and step, if they are of this kind; else their memory is freed."""
         kept, self._kept = self._kept, None
         if kept is None or kept[0] != key:
             return None
         _, cache, step = kept
-        cache.clear()
+        if others is None:
+            cache.clear()
         return cache, step
 
-    def _prepare(self, batch_size: int, max_len: int, is_native: bool) -> tuple[KVCache, Step]:
-        cache = self._new_cache(batch_size, max_len)
+    def _prepare(self, batch_size: int, max_len: int, is_native: bool, cache: KVCache | None) -> tuple[KVCache, Step]:
+        cache = cache or self._new_cache(batch_size, max_len)
         step = self._new_step(cache, is_native)
         step = self._compile(step) if self.decoding == "compiled" else step
         return cache, CapturedStep(step) if self._captures else step
@@ -257,7 +259,8 @@ class Decoder:
     def _new_step(self, cache: KVCache, is_native: bool) -> Step:
         if is_native:
             return NativeStep(self.model, cache)
-        return FusedStep(self.model, cache) if self._is_fused else EagerStep(self.model, cache)
+        is_fused = self._is_fused and not isinstance(cache, Int8Cache)
+        return FusedStep(self.model, cache) if is_fused else EagerStep(self.model, cache)
 
     def _compile(self, step: Step) -> Step:
         if not torch._dynamo.is_dynamo_supported():

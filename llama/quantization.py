@@ -20,6 +20,7 @@ Left out on purpose: quantized activations and caches, other bit widths.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def quantize(model: Transformer, config: Quantization, progress: bool = False) -
     replace_modules(model, lambda _, module: module in layers, lambda module: layers[module])
     model.quantization = config
     return errors
+
+
+def quantized_copy(model: Transformer, config: Quantization) -> Transformer:
+    """A quantized form of a model, which stays as it is; they share what is not quantized. Raises as `quantize`."""
+    form = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    quantize(form, config)
+    return form
 
 
 def lay_out(model: Transformer, config: Quantization) -> None:

@@ -45,7 +45,7 @@ PRIOR = (1.6, 2.0)  # accepted and tested draft tokens to begin with: acceptance
 # What a draft token of one text adds to the step that verifies it, in steps: more where a CPU unpacks codes. And
 # what calling the operations of a layer costs, as the bytes that the memory could deliver meanwhile. Rough, but the
 # same in every run: with measured times instead, sampled text would depend on them.
-VERIFY_COST = {"cpu": 0.03, "cuda": 0.01, Int8Linear: 0.05, Int4Linear: 0.2}
+VERIFY_COST = {"cpu": 0.05, "cuda": 0.01, Int8Linear: 0.15, Int4Linear: 0.3}
 LAYER_BYTES = {"native": 5e5, "cpu": 4e6, "cuda": 5e7}
 WORTH_IT = 1.05  # an expected speed-up below this is not worth having a draft
 
@@ -55,6 +55,10 @@ class Proposal(NamedTuple):
 
     tokens: list[list[int]]
     probs_BkV: Tensor | None  # fp32, the distributions they were drawn from; None: they were certain
+
+    def cut(self, limits: list[int]) -> Proposal:
+        """At most so many for each text."""
+        return self._replace(tokens=[tokens[:limit] for tokens, limit in zip(self.tokens, limits, strict=True)])
 
 
 # Called with the texts so far and how many draft tokens each may get: 0 for one that has ended, but not for all.
@@ -72,14 +76,21 @@ class Draft:
         return 0.0
 
     def start(
-        self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling, target: Generation | None = None
     ) -> AbstractContextManager[Proposer]:
-        """Begin with these texts, which grow to at most `max_len` tokens, draft tokens included."""
+        """Begin with these texts, which grow to at most `max_len` tokens, draft tokens included.
+
+        target: the generation that verifies, whose cache holds all but the last token of each text.
+        """
         raise NotImplementedError
 
 
 class ModelDraft(Draft):
-    """Another model with the same vocabulary, smaller or quantized: any Transformer."""
+    """Another model with the same vocabulary: any Transformer.
+
+    A lighter form of the target itself, quantized or pruned, works on the target's cache: it has nothing to prefill and
+    to hold, and sees the text as the target does. What it writes lies where the target writes next.
+    """
 
     def __init__(self, model: Transformer, decoding: str = "auto") -> None:
         self.decoder = Decoder(model, decoding)
@@ -97,10 +108,42 @@ class ModelDraft(Draft):
         return _step_bytes(self.decoder) / _step_bytes(target)
 
     @contextmanager
-    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Iterator[Proposer]:
+    def start(
+        self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling, target: Generation | None = None
+    ) -> Iterator[Proposer]:
         """Run the prompts through the draft. Its proposer raises NonFinite for logits that are no numbers."""
-        with self.decoder.start(len(prompts), max_len) as run:
-            yield _ModelProposer(run, prompts, sampling)
+        if target is not None and is_form_of(self.decoder.model, target.model):
+            with self.decoder.start(len(prompts), max_len, target.cache) as run:
+                yield _FormProposer(run, sampling)
+        else:
+            with self.decoder.start(len(prompts), max_len) as run:
+                yield _ModelProposer(run, prompts, sampling)
+
+
+def is_form_of(model: Transformer, other: Transformer) -> bool:
+    """Whether one model is another in a lighter form: equal norms, which quantization and pruning leave as they are,
+    and keys and values of the same shape."""
+
+    def norms(network: Transformer) -> list[Tensor]:
+        return [network.norm.weight, *(block.attention_norm.weight for block in network.layers)]
+
+    a, b = model.args, other.args
+    if (a.n_layers, a.n_kv_heads, a.head_dim) != (b.n_layers, b.n_kv_heads, b.head_dim) or model.dtype != other.dtype:
+        return False
+    return all(torch.equal(*pair) for pair in zip(norms(model), norms(other), strict=True))
+
+
+class _FormProposer:
+    """A form of the target on the target's cache, which holds all but the last token of each text."""
+
+    def __init__(self, run: Generation, sampling: Sampling) -> None:
+        self.run, self.sampling = run, sampling
+
+    def __call__(self, texts: list[list[int]], limits: list[int]) -> Proposal:
+        device = self.run.cache.k.device
+        tokens = torch.tensor([[text[-1]] for text in texts], device=device)
+        pos = torch.tensor([[len(text) - 1] for text in texts], device=device)
+        return _drafted(self.run, tokens, pos, max(limits), self.sampling).cut(limits)
 
 
 class _ModelProposer:
@@ -124,18 +167,10 @@ class _ModelProposer:
         self.ventured: list[list[int]] = [[] for _ in prompts]
 
     def __call__(self, texts: list[list[int]], limits: list[int]) -> Proposal:
-        tokens, pos = self._unseen(texts)
-        columns, probs = [], []
-        for _ in range(max(limits)):
-            token, q = _draft_token(self.run.step(tokens, pos)[:, -1:], self.sampling)
-            columns.append(token)
-            probs.append(q)
-            tokens, pos = token, pos[:, -1:] + 1
-        drafted = torch.cat(columns, 1).tolist()
+        drafted = _drafted(self.run, *self._unseen(texts), max(limits), self.sampling)
         self.known = [len(text) for text in texts]
-        self.ventured = [tokens[:-1] for tokens in drafted]
-        proposed = [tokens[:limit] for tokens, limit in zip(drafted, limits, strict=True)]
-        return Proposal(proposed, None if self.sampling.temperature == 0 else torch.cat(probs, 1))
+        self.ventured = [tokens[:-1] for tokens in drafted.tokens]
+        return drafted.cut(limits)
 
     def _unseen(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """The tokens of each text that the cache does not hold, and their positions, both [B, n].
@@ -173,7 +208,9 @@ class PromptLookup(Draft):
         return 0.0
 
     @contextmanager
-    def start(self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling) -> Iterator[Proposer]:
+    def start(
+        self, prompts: Sequence[Sequence[int]], max_len: int, sampling: Sampling, target: Generation | None = None
+    ) -> Iterator[Proposer]:
         """Begin an index for each text: where each n-gram was last followed by something."""
         indexes: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         known = [1] * len(prompts)
@@ -235,22 +272,29 @@ class Counts:
 class DraftLength:
     """Chooses k for the next round: the one with the largest E(a, k) / (1 + k c), with a as it was lately.
 
-    0 where none pays; then every so often a single draft token is tried, in case the text has changed.
+    0 where none pays; then every so often a single draft token is tried, in case the text has changed. A draft that
+    would not pay if it were always right is never tried.
     """
 
     def __init__(self, cost: float) -> None:
         self.cost = cost
+        self._can_pay = max(self._gain(k, 1.0) for k in range(MOST_DRAFT_TOKENS + 1)) >= WORTH_IT
         self._accepted, self._tested = PRIOR
         self._idle = 0
 
     def next(self) -> int:
+        if not self._can_pay:
+            return 0
         a = self._accepted / self._tested
-        best = max(range(MOST_DRAFT_TOKENS + 1), key=lambda k: expected_tokens(a, k) / (1 + k * self.cost))
+        best = max(range(MOST_DRAFT_TOKENS + 1), key=lambda k: self._gain(k, a))
         self._idle = 0 if best > 0 else self._idle + 1
         if best > 0 or self._idle % PROBE_EVERY:
             return best
         self._accepted, self._tested = a, 1.0  # the past counts as one token, so that this one can change the mind
         return 1
+
+    def _gain(self, k: int, a: float) -> float:
+        return expected_tokens(a, k) / (1 + k * self.cost)
 
     def observe(self, accepted: int, rejected: int) -> None:
         """Learn from a round."""
@@ -315,7 +359,7 @@ class Speculation:
         # A text at its end takes part in rounds of k draft tokens as long as others go on: k slots more than it needs.
         max_len = max(len(text.tokens) + text.room for text in texts) + (self.draft_tokens or MOST_DRAFT_TOKENS)
         length = DraftLength(self.draft.cost(decoder) + len(texts) * _verify_cost(decoder.model))
-        with decoder.start(len(texts), max_len) as run, self.draft.start(prompts, max_len, sampling) as propose:
+        with decoder.start(len(texts), max_len) as run, self.draft.start(prompts, max_len, sampling, run) as propose:
             logits = decoder.model.logits(prefill(run, prompts))[:, None]
             proposal = nothing = Proposal([[] for _ in texts], None)
             is_first = True
@@ -407,6 +451,17 @@ def prefill(run: Generation, prompts: Sequence[Sequence[int]]) -> Tensor:
     last = torch.tensor([len(prompt) - 1 for prompt in prompts])
     device = run.cache.k.device
     return run.last_hidden(_padded(prompts).to(device), last.to(device))
+
+
+def _drafted(run: Generation, tokens: Tensor, pos: Tensor, k: int, sampling: Sampling) -> Proposal:
+    """k draft tokens of each text after `tokens` at `pos`, both [B, n]."""
+    columns, probs = [], []
+    for _ in range(k):
+        token, q = _draft_token(run.step(tokens, pos)[:, -1:], sampling)
+        columns.append(token)
+        probs.append(q)
+        tokens, pos = token, pos[:, -1:] + 1
+    return Proposal(torch.cat(columns, 1).tolist(), None if sampling.temperature == 0 else torch.cat(probs, 1))
 
 
 def _draft_token(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

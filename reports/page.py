@@ -34,6 +34,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("loading", "Loading", "loading"),
     ("formats", "Generation with quantized weights", "formats"),
     ("ladder", "The ladder: one change per row", "ladder"),
+    ("speculation", "Speculative decoding with a model's own forms", "speculation"),
     ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels"),
     ("pruning", "Pruning: size, quality and speed", "pruning"),
     ("perplexity", "Perplexity", "perplexity"),

@@ -366,6 +366,23 @@ def drafts(rows: list[Row]) -> list[Table]:
     return line_per_row("drafts", f"{rows[0].cell['model']}: speculative decoding", used, columns)
 
 
+@per_setting("model", "data", "data_sha256", "input_len", "output_len", "prompts", "decoding")
+def speculation(rows: list[Row]) -> list[Table]:
+    """What each draft brings on each kind of text, greedy and sampled."""
+    columns = {"text": word("text"), "temperature": word("temperature"), "draft": word("draft")}
+    columns |= {"acceptance rate": metric("acceptance", ".2f"), "tokens per round": metric("tokens_a_round", ".2f")}
+    columns |= {"tokens/s": metric("tokens_per_s", ",.1f"), "plain tokens/s": metric("plain_tokens_per_s", ",.1f")}
+    columns |= {"times as fast": runs("speedup_x", ".2f"), "same tokens": metric("tokens_equal", ",.0f")}
+    lines = list({(r.cell["text"], r.cell["temperature"], r.cell["draft"]): r for r in rows}.values())
+    cell = lines[0].cell
+    title = f"{cell['model']}: speculative decoding, {cell['prompts']} prompts of {cell['input_len']:,} tokens"
+    note = (
+        f"{cell['output_len']} tokens for each prompt; the time is that after the first. Plain decoding took turns "
+        "with each draft. Quoting: a prompt whose end is its own beginning. Same tokens: as plain decoding, greedy."
+    )
+    return line_per_row("speculation", title, lines, columns, note)
+
+
 @per_setting("model", "part")
 def kernels(rows: list[Row]) -> list[Table]:
     """Every operation in both forms, by the part of the work that it belongs to, and which kernels do not pay."""
@@ -504,6 +521,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "loading": (loading,),
     "leaderboard": (leaderboard,),
     "ladder": (ladder, drafts),
+    "speculation": (speculation,),
     "kernels": (kernels,),
     "pruning": (pruning_quality, pruning_speed),
     "tiny": (embedded,),

@@ -250,16 +250,24 @@ def test_draft_of_another_vocabulary_or_tokenizer(tmp_path, monkeypatch, capsys)
     assert code == 0 and "[draft: " in out
 
 
-@pytest.mark.parametrize("draft", ["data/tiny/draft", "lookup"])
+@pytest.mark.parametrize("draft", ["data/tiny/draft", "lookup", "int8", "int4"])
 def test_a_draft_changes_no_text_and_its_figures_are_printed(monkeypatch, capsys, draft):
     monkeypatch.chdir(ROOT)
     flags = ("--temperature=0", "--max_gen_len=24", "--device=cpu")
     body = call(monkeypatch, capsys, *flags)[1].split("\n[")[0]
     code, out, err = call(monkeypatch, capsys, *flags, f"--draft={draft}", "--draft_tokens=3")
     assert (code, err) == (0, "") and out.split("\n[")[0] == body
-    wanted = r"\n\[draft: (\d+) tokens proposed, (\d+) accepted of (\d+) up to .* \(.* rate (0\.\d\d)\), ([1-4]\.\d\d) "
+    wanted = r"\n\[draft: (\d+) tokens proposed, (\d+) accepted of (\d+) up to .* rate ([01]\.\d\d)\), ([1-4]\.\d\d) "
     proposed, accepted, seen, acceptance, tokens = map(float, re.search(wanted, out).groups())
-    assert accepted < seen <= proposed and acceptance == pytest.approx(accepted / seen, abs=0.006) and tokens > 1
+    assert 0 < accepted <= seen <= proposed and acceptance == pytest.approx(accepted / seen, abs=0.006) and tokens > 1
+
+
+def test_a_quantized_model_has_no_form_to_draft_with(tmp_path, monkeypatch, capsys):
+    model = checkpoint.load(TINY)
+    quantization.quantize(model, Quantization(8))
+    checkpoint.save(model, tmp_path / "q", tokenizer_path=TINY / "tokenizer.model")
+    code, _, err = call(monkeypatch, capsys, f"--ckpt_dir={tmp_path}/q", "--draft=int4", "--device=cpu")
+    assert code == 2 and err == "error: --draft=int4: takes a model of plain weights; the model is quantized already\n"
 
 
 def test_compare_with_a_draft_compares_with_plain_decoding(monkeypatch, capsys):

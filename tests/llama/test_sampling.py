@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from llama import sampling
 from llama.sampling import Sampling, draw, logits_to_probs, next_token, penalize
 
 
@@ -46,6 +47,19 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
         assert before[kept].sum() >= top_p - 1e-5
         assert before[kept].sum() - before[kept].min() < top_p + 1e-5  # one fewer would not reach it
         torch.testing.assert_close(after[kept], before[kept] / before[kept].sum())
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_the_same_found_among_a_few_or_all(monkeypatch, top_p):
+    """Whether the few reach it or not, in some rows or all, and beside what is no number."""
+    x = logits(3, 20, 40)
+    x[0, 1, 2] = float("nan")
+    found = []
+    for head in (40, 20, 3):
+        monkeypatch.setattr(sampling, "HEAD", head)
+        found += [logits_to_probs(x, top_p=top_p), logits_to_probs(x[1:, :1], top_k=5, top_p=top_p)]
+    for other in found[2:]:
+        torch.testing.assert_close(other, found[len(other) == 2], rtol=0, atol=0, equal_nan=True)
 
 
 def test_top_k_then_top_p():

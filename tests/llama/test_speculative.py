@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import random
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from llama import KVCache, Llama, ModelArgs, Transformer, checkpoint
 from llama.decoding import Decoder
 from llama.errors import InputError, NonFinite
 from llama.kernels.cpu import decode_step
+from llama.quantization import Quantization, quantized_copy
 from llama.sampling import Sampling, draw, logits_to_probs
 from llama.speculative import (
     MOST_DRAFT_TOKENS,
@@ -26,6 +29,7 @@ from llama.speculative import (
     Proposal,
     Speculation,
     expected_tokens,
+    is_form_of,
     verify,
 )
 
@@ -36,7 +40,19 @@ PROMPT = [1, 2, 3]
 
 def small(seed: int = 0, args: ModelArgs = ARGS) -> Transformer:
     """In fp64, where rounding cannot decide between two candidates: a step of 9 tokens adds up in another order."""
-    return random_model(args, seed, std=0.3).double()
+    model = random_model(args, seed, std=0.3).double()
+    model.norm.weight.data += seed / 100  # by which two models are told from two forms of one
+    return model
+
+
+def rounded_form(model: Transformer) -> Transformer:
+    """The same norms, and matrices of few bits: agrees with the model about as often as not."""
+    form = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in form.named_parameters():
+            if not name.endswith("norm.weight"):
+                weight.copy_((weight * 8).round() / 8)
+    return form
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +80,7 @@ class Scripted:
         return 0.0
 
     @contextmanager
-    def start(self, prompts, max_len, sampling):
+    def start(self, prompts, max_len, sampling, target=None):
         assert [text[: len(prompt)] for text, prompt in zip(self.texts, prompts, strict=True)] == list(prompts)
 
         def propose(texts, limits):
@@ -82,6 +98,7 @@ class Scripted:
 def drafts(llama: Llama, prompts: list[list[int]], answers: list[list[int]]) -> dict:
     return {
         "itself": ModelDraft(llama.model),
+        "a form of itself": ModelDraft(rounded_form(llama.model)),
         "another": ModelDraft(small(seed=1)),
         "always wrong": Scripted(answers, prompts, right=0),
         "lookup": PromptLookup(),
@@ -107,7 +124,7 @@ def check_greedy(llama: Llama, n_prompts: int, name: str, seed: int) -> None:
     assert start >= n_prompts
 
 
-NAMES = ["itself", "another", "always wrong", "lookup"]
+NAMES = ["itself", "a form of itself", "another", "always wrong", "lookup"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -275,6 +292,20 @@ def test_after_rollback_the_caches_hold_the_accepted_text_and_nothing_else_count
         torch.testing.assert_close(caches[0].v[..., accepted, :], exact.v[..., accepted, :], atol=1e-12, rtol=0)
 
 
+def test_a_form_of_the_target_has_no_cache_of_its_own_and_another_model_has(llama, monkeypatch):
+    caches, new_cache = [], Decoder._new_cache
+    monkeypatch.setattr(Decoder, "_new_cache", lambda self, *a: caches.append(new_cache(self, *a)) or caches[-1])
+    form, other = rounded_form(llama.model), small(seed=1)
+    for draft, n_caches in ((llama.model, 1), (form, 1), (other, 2)):
+        caches.clear()
+        speculation = Speculation(ModelDraft(draft), 4)
+        assert llama.generate([PROMPT], NEW, 0, speculation=speculation) == llama.generate([PROMPT], NEW, 0)
+        assert len(caches) == n_caches + 1
+        assert is_form_of(draft, llama.model) == (n_caches == 1)
+    quantized = quantized_copy(small(args=dataclasses.replace(ARGS, dim=64)).float(), Quantization(8))
+    assert not is_form_of(quantized, llama.model)
+
+
 def test_stop_tokens_inside_an_accepted_run_end_the_row_there(llama):
     prompts = ragged_prompts(4, 20, seed=3)
     free = llama.generate(prompts, NEW, 0)[0]
@@ -313,10 +344,13 @@ def test_logprobs_echo_and_streaming_are_those_of_plain_decoding(llama):
         assert [list(llama.stream(PROMPT, NEW, **options))] == llama.generate([PROMPT], NEW, **options)[0]
 
 
-def test_it_is_really_on(llama, monkeypatch):
+@pytest.mark.parametrize("is_form", [True, False])
+def test_it_is_really_on(llama, monkeypatch, is_form):
     """The draft is called, and the target runs fewer times than it yields tokens: the prompt, then 24 tokens by 5."""
     calls = {id(llama.model): [], "draft": []}
     other = small()  # equal weights, another object
+    if not is_form:
+        other.norm.weight.data *= 1 + 1e-12
     forward = Transformer.forward
     monkeypatch.setattr(
         Transformer,
@@ -327,7 +361,8 @@ def test_it_is_really_on(llama, monkeypatch):
     )
     llama.generate([PROMPT], 26, 0, speculation=Speculation(ModelDraft(other), 4))
     assert calls[id(llama.model)] == [5] * 5
-    assert calls["draft"] == [1, 1, 1, 1, *[2, 1, 1, 1] * 4]  # from the second round on, its own last token too
+    last = 1 if is_form else 2  # with a cache of its own, from the second round on, its own last token too
+    assert calls["draft"] == [1, 1, 1, 1, *[last, 1, 1, 1] * 4]
     calls[id(llama.model)].clear()
     llama.generate([PROMPT], 26, 0)
     assert calls[id(llama.model)] == [1] * 25
@@ -429,6 +464,15 @@ def test_a_small_draft_costs_less_where_calls_cost_little():
     target, draft = (checkpoint.load(path, torch.bfloat16) for path in (TINY, TINY / "draft"))
     costs = [ModelDraft(draft, way).cost(Decoder(target, way)) for way in ("auto", "eager")]
     assert costs[0] < 0.25 < costs[1]
+
+
+def test_a_draft_that_could_not_pay_if_it_were_always_right_is_never_tried():
+    for cost, is_tried in ((0.9, True), (0.99, False), (1.5, False)):
+        length, tried = DraftLength(cost), 0
+        for _ in range(5 * PROBE_EVERY):
+            tried += length.next()
+            length.observe(0, 0)
+        assert (tried > 0) == is_tried
 
 
 @pytest.mark.parametrize("cost", [0.03, 0.4])
