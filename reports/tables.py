@@ -206,8 +206,7 @@ def perplexity_formats(rows: list[Row]) -> list[Table]:
     columns |= {"relative to 16 bits": lambda row: ratio(row, whole, "perplexity_x", ".4f")}
     columns |= {"weights (MB)": metric("weights_mb", ",.1f")}
     for size in sorted({row.cell["batch_size"] for row in rows}):
-        columns[f"batch {size}: peak memory (MB)"] = metric("peak_memory_mb", ",.0f", of=like(size))
-        columns[f"batch {size}: tokens/s"] = metric("tokens_per_s", ",.0f", of=like(size))
+        columns[f"peak memory, batch {size} (MB)"] = metric("peak_memory_mb", ",.0f", of=like(size))
     note = (
         "Bits per weight: of all that is stored, with scales and offsets, and the embedding in 8 bits. Group: weights "
         "of a row that share a scale. Calibrated: codes chosen for what the layers compute on a different text. QAT: "
