@@ -214,6 +214,17 @@ PRESETS: dict[str, ModelArgs] = {
     "llama3.2-3b": ModelArgs(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, **_LLAMA3),
     "llama3.1-8b": ModelArgs(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, **_LLAMA3),
     "llama2-7b": ModelArgs(vocab_size=32_000),
+    "smollm2-135m": ModelArgs(
+        dim=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        multiple_of=256,
+        vocab_size=49_152,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+        max_seq_len=8192,
+    ),
     # The embedded model (data/tiny) and the draft for it: 3.2's architecture, small enough to ship.
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim_multiplier=1.5, **_TINY),
     "tiny-draft": ModelArgs(dim=64, n_layers=3, n_heads=2, n_kv_heads=1, multiple_of=64, **_TINY),

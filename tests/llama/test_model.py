@@ -184,6 +184,7 @@ def test_state_dict_holds_metas_keys_only(model):
         ("llama3.2-3b", 3_212_749_824),
         ("llama3.1-8b", 8_030_261_248),
         ("llama2-7b", 6_738_415_616),
+        ("smollm2-135m", 134_515_008),
         ("tiny", 4_983_040),
         ("tiny-draft", 410_048),
     ],
