@@ -45,8 +45,9 @@ PRIOR = (1.6, 2.0)  # accepted and tested draft tokens to begin with: acceptance
 # What a draft token of one text adds to the step that verifies it, in steps: more where a CPU unpacks codes. And
 # what calling the operations of a layer costs, as the bytes that the memory could deliver meanwhile. Rough, but the
 # same in every run: with measured times instead, sampled text would depend on them.
-VERIFY_COST = {"cpu": 0.05, "cuda": 0.01, Int8Linear: 0.15, Int4Linear: 0.3}
+VERIFY_COST = {"native": 0.08, "cpu": 0.03, "cuda": 0.01, Int8Linear: 0.2, Int4Linear: 0.3}
 LAYER_BYTES = {"native": 5e5, "cpu": 4e6, "cuda": 5e7}
+DRAW_BYTES = {"cpu": 900, "cuda": 0}  # drawing from a distribution, for each word that it has: 30 ns on a CPU
 WORTH_IT = 1.05  # an expected speed-up below this is not worth having a draft
 
 
@@ -358,7 +359,11 @@ class Speculation:
             return
         # A text at its end takes part in rounds of k draft tokens as long as others go on: k slots more than it needs.
         max_len = max(len(text.tokens) + text.room for text in texts) + (self.draft_tokens or MOST_DRAFT_TOKENS)
-        length = DraftLength(self.draft.cost(decoder) + len(texts) * _verify_cost(decoder.model))
+        cost = _verify_cost(decoder)
+        if sampling.temperature > 0 and isinstance(self.draft, ModelDraft):
+            n_words = decoder.model.args.vocab_size
+            cost += DRAW_BYTES[decoder.model.tok_embeddings.weight.device.type] * n_words / _step_bytes(decoder)
+        length = DraftLength(self.draft.cost(decoder) + len(texts) * cost)
         with decoder.start(len(texts), max_len) as run, self.draft.start(prompts, max_len, sampling, run) as propose:
             logits = decoder.model.logits(prefill(run, prompts))[:, None]
             proposal = nothing = Proposal([[] for _ in texts], None)
@@ -507,10 +512,11 @@ def _step_bytes(decoder: Decoder) -> float:
     return weights - looked_up + model.args.n_layers * LAYER_BYTES[name]
 
 
-def _verify_cost(target: Transformer) -> float:
+def _verify_cost(target: Decoder) -> float:
     """What a draft token of one text adds to a step."""
-    kind, device = type(target.layers[0].attention.wq), target.tok_embeddings.weight.device.type
-    return VERIFY_COST[kind if device == "cpu" and kind in VERIFY_COST else device]
+    kind, device = type(target.model.layers[0].attention.wq), target.model.tok_embeddings.weight.device.type
+    name = "native" if target.name == "native" else device
+    return VERIFY_COST[kind if device == "cpu" and kind in VERIFY_COST else name]
 
 
 def check_vocabulary(draft: ModelArgs, n_words: int) -> None:
