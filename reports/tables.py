@@ -435,7 +435,7 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
             losses = [figure(row, "loss_cut_nats", ".3f") for row in (norm, modes[PRUNED.index("one-shot")])]
             lines.append((row, losses + [figure(mode, "loss_nats", ".3f") for mode in modes]))
         body = [
-            [f"{row.cell['share']:g}", str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
+            [f"{row.cell['share']:.3g}", str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
             + [figure(row, "stored_mb", ",.1f"), figure(row, "zeros", ",.0f"), *losses]
             for row, losses in lines
         ]
@@ -450,7 +450,7 @@ def pruning_speed(rows: list[Row]) -> list[Table]:
     """First token and decode step of a model with fewer and fewer hidden units or heads, and those of the whole one."""
     model, method = rows[0].cell["model"], rows[0].cell["method"]
     rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
-    columns = {"share": lambda row: f"{row.cell['share']:g}", "parameters": metric("parameters", ",.0f")}
+    columns = {"share": lambda row: f"{row.cell['share']:.3g}", "parameters": metric("parameters", ",.0f")}
     columns |= {"stored (MB)": metric("stored_mb", ",.1f"), "TTFT (ms)": runs("ttft_s", ",.2f", 1e3)}
     columns |= {"TTFT, times as fast": faster(lambda _: rows[0], "ttft_s"), "TPOT (ms)": runs("tpot_s", ",.2f", 1e3)}
     columns |= {"TPOT, times as fast": faster(lambda _: rows[0], "tpot_s")}

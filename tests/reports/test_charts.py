@@ -109,20 +109,21 @@ def test_the_ladder_draws_speed_and_memory():
 def test_pruning_draws_every_way_and_speed_by_size():
     rows, found = ROWS["pruning"], charts.pruning(ROWS["pruning"])
     kept = lambda row: 1 - row.cell["share"]  # noqa: E731
-    for method in ("dimensions", "magnitude"):
-        (figure,) = (figure for name, figure in found.items() if method in name)
-        lines = drawn(figure)
+    cuts = [row for row in rows if row.has("loss_nats") and row.cell["method"] != "none"]
+    for model, method in {(row.cell["model"], row.cell["method"]) for row in cuts}:
+        own = pick(rows, model=model)
+        lines = drawn(found[f"pruning-{method}-{model}-cpu"])
         for name, part, metric in (
             ("iterative", "iterative", "loss_nats"),
             ("one-shot, steps of one round", "one-round", "loss_nats"),
             ("one-shot, steps of all rounds", "one-shot", "loss_nats"),
             ("one-shot, not fine-tuned", "one-shot", "loss_cut_nats"),
         ):
-            assert lines[name] == points(pick(rows, part=part, method=method), kept, metric)
-        (size,) = (figure for name, figure in found.items() if name.startswith("pruning-size"))
-        assert drawn(size)[method] == points(pick(rows, part="iterative", method=method), kept, "stored_mb")
+            assert lines.get(name, set()) == points(pick(own, part=part, method=method), kept, metric)
+        size = drawn(found[f"pruning-size-{model}-cpu"])
+        assert size[method] == points(pick(own, part="iterative", method=method), kept, "stored_mb")
         levels = {y for name, line in lines.items() if name.startswith("dense") for _, y in line}
-        assert levels == {row.median("loss_nats") for row in pick(rows, part="dense")}
+        assert levels == {row.median("loss_nats") for row in pick(own, part="dense")}
     for model in ("tiny", "llama3.2-1b"):
         lines = drawn(found[f"pruning-speed-{model}-cpu"])
         for name, metric in (("dimensions", "tpot_s"), ("dimensions, hardware limit", "floor_tpot_s")):
