@@ -66,8 +66,8 @@ def figure(row: Row | None, name: str, form: str, scale: float = 1, stat: str = 
     if (gap := _gap((row, name))) is not None:
         return gap
     values, source = row.metrics[name], row.source(f"metrics.{name}.{stat}")
-    spread = f"median of {values['n']}, {values['min']:.6g} to {values['max']:.6g}" if values["n"] > 1 else "one run"
-    return Figure(format(scale * values[stat], form), values[stat], source, f"{source} ({spread})", scale)
+    spread = f" (median of {values['n']}, {values['min']:.6g} to {values['max']:.6g})" if values["n"] > 1 else ""
+    return Figure(format(scale * values[stat], form), values[stat], source, f"{source}{spread}", scale)
 
 
 def spread(row: Row | None, name: str, form: str, scale: float = 1) -> Cell:

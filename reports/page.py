@@ -37,7 +37,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("speculation", "Speculative decoding with a model's own forms", "speculation"),
     ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels"),
     ("pruning", "Pruning: size, quality and speed", "pruning"),
-    ("perplexity", "Perplexity", "perplexity"),
+    ("perplexity", "Perplexity by format of the weights", "perplexity", (tables.perplexity_formats,)),
     ("embedded", "The embedded models", "tiny"),
 ]
 COLOURS = {charts.BLUE: "var(--a)", charts.RED: "var(--b)", charts.GREY: "var(--c)", "#d9d9d9": "var(--rule)"}

@@ -169,8 +169,8 @@ def _how_counted(row: Row) -> list[Cell]:
     """The text of a perplexity, and the windows in which a model saw it."""
     cell = row.cell
     mode = "sliding" if cell["stride"] < cell["context"] else "side by side, each without its first token"
-    words = f" windows of {cell['context']:,}, stride {cell['stride']:,}: {mode}."
-    text = f"Loss in nats per token, over {cell['tokens']:,} tokens of {cell['data']}."
+    words = f" windows of {cell['context']}, stride {cell['stride']}: {mode}."
+    text = f"Loss in nats per token, over {cell['tokens']} tokens of {cell['data']}."
     return [text, (figure(row, "windows", ",.0f"), words)]
 
 

@@ -356,7 +356,7 @@ def test_a_text_file(small, tmp_path, monkeypatch, capsys):
     assert value(row, "tokens_per_s") > 0 and "peak_memory_mb" in row["metrics"]
     assert value(row, "weights_mb") == random_model().args.weight_bytes(4) / 1e6 and value(row, "weight_bits") == 32
     code, out, _ = call(monkeypatch, capsys, *flags[:2])  # no file of rows, the default context
-    assert code == 0 and "1 windows of 2,048, stride 2,048: side by side" in out
+    assert code == 0 and "1 windows of 2048, stride 2048: side by side" in out
 
 
 def test_against_itself_the_difference_is_zero(small, tmp_path, monkeypatch, capsys):
