@@ -120,7 +120,10 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "llama", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"(?s)^.*?(?=<svg)| *<metadata>.*?</metadata>\n", "", text.getvalue())
+    plain = re.sub(r"(?s)^.*?(?=<svg)| *<metadata>.*?</metadata>\n", "", text.getvalue())
+    plain = re.sub(r"(?m)^ +| transform=\"rotate\(-0 [^\"]*\"", "", plain)
+    places = re.compile(r"(?<=\.\d\d)\d+")  # a hundredth of a point is enough; words are outside of tags
+    return re.sub(r"<[^>]*>", lambda tag: places.sub("", tag[0]), plain)
 
 
 def save_svg(figure: Figure, path: Path) -> None:

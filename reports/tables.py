@@ -374,7 +374,7 @@ def speculation(rows: list[Row]) -> list[Table]:
     columns |= {"times as fast": runs("speedup_x", ".2f"), "same tokens": metric("tokens_equal", ",.0f")}
     lines = list({(r.cell["text"], r.cell["temperature"], r.cell["draft"]): r for r in rows}.values())
     cell = lines[0].cell
-    title = f"{cell['model']}: speculative decoding, {cell['prompts']} prompts of {cell['input_len']:,} tokens"
+    title = f"{cell['model']}: speculative decoding, {cell['prompts']} prompts of {cell['input_len']} tokens"
     note = (
         f"{cell['output_len']} tokens for each prompt; the time is that after the first. Plain decoding took turns "
         "with each draft. Quoting: a prompt whose end is its own beginning. Same tokens: as plain decoding, greedy."
@@ -435,7 +435,7 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
             losses = [figure(row, "loss_cut_nats", ".3f") for row in (norm, modes[PRUNED.index("one-shot")])]
             lines.append((row, losses + [figure(mode, "loss_nats", ".3f") for mode in modes]))
         body = [
-            [f"{row.cell['share']:.3g}", str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
+            [_share(row), str(row.cell["steps"]), figure(row, "parameters", ",.0f")]
             + [figure(row, "stored_mb", ",.1f"), figure(row, "zeros", ",.0f"), *losses]
             for row, losses in lines
         ]
@@ -445,12 +445,16 @@ def pruning_quality(rows: list[Row]) -> list[Table]:
     return tables
 
 
+def _share(row: Row) -> Cell:
+    return computed("{}", float, ".3g", (row, "cell.share"))
+
+
 @per_setting("model", "method", "input_len", "output_len")
 def pruning_speed(rows: list[Row]) -> list[Table]:
     """First token and decode step of a model with fewer and fewer hidden units or heads, and those of the whole one."""
     model, method = rows[0].cell["model"], rows[0].cell["method"]
     rows = sorted(chosen(rows, part="speed"), key=lambda row: row.cell["share"])
-    columns = {"share": lambda row: f"{row.cell['share']:.3g}", "parameters": metric("parameters", ",.0f")}
+    columns = {"share": _share, "parameters": metric("parameters", ",.0f")}
     columns |= {"stored (MB)": metric("stored_mb", ",.1f"), "TTFT (ms)": runs("ttft_s", ",.2f", 1e3)}
     columns |= {"TTFT, times as fast": faster(lambda _: rows[0], "ttft_s"), "TPOT (ms)": runs("tpot_s", ",.2f", 1e3)}
     columns |= {"TPOT, times as fast": faster(lambda _: rows[0], "tpot_s")}
