@@ -5,13 +5,13 @@ a quarter, and 700 small operations cost another tenth of the step; products.h a
 Its slow twin is `Transformer.forward` with a cache, to which it is equal up to rounding. Several tokens of a sequence
 at once give the same bits as one after the other, in every format and for any number. The weights are read once for 16
 tokens; from a few on, the time goes into arithmetic. Llama 3.2 1B with random weights, a step of so many sequences in
-ms, on two cores (the fastest of 8 runs, all formats in turns, on a machine with other load):
+ms, on two cores (the fastest of 7 runs, all formats in turns, in one process):
 
     sequences                       1      8     16
-    bfloat16                       92    170    260
-    int8                           44    100    176
-    int4                           32    117    212
-    int4 with zero-points          35    119    210
+    bfloat16                      115    171    225
+    int8                           55    100    153
+    int4                           38    119    164
+    int4 with zero-points          41    105    175
 
 Left out on purpose: tile registers (AMX). They make steps of many sequences faster on the CPUs that have them, and
 would be a second way to compute each product.
