@@ -176,13 +176,18 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """The checked-out commit, marked where files differ from it; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The checked-out commit, marked where files other than rows differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports/results")
     except OSError:  # no git on this machine
         return "unknown"
-    return run.stdout.strip() or "unknown"
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
 
 
 def read_folder(folder: Path) -> dict[str, list[Row]]:

@@ -29,3 +29,25 @@ def test_runs_become_the_values_of_each_metric():
     """Only numbers are metrics: what else a run says, it says of what ran. Out of memory there are no runs."""
     runs = [{"step_s": 1.5, "decoding": "eager", "ids": [1]}, {"step_s": 2.5, "decoding": "eager", "ids": [1]}]
     assert rows.by_metric(runs) == {"step_s": [1.5, 2.5]} and rows.by_metric([]) == {}
+
+
+def test_changed_code_marks_the_commit_and_measured_rows_do_not(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        run = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    code, results = tmp_path / "benchmarks" / "rows.py", tmp_path / "reports" / "results" / "a.jsonl"
+    for path in (code, results):
+        path.parent.mkdir(parents=True)
+        path.write_text("1\n")
+    git("init"), git("add", "-A"), git("commit", "-m", "one")
+    monkeypatch.setattr(rows, "__file__", str(code))
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert len(commit) == 12 and rows._commit() == commit
+    results.write_text("2\n")
+    assert rows._commit() == commit
+    code.write_text("2\n")
+    assert rows._commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert rows._commit() == "unknown"
