@@ -15,7 +15,7 @@ Tables (embedding and head, mostly the same matrix) have int8 with a scale for e
 rows are both looked up and multiplied, and the logits depend on the head directly. Norms keep their precision, and say
 what dtype the model computes in.
 
-Left out on purpose: quantized activations and caches, other bit widths.
+Left out on purpose: quantized activations, other bit widths. A quantized KV cache is in cache.py.
 """
 
 from __future__ import annotations
