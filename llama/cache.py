@@ -46,12 +46,13 @@ class KVCache:
         for name in self.parts:
             getattr(self, name).zero_()
 
-    def part(self, start: int, stop: int) -> KVCache:
-        """Sequences start..stop-1 of the same storage."""
+    def part(self, start: int, stop: int, max_len: int | None = None) -> KVCache:
+        """Sequences start..stop-1 of the same storage, and their first `max_len` slots."""
         view = copy.copy(self)
         for name in self.parts:
-            setattr(view, name, getattr(self, name)[:, start:stop])
+            setattr(view, name, getattr(self, name)[:, start:stop, :, :max_len])
         view.sequences = self.sequences[: stop - start]
+        view.max_len = max_len or self.max_len
         return view
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,8 @@ class Int8Cache(KVCache):
         scales_of_slots = getattr(self, f"{name}_scales")[layer]
         self._write(scales_of_slots, scales, pos)
         slots = super()._keep(name, layer, codes, pos)
-        return (slots * scales_of_slots[..., None]).to(self.dtype)
+        # Into `out`, not `.to`: the products in fp32 would take four times the memory of the codes.
+        return torch.mul(slots, scales_of_slots[..., None], out=slots.new_empty(slots.shape, dtype=self.dtype))
 
 
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:

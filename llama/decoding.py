@@ -34,9 +34,11 @@ from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")
 CACHES = {"auto": KVCache, "int8": Int8Cache}  # "auto": in the dtype of the activations
-# Tokens that go through the network at once before the first step (at least one row): the activations of this many,
-# 20 bytes a token and unit of the feed-forward's hidden size, are what generation needs beyond weights and cache.
+# Tokens of prompts that go through the network at once: the activations of this many, 20 bytes a token and unit of the
+# feed-forward's hidden size, are what generation needs beyond weights and cache. Far into a long text there are fewer:
+# what each may attend to is a mask of as many values as the text has positions, MASK_VALUES of them at once.
 PREFILL_TOKENS = 1024
+MASK_VALUES = 1 << 24
 Step = Callable[[Tensor, Tensor], Tensor]
 Result = TypeVar("Result")
 WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
@@ -114,36 +116,46 @@ class Generation:
         with self._threads(tokens):
             return self.kernel(tokens, pos)
 
-    def last_logits(self, tokens: Tensor, last: Tensor) -> Tensor:
-        """Logits [B, V] at position `last` [B] of whole sequences [B, T]; fills the cache if any."""
-        with self._threads(tokens):
-            return self.model.logits(self.last_hidden(tokens, last))
+    def last_logits(self, tokens: Tensor, last: Tensor, start: int = 0) -> Tensor:
+        """Logits [B, V] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
 
-    def more_logits(self, tokens: Tensor, start: int) -> Tensor:
-        """Logits [B, V] after `tokens` [B, T], which stand at `start` and behind the positions that the cache holds."""
-        for first in range(0, tokens.shape[1], PREFILL_TOKENS):
-            part = tokens[:, first : first + PREFILL_TOKENS]
-            pos = torch.arange(part.shape[1], device=part.device) + start + first
-            with self._threads(part):
-                h = self.model.hidden(part, pos.expand_as(part), self.cache)
-        return self.model.logits(h[:, -1])
+        start: the sequences stand behind so many positions that the cache holds already.
+        """
+        with self._threads(tokens):
+            return self.model.logits(self.last_hidden(tokens, last, start))
 
     def _threads(self, tokens: Tensor) -> AbstractContextManager[None]:
         return devices.threads_for(2 * self.model.args.n_params() * tokens.numel(), tokens.device)
 
-    def last_hidden(self, tokens: Tensor, last: Tensor) -> Tensor:
-        """Final hidden states [B, dim] at position `last` [B] of whole sequences [B, T]; fills the cache if any.
+    def last_hidden(self, tokens: Tensor, last: Tensor, start: int = 0) -> Tensor:
+        """Final hidden states [B, dim], as `last_logits`.
 
-        Some sequences at a time, PREFILL_TOKENS says how many.
+        Neighbours go through together while they are PREFILL_TOKENS at most, padding included. Longer ones go alone,
+        without padding, and in parts, which attend to those before them in the cache.
         """
-        size = max(1, PREFILL_TOKENS // tokens.shape[1])
-        part_hidden = prefill.last_hidden if self.is_native else _last_hidden
-        states = []
-        for start in range(0, len(tokens), size):
-            stop = min(start + size, len(tokens))
-            part = self.cache and self.cache.part(start, stop)
-            states.append(part_hidden(self.model, tokens[start:stop], last[start:stop], part))
+        fits = self.cache is None or tokens.numel() <= PREFILL_TOKENS
+        lengths = [tokens.shape[1]] * len(tokens) if fits else (last + 1).tolist()
+        states, first = [], 0
+        while first < len(tokens):
+            stop, longest = first + 1, lengths[first]
+            while stop < len(tokens) and max(longest, lengths[stop]) * (stop + 1 - first) <= PREFILL_TOKENS:
+                longest = max(longest, lengths[stop])
+                stop += 1
+            part = self.cache and self.cache.part(first, stop)
+            states.append(self._hidden_in_parts(tokens[first:stop, :longest], last[first:stop], part, start))
+            first = stop
         return torch.cat(states)
+
+    def _hidden_in_parts(self, tokens: Tensor, last: Tensor, cache: KVCache | None, start: int) -> Tensor:
+        """Of several sequences, or of one in parts."""
+        T, part_hidden = tokens.shape[1], prefill.last_hidden if self.is_native else _last_hidden
+        size = T if cache is None else max(1, min(PREFILL_TOKENS, MASK_VALUES // (start + T)))
+        for first in range(0, T, size):
+            part = tokens[:, first : first + size]
+            held = cache and cache.part(0, len(tokens), start + first + part.shape[1])
+            with self._threads(part):
+                h = part_hidden(self.model, part, (last - first).clamp(max=part.shape[1] - 1), held, start + first)
+        return h
 
 
 class Session:
@@ -163,7 +175,7 @@ class Session:
         while known < min(len(self.tokens), len(prompt) - 1) and self.tokens[known] == prompt[known]:
             known += 1
         self.tokens = self.tokens[:known]
-        logits = self.run.more_logits(tokens[:, known:], known) if known else self.run.last_logits(tokens, last)
+        logits = self.run.last_logits(tokens[:, known:], last - known, known)
         self.tokens = prompt
         self.n_computed += len(prompt) - known
         return logits
@@ -268,6 +280,8 @@ class Decoder:
         return torch.compile(step, fullgraph=True, dynamic=False)
 
 
-def _last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
+def _last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None, start: int) -> Tensor:
     """The slow twin of prefill.last_hidden."""
-    return model.hidden(tokens, None, cache)[torch.arange(len(tokens), device=tokens.device), last]
+    B, T = tokens.shape
+    pos = None if start == 0 else torch.arange(start, start + T, device=tokens.device).expand(B, T)
+    return model.hidden(tokens, pos, cache)[torch.arange(B, device=tokens.device), last]

@@ -5,6 +5,7 @@ on the right: a causal mask already hides the padding from real tokens, and each
 overwriting its padding. So it gets what it would get alone, and no step is spent on a token that is already known.
 
 Nothing is read back from the device while tokens are produced, except now and then whether all sequences have stopped.
+A prompt too long to go through the network at once goes in parts (decoding.py).
 With a draft model each round is read back, since the host decides what is proposed next: speculative.py has that loop.
 Left out on purpose: files (checkpoint/), sampling (sampling.py), how a decode step is computed (decoding.py).
 """
@@ -23,7 +24,7 @@ from llama import checkpoint
 from llama import device as devices
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message
 from llama.config import ModelArgs
-from llama.decoding import CACHES, DECODING, Decoder, Session
+from llama.decoding import CACHES, DECODING, PREFILL_TOKENS, Decoder, Session
 from llama.errors import InputError, NonFinite
 from llama.model import Transformer
 from llama.sampling import Sampling, next_token, penalize
@@ -431,7 +432,8 @@ class Llama:
         sequences = torch.arange(len(tokens), device=self.device)
         penalty = sampling.repetition_penalty
         seen = None if penalty == 1 else batch.seen(self.model.args.vocab_size)
-        has_cache = session is not None or (use_cache and batch.n_steps > 1)  # nothing reads it after the only step
+        # Nothing reads a cache after the only step, but the later parts of a long prompt read it before.
+        has_cache = session is not None or (use_cache and (batch.n_steps > 1 or batch.longest > PREFILL_TOKENS))
         slots = batch.max_len if has_cache else None
         with self.decoder.start(len(tokens), slots) if session is None else nullcontext(session) as run:
             logits = run.last_logits(tokens[:, : batch.longest], pos)

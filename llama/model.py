@@ -143,9 +143,9 @@ class Attention(nn.Module):
         k = apply_rope(k_BTKD, freqs_cis).transpose(1, 2)
         v = v_BTKD.transpose(1, 2)
         if cache is not None:
-            k_all, v_all = cache.update(self.layer, k, v, pos)
-            if mask is not None:  # without a mask the tokens start at position 0, and attend to each other alone
-                k, v = k_all, v_all
+            k, v = cache.update(self.layer, k, v, pos)  # as the cache returns them: int8 is the same in parts or whole
+            if mask is None:  # the tokens start at position 0, and attend to each other alone
+                k, v = k[:, :, : x.shape[1]], v[:, :, : x.shape[1]]
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 

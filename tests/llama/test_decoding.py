@@ -12,9 +12,9 @@ from conftest import SMALL, TINY, random_model
 from support import SHAPES, full_cache, needs_kernel
 from torch import nn
 
-from llama import Llama, Tokenizer, Transformer, lora
+from llama import Llama, Tokenizer, Transformer, lora, speculative
 from llama.config import PRESETS
-from llama.decoding import CapturedStep, Decoder, EagerStep, _last_hidden
+from llama.decoding import CACHES, CapturedStep, Decoder, EagerStep, _last_hidden
 from llama.errors import InputError
 from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native, prefill
@@ -66,11 +66,12 @@ def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(batch_size, n_tokens)
 
 @needs_kernel
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 1), (2, 7), (5, 48)])
+@pytest.mark.parametrize(("batch_size", "length", "at_once"), [(1, 1, 1024), (2, 7, 1024), (5, 48, 1024), (2, 48, 7)])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, use_cache):
-    """As above, for whole sequences of which another position of each row is wanted."""
+def test_native_prefill_is_as_exact_as_the_eager_one(shape, batch_size, length, at_once, use_cache, monkeypatch):
+    """As above, for whole sequences, in parts too, of which another position of each row is wanted."""
+    monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", at_once)
     args = SHAPES[shape]
     model = random_model(args, std=0.05).bfloat16()
     tokens = (torch.arange(batch_size * length).view(batch_size, length) * 7) % args.vocab_size
@@ -281,6 +282,53 @@ def test_prefill_by_parts_equals_prefill_at_once(tiny, monkeypatch, use_cache):
     parts = tiny.generate(prompts, 8, 0, stop_tokens=[], use_cache=use_cache, logprobs=True)
     assert whole[0] == parts[0]
     torch.testing.assert_close(torch.tensor(whole[1]), torch.tensor(parts[1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mask_values", [1 << 24, 2000])
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("at_once", [1, 7, 256])
+@torch.no_grad()
+def test_a_long_prompt_in_parts_equals_it_at_once(at_once, cache_dtype, mask_values, monkeypatch):
+    """Also one that ends within a part, one that fits into it, and what is decoded after them.
+
+    An int8 cache in fp64: in fp32 the order of sums decides here and there between a code and its neighbour.
+    """
+    model = random_model(std=0.05).to(torch.float64 if cache_dtype == "int8" else torch.float32)
+    prompts = [list(range(i, i + n)) for i, n in enumerate((300, 5, 40, 7))]
+    decoder = Decoder(model, "auto", cache_dtype)
+    runs = []
+    for limit, values in ((10**6, 10**9), (at_once, mask_values)):
+        monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", limit)
+        monkeypatch.setattr("llama.decoding.MASK_VALUES", values)
+        with decoder.start(4, 302) as run:
+            hidden = speculative.prefill(run, prompts)
+            pos = torch.tensor([[len(prompt)] for prompt in prompts])
+            step = run.step(torch.full((4, 1), 9), pos)
+            runs.append((hidden, step, run.cache.k[:, 0, :, :300].float(), run.cache.v[:, 2, :, :40].float()))
+    for whole, parts in zip(*runs, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_parts_of_a_long_prompt_are_small_and_without_padding(monkeypatch):
+    """No part has more tokens than go through at once, nor a mask of more values; short rows do not wait."""
+    monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", 64)
+    monkeypatch.setattr("llama.decoding.MASK_VALUES", 3000)
+    parts = []
+
+    def part_hidden(model, tokens, last, cache, start):
+        parts.append((*tokens.shape, start, cache.max_len))
+        return _last_hidden(model, tokens, last, cache, start)
+
+    monkeypatch.setattr("llama.decoding._last_hidden", part_hidden)
+    with Decoder(random_model(), "eager").start(5, 100) as run:
+        speculative.prefill(run, [[1] * n for n in (100, 3, 9, 70, 2)])
+    assert parts == [
+        *((1, min(30, 100 - start), start, min(100, start + 30)) for start in (0, 30, 60, 90)),
+        (2, 9, 0, 9),
+        *((1, min(42, 70 - start), start, min(70, start + 42)) for start in (0, 42)),
+        (1, 2, 0, 2),
+    ]
 
 
 class FakeCapture:

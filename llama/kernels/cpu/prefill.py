@@ -28,21 +28,22 @@ SLAB = 1 << 22  # weights that are widened at once: 8 MB, which a CPU's cache ho
 
 
 @torch.no_grad()
-def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None) -> Tensor:
-    """Final hidden states [B, dim] at position `last` [B] of `tokens` [B, T], normalised.
+def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache | None, start: int = 0) -> Tensor:
+    """Final hidden states [B, dim] at token `last` [B] of `tokens` [B, T], normalised.
 
-    The model must be one that decode_step supports. Keys and values of positions 0..T-1 are written to the cache. The
-    residual stream x is a matrix of a row per token, [B * T, dim]. In the last block it shrinks to a row per sequence:
+    The model must be one that decode_step supports. The tokens stand at positions start..start + T - 1, where their
+    keys and values are written to the cache; those before them are in it. The residual stream x is a matrix of a row
+    per token, [B * T, dim]. In the last block it shrinks to a row per sequence:
 
                      all blocks but the last        the last block
         keys, values   every row of x                 every row of x
-        queries        every row, causal              row b * T + last[b], over positions 0..last[b]
+        queries        every row, causal              row b * T + last[b], over positions 0..start + last[b]
         wo, w1 w2 w3   every row                      that row; x is [B, dim] from here on
     """
     B, T = tokens.shape
     if cache is None:  # room for one layer, which every layer overwrites
         cache = KVCache(model.args, B, T, torch.bfloat16, tokens.device, n_layers=1)
-    run = _Run(model, B, T)
+    run = _Run(model, B, T, start)
     x = model.tok_embeddings(tokens).flatten(0, 1)
     last_rows = torch.arange(B) * T + last
     for i, block in enumerate(model.layers):
@@ -61,39 +62,48 @@ def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache
 class _Run:
     """The parts of a block, and the buffers that all blocks share: new memory of this size costs page faults."""
 
-    def __init__(self, model: Transformer, B: int, T: int) -> None:
-        self.B, self.T, self.head_dim = B, T, model.args.head_dim
-        self.freqs_cis = rope_table(torch.arange(T)[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
+    def __init__(self, model: Transformer, B: int, T: int, start: int) -> None:
+        self.B, self.T, self.start, self.head_dim = B, T, start, model.args.head_dim
+        pos = torch.arange(start, start + T)
+        self.freqs_cis = rope_table(pos[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
+        # The first tokens need no mask. Else [1, 1, T, start + T], True where attention is allowed.
+        self.mask = None if start == 0 else (torch.arange(start + T) <= pos[:, None])[None, None]
         self.gate, self.up = torch.empty(2, model.args.ffn_dim, B * T, dtype=torch.bfloat16)
         self.slab = torch.empty(SLAB, dtype=torch.bfloat16)
 
     def store(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions, written to the cache and returned, [B, K, T, D] each."""
+        """Write keys and values to the cache; all that it holds by then, [B, K, start + T, D] each."""
         k, v = self.linear(attention.wk, h), self.linear(attention.wv, h)
-        if isinstance(cache, Int8Cache):  # attention takes keys and values as they were before they became codes
+        n = self.start + self.T
+        if isinstance(cache, Int8Cache):
             shape = (self.B, k.shape[-1] // self.head_dim, self.T, self.head_dim)
             keys, values = self._heads(k, k.new_empty(shape)), self._heads(v, v.new_empty(shape), rotated=False)
-            cache.update(layer, keys, values, None)
+            pos = torch.arange(self.start, n).expand(self.B, self.T)
+            keys, values = cache.update(layer, keys, values, pos)
         else:
-            keys, values = self._heads(k, cache.k[layer]), self._heads(v, cache.v[layer], rotated=False)
-        return keys[:, :, : self.T], values[:, :, : self.T]
+            keys, values = cache.k[layer], cache.v[layer]
+            self._heads(k, keys[:, :, self.start :])
+            self._heads(v, values[:, :, self.start :], rotated=False)
+        return keys[:, :, :n], values[:, :, :n]
 
     def attend(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Causal attention of every position, [B * T, dim]."""
         q = self.linear(attention.wq, h)
         q = self._heads(q, q.new_empty(self.B, q.shape[-1] // self.head_dim, self.T, self.head_dim))
-        return attend(q, keys, values, None).transpose(1, 2).reshape(len(h), -1)
+        return attend(q, keys, values, self.mask).transpose(1, 2).reshape(len(h), -1)
 
     def attend_last(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> Tensor:
         """Attention of position `last` of each sequence, [B, dim], for h [B, dim] at those positions."""
         q_BTHD = self.linear(attention.wq, h)[:, None].unflatten(-1, (-1, self.head_dim))
         q = apply_rope(q_BTHD, self.freqs_cis[last][:, None, None]).transpose(1, 2)
-        return attend(q, keys, values, (torch.arange(self.T) <= last[:, None])[:, None, None]).flatten(1)
+        mask = torch.arange(keys.shape[2]) <= self.start + last[:, None]
+        return attend(q, keys, values, mask[:, None, None]).flatten(1)
 
     def _heads(self, x: Tensor, out: Tensor, rotated: bool = True) -> Tensor:
-        """[B * T, heads * D] into the first T slots of `out` [B, heads, slots, D]."""
+        """[B * T, heads * D] into the first T slots of `out` [B, heads, slots, D], a part of a cache or all of it."""
         angles = self.freqs_cis.data_ptr() if rotated else None
-        _, heads, slots, D = out.shape
+        heads, D = out.shape[1], out.shape[3]
+        slots = out.stride(1) // D  # from one head to the next
         library().rotate_heads(x.data_ptr(), angles, out.data_ptr(), self.B, self.T, heads, D, slots)
         return out
 
