@@ -6,6 +6,8 @@ python inference.py --compare --results=reports/results/comparison.jsonl     # a
 python inference.py --prompt="The fox saw" --stream
 python inference.py --chat                                 # a conversation, here or one message per line from a pipe
 python inference.py --draft=lookup --compare               # with a draft and without, side by side
+python inference.py --prompt_file=book.txt --save_prompt=book.safetensors    # reads a long text once, for
+python inference.py --load_prompt=book.safetensors --prompt="In short,"      # whatever comes behind it
 python inference.py --ckpt_dir=Llama3.2-1B --dtype=bfloat16 --prompt="The capital of France is"
 python inference.py --ckpt_dir=runs/finetuning/merged --alpaca --prompt="Name a colour."
 """
@@ -31,7 +33,7 @@ from data.prompts import COURSE_PROMPTS
 from data.prompts import read as read_prompts
 from data.tiny import EMBEDDED, directory_of, has_tokenizer, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, adapters, checkpoint, cli, quantization
+from llama import Llama, adapters, checkpoint, cli, files, prompt_file, quantization
 from llama import device as devices
 from llama.cli import option
 from llama.conversation import Conversation
@@ -39,6 +41,7 @@ from llama.decoding import CACHES
 from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import verdict
+from llama.prompt_file import SavedPrompt
 from llama.quantization import Quantization
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
 from llama.stops import StopStrings, cut
@@ -62,7 +65,12 @@ class Options(cli.Options):
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     prompt: str | None = option(None, "prompt; default: sample prompts")
     prompt_file: str | None = option(
-        None, "a file of prompts: one per line, a JSON list, or records with the field prompt"
+        None,
+        "a file of prompts: one per line, a JSON list, or records with the field prompt; with --save_prompt, a text",
+    )
+    save_prompt: str | None = option(None, "keep the prompt and its KV cache in this file, for --load_prompt")
+    load_prompt: str | None = option(
+        None, "go on behind the text of a file from --save_prompt, which is not computed again; prompts are appended"
     )
     chat: bool = option(
         False, "send each prompt as a user's message to an instruction-tuned model; without a prompt, a conversation"
@@ -126,6 +134,15 @@ class Options(cli.Options):
             raise InputError(f"{refused}: a conversation keeps the cache of one model; give --prompt or --prompt_file")
         if self.prompt is not None and self.prompt_file is not None:
             raise InputError("--prompt and --prompt_file exclude each other")
+        if self.keeps_cache and (self.compare or self.draft is not None or not self.use_cache):
+            raise InputError("a saved prompt is a KV cache of one model; leave out --compare, --draft and --use_cache")
+        if self.save_prompt is not None and self.prompt is None and self.prompt_file is None:
+            raise InputError("--save_prompt needs a text to keep: --prompt or --prompt_file")
+
+    @property
+    def keeps_cache(self) -> bool:
+        """From or for another run."""
+        return self.save_prompt is not None or self.load_prompt is not None
 
     @property
     def is_conversation(self) -> bool:
@@ -135,10 +152,15 @@ class Options(cli.Options):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the user wrote, and the ids that the model gets for it."""
+    """What the user wrote, and the ids that the model gets for it, those of a saved text before it included."""
 
     text: str
     ids: list[int]
+
+    @property
+    def shown(self) -> str:
+        """All of it, but of a book its first and last lines."""
+        return self.text if len(self.text) <= 4000 else f"{self.text[:2000]}\n[...]\n{self.text[-2000:]}"
 
 
 def main(options: Options) -> None:
@@ -146,8 +168,12 @@ def main(options: Options) -> None:
         require_writable(Path(options.results))
     directory = directory_of(options.ckpt_dir)
     tokenizer = Tokenizer(find_tokenizer(directory, options.tokenizer_path))
+    encoding = partial(encode, tokenizer, options=options)
+    saved = None if options.load_prompt is None else prompt_file.read(options.load_prompt, encoding)
+    if options.save_prompt is not None:
+        files.require_absent(options.save_prompt)
     texts = [] if options.is_conversation else prompt_texts(options, tokenizer)
-    prompts = [Prompt(text, encode(tokenizer, text, options)) for text in texts]
+    prompts = [Prompt(text, encoding(text if saved is None else saved.text + text)) for text in texts]
     if options.chat:
         ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
     llama = load(options, directory, tokenizer)
@@ -156,13 +182,15 @@ def main(options: Options) -> None:
     settings = settings_of(options, llama, speculation)
     if options.is_conversation:
         print(describe(llama, directory, options.max_seq_len))
-        return converse(llama, settings)
+        return converse(llama, settings, saved)
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
     print(describe(llama, directory, min(longest, options.max_seq_len)))
     if options.compare:
         comparisons = show_comparison(llama, prompts, settings)
         if options.results is not None:
             record_comparisons(Path(options.results), llama, cell_of(options, llama), comparisons, options.seed)
+    elif options.keeps_cache:
+        show_behind(saved, options.save_prompt, llama, prompts, settings)
     elif options.stream:
         show_stream(llama, prompts, settings)
     else:
@@ -176,7 +204,10 @@ def prompt_texts(options: Options, tokenizer: Tokenizer) -> list[str]:
     if options.prompt is not None:
         return [options.prompt]
     if options.prompt_file is not None:
-        return read_prompts(Path(options.prompt_file).expanduser())
+        path = Path(options.prompt_file).expanduser()
+        return read_prompts(path) if options.save_prompt is None else [files.read_text(path)]
+    if options.load_prompt is not None:
+        return [""]
     if options.chat:
         return list(SAMPLE_CHATS)
     return list(SAMPLE_PROMPTS if has_tokenizer(tokenizer) else COURSE_PROMPTS)
@@ -256,17 +287,33 @@ def show_batch(llama: Llama, prompts: list[Prompt], settings: dict[str, Any]) ->
     work = partial(llama.generate, [prompt.ids for prompt in prompts], **settings)
     (outputs, _), spent = stopwatch.measure(work, llama.device)
     for prompt, ids in zip(prompts, outputs, strict=True):
-        print(f"> {prompt.text}\n{cut(llama.tokenizer.decode(ids), settings['stop']).strip()}\n")
+        print(f"> {prompt.shown}\n{cut(llama.tokenizer.decode(ids), settings['stop']).strip()}\n")
     print(speed(sum(map(len, outputs)), spent, settings["use_cache"]))
 
 
 def show_stream(llama: Llama, prompts: list[Prompt], settings: dict[str, Any]) -> None:
     """Generate prompt by prompt, each character as soon as it is complete."""
     for prompt in prompts:
-        print(f"> {prompt.text}")
+        print(f"> {prompt.shown}")
         work = partial(print_stream, llama, llama.stream(prompt.ids, **settings), settings["stop"])
         count, spent = stopwatch.measure(work, llama.device)
         print(f"\n{speed(count, spent, settings['use_cache'])}\n")
+
+
+def show_behind(
+    saved: SavedPrompt | None, new_file: str | None, llama: Llama, prompts: list[Prompt], settings: dict[str, Any]
+) -> None:
+    """Generate prompt by prompt, each behind the saved text, if any; keep the prompt where there is a new file."""
+    with llama.start_session() as session:
+        if saved is not None:
+            saved.restore(session)
+            print(f"[{len(saved.tokens):,} tokens from {saved.path}]\n")
+        if new_file is not None:
+            text = prompts[0].text if saved is None else saved.text + prompts[0].text
+            session.read(prompts[0].ids)
+            size = prompt_file.save(new_file, session, text)
+            print(f"[{len(session.tokens):,} tokens kept in {new_file}, {size / devices.MB:,.1f} MB]\n")
+        show_stream(llama, prompts, settings | {"session": session})
 
 
 def print_stream(llama: Llama, tokens: Iterator[int], stop_strings: Sequence[str]) -> int:
@@ -279,8 +326,11 @@ def print_stream(llama: Llama, tokens: Iterator[int], stop_strings: Sequence[str
     return count
 
 
-def converse(llama: Llama, settings: dict[str, Any]) -> None:
-    """Answer messages until /quit or the end of the input: typed ones, or those of a pipe, one per line."""
+def converse(llama: Llama, settings: dict[str, Any], saved: SavedPrompt | None = None) -> None:
+    """Answer messages until /quit or the end of the input: typed ones, or those of a pipe, one per line.
+
+    The first message stands behind the text of a saved prompt, if any.
+    """
     is_typed = sys.stdin is not None and sys.stdin.isatty()
     if is_typed:
         with contextlib.suppress(ImportError):
@@ -288,6 +338,9 @@ def converse(llama: Llama, settings: dict[str, Any]) -> None:
         print("/reset begins anew, /system TEXT does so with instructions, /quit ends; Ctrl-C ends an answer\n")
     with llama.start_session() as session:
         conversation, system = Conversation(llama, session, settings), None
+        if saved is not None:
+            saved.restore(session)
+            conversation.opening = saved.text
         for line in messages(is_typed):
             command, _, rest = line.partition(" ")
             if command == "/quit":
@@ -376,7 +429,7 @@ def show_comparison(llama: Llama, prompts: list[Prompt], settings: dict[str, Any
         texts = {is_on: llama.tokenizer.decode(ids[is_on]).strip() for is_on in modes}
         agreement = verdict(llama, prompt.ids, ids[True], ids[False], settings["stop_tokens"])
         comparisons.append(Comparison(prompt, ids, texts, spent, agreement))
-        print(f"[{number}/{len(prompts)}] > {prompt.text}\n")
+        print(f"[{number}/{len(prompts)}] > {prompt.shown}\n")
         print(cli.side_by_side(f"{what} on", f"{what} off"))
         print("-" * (2 * cli.COLUMN + 3))
         print(cli.side_by_side(texts[True], texts[False]))

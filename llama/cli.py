@@ -273,7 +273,7 @@ def _plain_type(hint: Any) -> type:
 
 def _convert(name: str, kind: type, text: str) -> Any:
     expected = {bool: "True or False", int: "an integer", float: "a number"}
-    if name.endswith(("_dir", "results", "figures")):  # written to: the shell expands ~ in `--out_dir ~/x` alone
+    if name.endswith(("_dir", "results", "figures", "_prompt")):  # files: the shell expands ~ in `--out_dir ~/x` alone
         return os.path.expanduser(text)
     try:
         return BOOLS[text.lower()] if kind is bool else kind(text)

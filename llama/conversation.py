@@ -28,6 +28,7 @@ class Conversation:
     def __init__(self, llama: Llama, session: Session, settings: dict[str, Any]) -> None:
         self.llama, self.session, self.settings = llama, session, settings
         self.messages: list[Message] = []
+        self.opening = ""  # text that the user's first message begins with
         self.n_drawn = 0  # tokens of the last answer
         self.is_full = False  # it ended because max_seq_len was reached
 
@@ -41,7 +42,8 @@ class Conversation:
         Stopped early, what was said so far is the answer. Raises InputError where the dialog has no room left.
         """
         llama, limit = self.llama, self.llama.max_seq_len
-        dialog = [*self.messages, {"role": "user", "content": text}]
+        opening = "" if any(message["role"] == "user" for message in self.messages) else self.opening
+        dialog = [*self.messages, {"role": "user", "content": opening + text}]
         ids = llama.formatter.encode_dialog_prompt(dialog)
         if len(ids) >= limit:
             raise InputError(

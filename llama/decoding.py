@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama import device as devices
 from llama.cache import Int8Cache, KVCache
-from llama.errors import EnvironmentFailure
+from llama.errors import EnvironmentFailure, InputError
 from llama.kernels.cpu import decode_step, prefill
 from llama.kernels.cpu.decode_step import NativeStep
 from llama.kernels.gpu import fused_step
@@ -168,6 +168,17 @@ class Session:
         self.run = run
         self.tokens: list[int] = []  # whose keys and values are in the cache
         self.n_computed = 0  # tokens that went through the network, in all
+
+    @torch.no_grad()
+    def read(self, prompt: list[int]) -> None:
+        """Put a prompt into the cache. Raises InputError where it has no room there."""
+        if not 1 <= len(prompt) <= self.run.cache.max_len:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, outside 1 to max_seq_len={self.run.cache.max_len}; shorten it "
+                "or raise max_seq_len"
+            )
+        tokens = torch.tensor([prompt], device=self.run.cache.k.device)
+        self.last_logits(tokens, torch.tensor([len(prompt) - 1], device=tokens.device))
 
     def last_logits(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Logits [1, V] at the end of a prompt [1, T]."""

@@ -68,18 +68,27 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
     Raises InputError where `path` exists, EnvironmentFailure where it cannot be written.
     """
-    target = Path(path).resolve()
-    if target.exists():
-        raise InputError(f"{target} already exists; choose a new name or move it away")
+    target = require_absent(path)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        scratch.touch()
+        mode = scratch.stat().st_mode  # what this user's umask leaves; safetensors leaves 0o600
         yield scratch
+        scratch.chmod(mode)
         publish(scratch, target)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise cannot_write(target, error) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def require_absent(path: str | Path) -> Path:
+    """The absolute path of a file to be made. Raises InputError where there is something of that name."""
+    target = Path(path).resolve()
+    if target.exists():
+        raise InputError(f"{target} already exists; choose a new name or move it away")
+    return target
 
 
 def cannot_write(path: Path, error: Exception) -> EnvironmentFailure:

@@ -153,6 +153,14 @@ BAD = {
     "--prompt=a --prompt=b": "given twice",
     "--prompt=\udcff": "lone surrogate",
     "--prompt=a --prompt_file=b": "exclude each other",
+    "--save_prompt=/nowhere/a": "--save_prompt needs a text to keep: --prompt or --prompt_file",
+    "--chat --save_prompt=/nowhere/a": "--save_prompt needs a text to keep: --prompt or --prompt_file",
+    "--save_prompt=/ --prompt=a": "/ already exists; choose a new name",
+    "--load_prompt=/nowhere --compare": "leave out --compare, --draft and --use_cache",
+    "--load_prompt=/nowhere --draft=lookup": "leave out --compare, --draft and --use_cache",
+    "--load_prompt=/nowhere --use_cache=False": "leave out --compare, --draft and --use_cache",
+    "--load_prompt=/nowhere": "saved prompt /nowhere is not a file; check its name",
+    "--load_prompt=/dev/zero": "saved prompt /dev/zero is not a file; check its name",
     "--prompt_file=/nowhere": "cannot read /nowhere",
     "--temperature=-1": "--temperature=-1.0 is out of range",
     "--temperature=nan": "--temperature=nan",
@@ -226,6 +234,57 @@ def test_bad_input_in_a_real_process():
         [sys.executable, "inference.py", b"--prompt=\xff"], cwd=ROOT, capture_output=True, env={**os.environ}
     )
     assert done.returncode == 2 and b"lone surrogate" in done.stderr
+
+
+STORY = "Once upon a time, there was a little fox.\nThe fox lived in the wo"  # the border is in a word
+
+
+def test_a_saved_prompt_is_read_once_and_its_questions_say_what_fresh_runs_say(tmp_path, monkeypatch, capsys):
+    """Of a whole file; questions from another; what goes on is saved, too; other templates are refused."""
+    (tmp_path / "book.txt").write_text(STORY)
+    questions = ["od. One day", " and I", "od.\nQuestion: Who lived in the wood?\nAnswer:"]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    flags = ("--temperature=0", "--max_gen_len=12", "--device=cpu")
+    saving = (f"--prompt_file={tmp_path}/book.txt", f"--save_prompt={tmp_path}/book")
+    code, out, err = call(monkeypatch, capsys, *flags, *saving)
+    n_tokens = len(Tokenizer(TINY / "tokenizer.model").encode_prompt(STORY))
+    assert (code, err) == (0, "") and f"[{n_tokens} tokens kept in {tmp_path}/book, 0.1 MB]" in out
+    assert f"> {STORY}\n" in out
+    asking = (f"--load_prompt={tmp_path}/book", f"--prompt_file={tmp_path}/questions.json")
+    code, out, _ = call(monkeypatch, capsys, *flags, *asking)
+    assert code == 0 and f"[{n_tokens} tokens from {tmp_path}/book]" in out
+    for question in questions:
+        fresh = call(monkeypatch, capsys, *flags, "--stream", f"--prompt={STORY}{question}")[1]
+        answer = fresh.split(f"> {STORY}{question}\n")[1].split("\n[")[0]
+        assert f"> {question}\n{answer}\n[" in out
+    fresh = call(monkeypatch, capsys, *flags, "--stream", f"--prompt={STORY}")[1].split(STORY)[1].split("\n[")[0]
+    assert f"> {fresh}\n[" in call(monkeypatch, capsys, *flags, asking[0])[1]  # no prompt: the saved text goes on
+    call(monkeypatch, capsys, *flags, asking[0], "--prompt=od.", f"--save_prompt={tmp_path}/longer")
+    fresh = call(monkeypatch, capsys, *flags, "--stream", f"--prompt={STORY}od.")[1].split(f"{STORY}od.")[1]
+    longer = call(monkeypatch, capsys, *flags, f"--load_prompt={tmp_path}/longer")[1]
+    assert f"> {fresh.split('[')[0]}" in longer
+    for template in ("--chat", "--alpaca"):
+        code, _, err = call(monkeypatch, capsys, *flags, f"--load_prompt={tmp_path}/book", template, "--prompt=a")
+        assert code == 2 and "book:tokens: are not those of its text here; use the tokenizer and the template" in err
+    code, _, err = call(monkeypatch, capsys, *flags, *asking, "--max_seq_len=12")
+    assert code == 2 and f"/book:tokens: are {n_tokens}, of at most --max_seq_len=12; raise that" in err
+    other = (f"--ckpt_dir={TINY}/draft", f"--tokenizer_path={TINY}/tokenizer.model")
+    code, _, err = call(monkeypatch, capsys, *flags, *asking, *other)
+    assert code == 2 and "/book:model_sha256: is of another model" in err and err.count("\n") == 1
+
+
+def test_a_conversation_begins_behind_a_saved_prompt(tmp_path, monkeypatch, capsys):
+    """Its first message, and that after /reset, says what the text and it would say in one; the others stand alone."""
+    flags = ("--chat", "--temperature=0", "--max_gen_len=12", "--device=cpu")
+    call(monkeypatch, capsys, *flags, f"--prompt={STORY}", f"--save_prompt={tmp_path}/a")
+    questions = ("od. What colour is the sky?", "od. Name two fruits.")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{questions[0]}\nAnd what do cows eat?\n/reset\n{questions[1]}\n"))
+    code, out, err = call(monkeypatch, capsys, *flags, f"--load_prompt={tmp_path}/a")
+    assert (code, err) == (0, "") and out.count(" tokens/s, first after") == 3
+    for question in questions:
+        fresh = call(monkeypatch, capsys, *flags, "--stream", f"--prompt={STORY}{question}")[1]
+        answer = fresh.split(f"> {STORY}{question}\n")[1].split("\n[")[0]
+        assert f"> {question}\n{answer}\n[" in out
 
 
 def test_tokenizer_of_another_vocabulary(tmp_path, monkeypatch, capsys):

@@ -43,6 +43,26 @@ def test_each_turn_says_what_a_fresh_run_says_and_computes_only_what_is_new(tiny
         assert len(conversation.messages) == 2 * len(QUESTIONS) + (system is not None)
 
 
+def test_the_first_message_begins_with_the_opening_and_no_other_does(tiny):
+    """Also after a reset; the cache holds it, so it is not computed again."""
+    story = "Once upon a time, there was a little fox. The fox lived in the wood. "
+    dialog = [{"role": "user", "content": story + QUESTIONS[0]}]
+    with tiny.start_session() as session:
+        session.read(tiny.formatter.encode_dialog_prompt([{"role": "user", "content": story}]))
+        before = session.n_computed
+        conversation = Conversation(tiny, session, GREEDY)
+        conversation.opening = story
+        for system in (None, "You answer in one word."):
+            conversation.reset(system)
+            start = [] if system is None else [{"role": "system", "content": system}]
+            assert "".join(conversation.answer(QUESTIONS[0])).strip() == fresh_answer(tiny, start + dialog)
+            if system is None:
+                n_known = len(tiny.tokenizer.encode(story, bos=False, eos=False)) - 1  # a token may span the border
+                n_all = len(tiny.formatter.encode_dialog_prompt(dialog)) + conversation.n_drawn
+                assert session.n_computed - before <= n_all - n_known
+            assert "".join(conversation.answer(QUESTIONS[1])) and conversation.messages[-2]["content"] == QUESTIONS[1]
+
+
 def test_a_session_takes_any_prompt_after_any_other():
     """Shorter, longer, the same again, one that shares nothing: token by token what a fresh generation draws."""
     llama = Llama(random_model(), None, max_seq_len=64)
