@@ -33,7 +33,7 @@ from data.prompts import COURSE_PROMPTS
 from data.prompts import read as read_prompts
 from data.tiny import EMBEDDED, directory_of, has_tokenizer, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, adapters, checkpoint, cli, files, prompt_file, quantization
+from llama import Llama, adapters, checkpoint, cli, files, memory, prompt_file, quantization
 from llama import device as devices
 from llama.cli import option
 from llama.conversation import Conversation
@@ -41,6 +41,7 @@ from llama.decoding import CACHES
 from llama.device import dtype_name
 from llama.errors import InputError
 from llama.evaluation.agreement import verdict
+from llama.memory import Memory
 from llama.prompt_file import SavedPrompt
 from llama.quantization import Quantization
 from llama.speculative import Counts, Draft, ModelDraft, PromptLookup, Speculation, check_vocabulary, n_equal
@@ -100,10 +101,12 @@ class Options(cli.Options):
     repetition_penalty: float = option(1.0, "above 1, tokens that the text holds already become less probable")
     stop: str | None = option(None, "end a text before this string; several are separated by a comma")
     max_gen_len: int | None = option(
-        None, "tokens to generate at most, for each prompt; default: 64, and in a conversation what max_seq_len leaves"
+        None,
+        "tokens to generate at most, for each prompt; default: 64, and in a conversation what max_seq_len leaves",
+        least=0,
     )
-    max_seq_len: int = option(2048, "prompt and generated tokens together; a longer prompt is refused")
-    max_batch_size: int = option(32, "prompts in one call")
+    max_seq_len: int = option(2048, "prompt and generated tokens together; a longer prompt is refused", least=1)
+    max_batch_size: int = option(32, "prompts in one call", least=1)
     seed: int = option(1, "seed of sampling; the same seed and settings give the same text")
     device: str = option("auto", cli.DEVICE)
     dtype: str = option("auto", cli.DTYPE)
@@ -176,16 +179,17 @@ def main(options: Options) -> None:
     prompts = [Prompt(text, encoding(text if saved is None else saved.text + text)) for text in texts]
     if options.chat:
         ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
+    settings = settings_of(options, tokenizer)
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
+    longest = options.max_seq_len if options.is_conversation else min(longest, options.max_seq_len)
+    needed = memory_needed(options, directory, len(prompts), longest)
     llama = load(options, directory, tokenizer)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
-    speculation = None if draft is None else Speculation(draft, options.draft_tokens)
-    settings = settings_of(options, llama, speculation)
+    speculation = settings["speculation"] = None if draft is None else Speculation(draft, options.draft_tokens)
+    print(describe(llama, directory, longest, needed))
     if options.is_conversation:
-        print(describe(llama, directory, options.max_seq_len))
-        return converse(llama, settings, saved)
-    longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
-    print(describe(llama, directory, min(longest, options.max_seq_len)))
-    if options.compare:
+        converse(llama, settings, saved)
+    elif options.compare:
         comparisons = show_comparison(llama, prompts, settings)
         if options.results is not None:
             record_comparisons(Path(options.results), llama, cell_of(options, llama), comparisons, options.seed)
@@ -213,17 +217,27 @@ def prompt_texts(options: Options, tokenizer: Tokenizer) -> list[str]:
     return list(SAMPLE_PROMPTS if has_tokenizer(tokenizer) else COURSE_PROMPTS)
 
 
-def settings_of(options: Options, llama: Llama, speculation: Speculation | None) -> dict[str, Any]:
-    """The keyword arguments of `generate` and `stream`."""
+def memory_needed(options: Options, directory: Path, n_prompts: int, longest: int) -> Memory:
+    """What will be needed. Raises EnvironmentFailure where the machine lacks it."""
+    source, is_session = checkpoint.open_source(directory), options.is_conversation or options.keeps_cache
+    device, dtype = devices.resolve(options.device, options.dtype)
+    n_sequences = 1 if is_session or options.stream or options.compare else n_prompts
+    length = options.max_seq_len if is_session else longest  # a session has all slots from the start
+    needed = memory.estimate(source, dtype, options.cache_dtype, n_sequences, length, options.use_cache)
+    memory.require(needed, source, dtype, options.cache_dtype, device)
+    return needed
+
+
+def settings_of(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keyword arguments of `generate` and `stream`, but for speculation."""
     usual = 0.0 if options.compare else 0.6
     usual_len = options.max_seq_len if options.is_conversation else 64
     names = ("top_p", "top_k", "min_p", "repetition_penalty", "use_cache")
     return {
         "max_gen_len": usual_len if options.max_gen_len is None else options.max_gen_len,
         "temperature": usual if options.temperature is None else options.temperature,
-        "stop_tokens": llama.tokenizer.stop_tokens,
+        "stop_tokens": tokenizer.stop_tokens,
         "stop": () if options.stop is None else tuple(options.stop.split(",")),
-        "speculation": speculation,
         **{name: getattr(options, name) for name in names},
     }
 
@@ -263,8 +277,8 @@ def encode(tokenizer: Tokenizer, text: str, options: Options) -> list[int]:
     return tokenizer.encode_prompt(text)
 
 
-def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
-    """What was loaded, how large, where and in which precision; and warnings.
+def describe(llama: Llama, directory: Path, longest: int = 0, needed: Memory | None = None) -> str:
+    """What was loaded, how large, where and in which precision; the memory that will be needed; and warnings.
 
     Those are that the weights slow decoding down, and that texts of `longest` tokens are beyond the model.
     """
@@ -276,6 +290,7 @@ def describe(llama: Llama, directory: Path, longest: int = 0) -> str:
     size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""
     is_embedded = directory == EMBEDDED
     line = f"embedded model, {size}; --ckpt_dir loads real weights\n" if is_embedded else f"{directory}, {size}\n"
+    line += "" if needed is None else f"memory: {needed}\n"
     context = llama.model.args.trained_context
     beyond = f"texts may reach {longest} tokens, but the model is meant for {context}; expect nonsense beyond"
     warnings = [quantization.slow_reason(llama.model), beyond if longest > context else None]

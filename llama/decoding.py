@@ -34,10 +34,10 @@ from llama.model import Transformer
 
 DECODING = ("auto", "eager", "compiled")
 CACHES = {"auto": KVCache, "int8": Int8Cache}  # "auto": in the dtype of the activations
-# Tokens of prompts that go through the network at once: the activations of this many, 20 bytes a token and unit of the
-# feed-forward's hidden size, are what generation needs beyond weights and cache. Far into a long text there are fewer:
-# what each may attend to is a mask of as many values as the text has positions, MASK_VALUES of them at once.
-PREFILL_TOKENS = 1024
+# Tokens of prompts that go through the network at once: the activations of this many, ACTIVATIONS values per token and
+# unit of the feed-forward's hidden size, are what generation needs beyond weights and cache. Far into a long text there
+# are fewer: what each may attend to is a mask of as many values as the text has positions, MASK_VALUES of them at once.
+PREFILL_TOKENS, ACTIVATIONS = 1024, 5
 MASK_VALUES = 1 << 24
 Step = Callable[[Tensor, Tensor], Tensor]
 Result = TypeVar("Result")

@@ -148,6 +148,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has left; of a machine, what it could give to a process, swap included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.swap_memory().free
+
+
 def memory_bytes(device: torch.device) -> int:
     """What is allocated on a GPU now; on a CPU, what of this process is resident."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -473,6 +473,20 @@ def test_weights_that_make_decoding_slower_are_warned_of(tiny, monkeypatch):
     assert inference.describe(tiny, TINY) == plain + "warning: int8 weights save memory here\n"
 
 
+def test_memory_is_announced_and_refused_before_the_weights_are_read(monkeypatch, capsys):
+    """A batch counts each prompt, a conversation all slots that it may fill."""
+    line = r"\nmemory: weights (\S+) MB, cache (\S+) MB, activations (\S+) MB\n"
+    flags = ("--device=cpu", "--max_gen_len=2")
+    weights, cache, _ = re.search(line, call(monkeypatch, capsys, *flags, "--stream")[1]).groups()
+    assert weights == "20" and float(re.search(line, call(monkeypatch, capsys, *flags)[1])[2]) > 2 * float(cache)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert re.search(line, call(monkeypatch, capsys, "--chat", "--max_seq_len=32768", "--device=cpu")[1])[2] == "134"
+    monkeypatch.setattr(inference.checkpoint, "load", lambda *_: pytest.fail("read the weights"))
+    code, out, err = call(monkeypatch, capsys, "--chat", f"--max_seq_len={10**15}", "--device=cpu")
+    assert (code, out) == (3, "") and err.count("\n") == 1 and " MB of memory free, and this takes weights 20 MB" in err
+    assert err.endswith("--cache_dtype=int8, fewer or shorter texts (--max_batch_size, --max_seq_len)\n")
+
+
 @pytest.mark.parametrize("length", [40, 41])
 def test_texts_beyond_the_models_own_context_are_warned_of(tmp_path, monkeypatch, capsys, length):
     """That of its config.json; what counts is how long the texts may get, not the most that would be allowed."""

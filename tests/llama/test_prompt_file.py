@@ -47,7 +47,7 @@ def path(tmp_path):
 @pytest.mark.parametrize("behind", ["and more", "", "x"])
 @pytest.mark.parametrize(("dtype", "cache_dtype"), MODES)
 def test_what_follows_a_saved_prompt_is_what_the_session_that_read_it_says(tmp_path, dtype, cache_dtype, behind):
-    """To the bit, with a cache of either kind; without rounding, what a run without cache says."""
+    """To the bit, with a cache of either kind; in float32 what a fresh run says."""
     text = TEXT[:-1]  # its last token has one character, and the border is in the middle of it
     llama = small_llama(dtype, cache_dtype)
     with llama.start_session() as session:
@@ -63,10 +63,11 @@ def test_what_follows_a_saved_prompt_is_what_the_session_that_read_it_says(tmp_p
         assert torch.equal(last_logits(session, saved.text + behind), expected)
         assert session.n_computed == n_new == before - len(encode(text))
         assert list(again.stream(encode(text + behind), 20, 0, session=session)) == tokens
-    if (dtype, cache_dtype) == ("float32", "auto"):
-        plain = llama.model(torch.tensor([encode(text + behind)]))[:, -1]
-        torch.testing.assert_close(expected, plain, atol=1e-5, rtol=1e-5)
+    if dtype == "float32":
         assert list(llama.stream(encode(text + behind), 20, 0)) == tokens
+        if cache_dtype == "auto":
+            plain = llama.model(torch.tensor([encode(text + behind)]))[:, -1]
+            torch.testing.assert_close(expected, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_holds_the_positions_in_use_in_the_bytes_of_the_cache(tmp_path):
