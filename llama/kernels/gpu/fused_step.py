@@ -39,7 +39,6 @@ class FusedStep:
         self.model, self.cache = model, cache
         self._ops = gpu.ops(cache.k.device)
         self._slots = torch.arange(cache.max_len, device=cache.k.device)
-        self._freqs_cis = rope_table(self._slots[None], model.rope_freqs)[0, :, 0]  # of every slot, [S, P, 2]
 
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, T, V]. A position outside the slots is a device assert, as a token outside the vocabulary is.
@@ -51,7 +50,8 @@ class FusedStep:
             raise ValueError("a fused step is for inference: run under torch.no_grad()")
         if len(tokens) != cache.k.shape[1]:
             raise ValueError(f"the cache was made for {cache.k.shape[1]} sequences, not {len(tokens)}")
-        freqs_cis = self._freqs_cis.index_select(0, pos.flatten())  # which a negative one cannot pass, unlike [pos]
+        pos = self._slots.index_select(0, pos.flatten()).view_as(pos)  # which a negative one cannot pass, unlike [pos]
+        freqs_cis = rope_table(pos, model.rope_freqs)
         mask = self._slots <= pos[:, None, :, None]  # [B, 1, T, S]
         x, delta = model.tok_embeddings(tokens), None
         for block, keys, values in zip(model.layers, cache.k, cache.v, strict=True):

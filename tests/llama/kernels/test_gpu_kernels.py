@@ -272,6 +272,12 @@ def test_fused_step_refuses_what_would_be_written_elsewhere(ops, device):
     assert not cache.k.any() and not cache.v.any()
 
 
+def test_a_fused_step_keeps_an_index_per_slot_and_no_table(ops):
+    """Of 131,072 slots, RoPE's would take 33 MB."""
+    step = fused_step.FusedStep(random_model(), KVCache(SMALL, 1, 1000, torch.float32, "cpu"))
+    assert sum(kept.nbytes for kept in vars(step).values() if isinstance(kept, torch.Tensor)) == 8 * 1000
+
+
 @torch.no_grad()
 def test_positions_may_lie_in_any_order_in_memory(ops, device):
     model = random_model().to(device)
