@@ -82,14 +82,14 @@ class TableOptions(DeviceOptions):
             raise InputError(f"memory_limit_gb={self.memory_limit_gb}: expected a CUDA device to limit")
 
 
-def sizes_of(batch_sizes: str) -> list[int]:
+def sizes_of(text: str, name: str = "batch_sizes") -> list[int]:
     """The numbers of an option like 4,12. Raises InputError naming it."""
     try:
-        sizes = [int(size) for size in batch_sizes.split(",")]
+        sizes = [int(size) for size in text.split(",")]
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise InputError(f"batch_sizes={batch_sizes}: expected different numbers above 0, such as 1,8,16")
+        raise InputError(f"{name}={text}: expected different numbers above 0, such as 1,8,16")
     return sizes
 
 

@@ -177,8 +177,37 @@ def pruning(rows: list[Row]) -> Drawn:
         yield "pruning-speed", figure
 
 
+@per_setting("model", "heads", "kv_heads", "textbook_limit_gb", dtype=False)
+def attention(rows: list[Row]) -> Drawn:
+    """Time and memory of a forward and a backward pass by length, both axes logarithmic."""
+    markers = dict(zip(dict.fromkeys(row.cell["engine"] for row in rows), "os^vD", strict=False))
+    dashes = dict(zip(dict.fromkeys(row.data["dtype"] for row in rows), ("-", "--", "-."), strict=False))
+    colours = {"textbook": RED, "fused": BLUE}
+    for what, title, names, scale in (
+        ("time", "Attention, forward and backward (ms)", ("forward_s", "backward_s"), 1e3),
+        ("memory", "Attention, peak memory (MB)", ("backward_peak_mb",), 1),
+    ):
+        about = f"{what.capitalize()} of attention by positions: all scores in memory, and fused."
+        figure, axes = _plot(title, rows, about)
+        for (engine, marker), (dtype, dash) in itertools.product(markers.items(), dashes.items()):
+            own = sorted(chosen(rows, engine=engine), key=lambda row: row.cell["positions"])
+            own = [row for row in own if row.data["dtype"] == dtype and row.has(*names)]
+            points = [(row.cell["positions"], scale * sum(map(row.median, names))) for row in own]
+            _draw(axes, points, f"{engine}, {dtype}", marker + dash, colours.get(engine, GREY))
+        axes.set(xlabel="positions", xscale="log", yscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.minorticks_off()
+        yield f"attention-{what}", figure
+
+
 CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
-CHARTS |= {"pretraining": loss, "ladder": ladder, "pruning": pruning}  # by the experiment whose rows they take
+CHARTS |= {
+    "pretraining": loss,
+    "ladder": ladder,
+    "pruning": pruning,
+    "attention": attention,
+}  # by the experiment whose rows they take
 
 
 def _plot(title: str, rows: Sequence[Row], about: str, height: float = HEIGHT) -> tuple[Figure, Axes]:

@@ -36,6 +36,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("ladder", "The ladder: one change per row", "ladder"),
     ("speculation", "Speculative decoding with a model's own forms", "speculation"),
     ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels"),
+    ("attention", "Attention: all scores in memory, and fused", "attention"),
     ("pruning", "Pruning: size, quality and speed", "pruning"),
     ("perplexity", "Perplexity by format of the weights", "perplexity", (tables.perplexity_formats,)),
     ("embedded", "The embedded models", "tiny"),
@@ -61,7 +62,8 @@ def section(rows: dict[str, list[Row]], experiment: str, make: Sequence[Tables] 
     found = rows.get(experiment, [])
     first, *others = (html(function(found)) for function in make or tables.TABLES[experiment])
     drawn = {} if tables.table_2 in make or experiment not in charts.CHARTS else charts.CHARTS[experiment](found)
-    figures = [inline(name, chart) for name, chart in drawn.items()]
+    short = experiment[:3]  # the names of charts are long, and stand before each of their ids
+    figures = [inline(f"{short}{number}", chart) for number, chart in enumerate(drawn.values(), 1)]
     return template("section.html", first=first, figures=figures, others=others) if found else ""
 
 

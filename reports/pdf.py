@@ -40,6 +40,7 @@ COMMANDS = {  # what measures the rows of an experiment
     "leaderboard": "python -m benchmarks.leaderboard --ckpt_dir=models/smollm2-135m --data=TEXT",
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
+    "attention": "python -m benchmarks.attention",
 }
 TRAINED = ("comparison", "finetuning", "sweep", "pretraining", "leaderboard")  # experiments that need trained weights
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
-REPEATED = ("runtime_s", "step_s", "run_s", "load_s", "tpot_s")  # what a cell is repeated for
+REPEATED = ("runtime_s", "step_s", "run_s", "load_s", "tpot_s", "forward_s")  # what a cell is repeated for
 
 
 @dataclass(frozen=True)

@@ -414,6 +414,33 @@ def kernels(rows: list[Row]) -> list[Table]:
     return [dataclasses.replace(table, rows=rows) for table in line_per_row("kernels", title, twins, columns, *note)]
 
 
+@per_setting("model", "heads", "kv_heads", "textbook_limit_gb", dtype=False)
+def attention(rows: list[Row]) -> list[Table]:
+    """The textbook's attention, which keeps all scores, beside fused kernels, by length."""
+
+    def textbook(row: Row) -> Row | None:
+        same = chosen(rows, positions=row.cell["positions"], engine="textbook")
+        return next((other for other in same if other.data["dtype"] == row.data["dtype"] and other is not row), None)
+
+    columns: dict[str, Column] = {"positions": word("positions")}
+    columns |= {"dtype": lambda row: PLAIN_WEIGHTS[row.data["dtype"]], "attention": word("engine")}
+    for name in ("forward", "backward"):
+        columns |= {f"{name} (ms)": metric(f"{name}_s", ",.2f", 1e3)}
+        columns |= {f"{name}, times as fast": faster(textbook, f"{name}_s")}
+        columns |= {f"{name}, memory (MB)": metric(f"{name}_peak_mb", ",.1f")}
+        columns |= {f"{name}, error (ppm)": metric(f"{name}_error_x", ",.2f", 1e6)}
+    cell = rows[0].cell
+    note = (
+        "Causal attention of one sequence. Textbook: all scores in memory; x: left out, for it needs more than "
+        f"{cell['textbook_limit_gb']:g} GB. Memory: the peak beyond queries, keys and values, backward with what the "
+        "forward pass kept. Error: the largest, of the result or of a gradient, relative to the largest value, against "
+        "the textbook in fp64. Times as fast: as the textbook in the same dtype."
+    )
+    title = f"{cell['model']}: attention, query heads {cell['heads']}, key/value heads {cell['kv_heads']}"
+    lines = sorted(rows, key=lambda row: (row.cell["positions"], row.data["dtype"], row.cell["engine"] != "textbook"))
+    return line_per_row("attention", title, lines, columns, note)
+
+
 @per_setting("model", "batch_size", "lr")
 def pruning_quality(rows: list[Row]) -> list[Table]:
     """Held-out loss by share for each method, one-shot and iterative pruning beside each other."""
@@ -526,6 +553,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "ladder": (ladder, drafts),
     "speculation": (speculation,),
     "kernels": (kernels,),
+    "attention": (attention,),
     "pruning": (pruning_quality, pruning_speed),
     "tiny": (embedded,),
 }

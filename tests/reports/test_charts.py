@@ -132,6 +132,16 @@ def test_pruning_draws_every_way_and_speed_by_size():
             assert lines[name] == points(ours, lambda row: row.median("stored_mb"), metric, 1e3)
 
 
+def test_attention_draws_time_and_memory_of_every_form():
+    rows = ROWS["attention"]
+    time, memory = (drawn(figure) for figure in charts.attention(rows).values())
+    for name in {(row.cell["engine"], row.data["dtype"]) for row in rows}:
+        own = [row for row in rows if (row.cell["engine"], row.data["dtype"]) == name and row.metrics]
+        passes = {(row.cell["positions"], 1e3 * (row.median("forward_s") + row.median("backward_s"))) for row in own}
+        assert time[", ".join(name)] == passes
+        assert memory[", ".join(name)] == points(own, lambda row: row.cell["positions"], "backward_peak_mb")
+
+
 @pytest.mark.parametrize(("chart", "experiment"), ALL)
 def test_series_differ_without_colour(chart, experiment):
     """In dash, marker or its filling, or hatch; and each chart says what it shows."""

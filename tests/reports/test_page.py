@@ -177,6 +177,16 @@ def cuts() -> list[dict]:
     return rows
 
 
+def attentions() -> list[dict]:
+    """Both forms at two lengths; of the longer one the textbook does not fit."""
+    place, rows = {"model": "x", "heads": 4, "kv_heads": 1, "textbook_limit_gb": 0.5}, []
+    for positions, engine, second in ((64, "textbook", 0.004), (64, "fused", 0.002), (128, "fused", 0.0075)):
+        metrics = {"forward_s": [second, second / 2, second * 2], "backward_s": 3 * second, "forward_error_x": 2.5e-7}
+        metrics |= {"forward_peak_mb": 1000 * second, "backward_peak_mb": 1500 * second, "backward_error_x": 1.25e-6}
+        rows.append(made_row("attention", {**place, "positions": positions, "engine": engine}, metrics))
+    return [*rows, made_row("attention", {**place, "positions": 128, "engine": "textbook"}, {})]
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
@@ -210,6 +220,7 @@ def results(request, tmp_path):
             *generations(),
             *operations(),
             *cuts(),
+            *attentions(),
             *strange(),
         ],
     )
@@ -366,6 +377,15 @@ def test_ways_of_pruning_stand_beside_each_other(tmp_path):
     speed = [[cell.text() for cell in line.all("td")] for line in section.all("tbody")[1].all("tr")]
     assert [(line[-4], line[-2]) for line in speed] == [("1.00", "1.00"), ("2.00", "1.50")]
     assert len(section.all("svg")) == 3
+
+
+def test_attention_stands_beside_the_textbook_of_its_length(tmp_path):
+    section, lines = section_of(tmp_path, attentions(), "attention")
+    assert [line[:3] for line in lines] == [
+        [n, "fp32", engine] for n in ("64", "128") for engine in ("textbook", "fused")
+    ]
+    assert [line[4] for line in lines] == ["-", "2.00", "-", "x"] and [line[3] for line in lines][2:] == ["x", "7.50"]
+    assert lines[0][6] == "0.25" and len(section.all("svg")) == 2
 
 
 def test_the_ladder_stands_beside_the_row_that_it_changes(tmp_path):

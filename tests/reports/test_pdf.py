@@ -148,6 +148,9 @@ def renderings(rows):
         values |= {v[part] for v in metrics.values() for part in ("median", "min", "max", "n")}
         in_ms = [v for name, v in metrics.items() if name.startswith(("ttft", "tpot", "floor_tpot"))]
         values |= {1e3 * v[part] for v in in_ms for part in ("median", "min", "max")}
+        in_ms = [v for name, v in metrics.items() if name in ("forward_s", "backward_s")]
+        values |= {1e3 * v[part] for v in in_ms for part in ("median", "min", "max")}
+        values |= {1e6 * v["median"] for name, v in metrics.items() if name.endswith("_error_x")}
         if {"expected_peak_memory_mb", "peak_memory_mb"} <= metrics.keys():
             values.add(metrics["expected_peak_memory_mb"]["median"] / metrics["peak_memory_mb"]["median"])
         if "tokens_equal" in metrics and "prompts" in one["cell"]:
@@ -163,7 +166,7 @@ def renderings(rows):
         values |= {y for name in ("loss_nats", "held_out_loss_nats") for _, y in one.get("series", {}).get(name, ())}
     for a, b in itertools.permutations(rows, 2):
         if a["experiment"] == b["experiment"]:
-            for name in ("runtime_s", "step_s", "peak_memory_mb"):
+            for name in ("runtime_s", "step_s", "peak_memory_mb", "forward_s", "backward_s"):
                 if name in a["metrics"] and name in b["metrics"]:
                     values.add(a["metrics"][name]["median"] / b["metrics"][name]["median"])
             if "step_s" in a["metrics"] and {"step_s", "peak_memory_mb"} <= a["metrics"].keys() & b["metrics"].keys():
