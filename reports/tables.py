@@ -429,16 +429,17 @@ def attention(rows: list[Row]) -> list[Table]:
         columns |= {f"{name}, times as fast": faster(textbook, f"{name}_s")}
         columns |= {f"{name}, memory (MB)": metric(f"{name}_peak_mb", ",.1f")}
         columns |= {f"{name}, error (ppm)": metric(f"{name}_error_x", ",.2f", 1e6)}
-    cell = rows[0].cell
+    limit = computed("{}", float, "g", (rows[0], "cell.textbook_limit_gb"))
+    left_out = ("Textbook: all scores in memory; x: left out, for it needs more than ", limit, " GB.")
     note = (
-        "Causal attention of one sequence. Textbook: all scores in memory; x: left out, for it needs more than "
-        f"{cell['textbook_limit_gb']:g} GB. Memory: the peak beyond queries, keys and values, backward with what the "
+        "Causal attention of one sequence. Memory: the peak beyond queries, keys and values, backward with what the "
         "forward pass kept. Error: the largest, of the result or of a gradient, relative to the largest value, against "
-        "the textbook in fp64. Times as fast: as the textbook in the same dtype."
+        "the textbook in double precision. Times as fast: as the textbook in the same dtype."
     )
+    cell = rows[0].cell
     title = f"{cell['model']}: attention, query heads {cell['heads']}, key/value heads {cell['kv_heads']}"
     lines = sorted(rows, key=lambda row: (row.cell["positions"], row.data["dtype"], row.cell["engine"] != "textbook"))
-    return line_per_row("attention", title, lines, columns, note)
+    return line_per_row("attention", title, lines, columns, left_out, note)
 
 
 @per_setting("model", "batch_size", "lr")
