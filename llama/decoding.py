@@ -45,14 +45,17 @@ WARM_UP = 3  # calls on a side stream before recording, so that libraries have a
 
 
 class EagerStep:
-    """The model as it stands."""
+    """The model as it stands; on a CPU over the slots in use alone, where to look at positions waits for nothing."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
 
     def __call__(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """Logits [B, T, V]."""
-        return self.model(tokens, pos, self.cache)
+        cache = self.cache
+        if pos.device.type == "cpu" and not torch.compiler.is_compiling():  # else the shapes must stay
+            cache = cache.part(0, len(cache.sequences), int(pos.max()) + 1)
+        return self.model(tokens, pos, cache)
 
 
 def record(work: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:

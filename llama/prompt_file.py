@@ -111,7 +111,7 @@ def read(path: str | Path, encode: Callable[[str], list[int]]) -> SavedPrompt:
     model_sha256, sha256 = (hashes.get(name, "") for name in HASHES)
     if sha256 != _digest(tensors, model_sha256):
         raise InputError(f"{path}:sha256: differs from that of the content, which is damaged; save the prompt anew")
-    tokens, text = tensors.pop("tokens").tolist(), tensors.pop("text").numpy().tobytes().decode()
+    tokens, text = tensors.pop("tokens").tolist(), tensors.pop("text").numpy().tobytes().decode(errors="replace")
     if tokens != encode(text):
         raise InputError(
             f"{path}:tokens: are not those of its text here; use the tokenizer and the template (chat, alpaca) that it "
@@ -139,4 +139,4 @@ def _digest(tensors: dict[str, Tensor], model_sha256: str) -> str:
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -268,6 +268,25 @@ def test_a_step_too_small_for_several_threads_runs_on_one(preset, batch_size, n_
         torch.set_num_threads(usual)
 
 
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_slots_that_are_not_in_use_cost_an_eager_step_on_a_cpu_nothing(model, monkeypatch, kind):
+    """Not even a bit of the logits: those of a cache with just the slots that it needs, at ragged positions."""
+    tokens, pos, seen, usual = torch.tensor([[7], [9]]), torch.tensor([[3], [5]]), [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda t, p, cache: seen.append(cache.k.shape[3]) or usual(t, p, cache))
+    logits = []
+    for max_len in (6, 4096):
+        cache = CACHES[kind](model.args, 2, max_len, model.dtype, "cpu")
+        _last_hidden(model, torch.arange(10).view(2, 5), torch.tensor([2, 4]), cache, 0)
+        seen.clear()
+        logits.append(EagerStep(model, cache)(tokens, pos))
+        assert seen == [6] and cache.k[:, 0, :, 3].any() and cache.k[:, 1, :, 5].any() and not cache.k[..., 6:, :].any()
+    assert torch.equal(*logits)
+    for outside in ([[3], [4096]], [[-5000], [0]]):
+        with pytest.raises(IndexError):
+            EagerStep(model, cache)(tokens, torch.tensor(outside))
+
+
 def test_unknown_decoding_is_refused():
     with pytest.raises(InputError, match="decoding=fast is unknown; use auto, eager, compiled"):
         Llama(random_model(PRESETS["tiny"]), TOKENIZER, decoding="fast")

@@ -108,6 +108,34 @@ def test_damage_is_noticed(path):
     prompt_file.read(path, encode)
 
 
+def test_a_file_whose_hashes_are_right_is_not_trusted_either(path):
+    """Each tensor of a wrong kind in turn: no text, a scalar, nothing, other numbers, other sizes."""
+    held = prompt_file.read(path, encode)
+    good = {
+        **held.parts,
+        "tokens": torch.tensor(held.tokens),
+        "text": torch.frombuffer(bytearray(TEXT.encode()), dtype=torch.uint8),
+    }
+    changes = {"text": [torch.tensor([255, 254], dtype=torch.uint8), torch.tensor(1), torch.zeros(0)]}
+    changes["tokens"] = [torch.tensor(1), torch.zeros(0), torch.zeros(2, 3), torch.tensor(held.tokens[:-1])]
+    changes["k"] = [
+        torch.tensor(1.0),
+        torch.zeros(0),
+        good["k"].double(),
+        good["k"][:, :, 1:],
+        good["k"].to(torch.float8_e4m3fn),
+    ]
+    changes["v"] = [torch.tensor(1.0), good["v"][:1], good["v"][..., :1].contiguous()]
+    for name, tensors in changes.items():
+        for tensor in tensors:
+            content = {**good, name: tensor.contiguous()}
+            hashes = {"model_sha256": held.model_sha256, "sha256": prompt_file._digest(content, held.model_sha256)}
+            safetensors.torch.save_file(content, path, hashes)
+            assert refusal(path)
+    safetensors.torch.save_file(good, path, hashes | {"sha256": prompt_file._digest(good, held.model_sha256)})
+    prompt_file.read(path, encode)
+
+
 @pytest.mark.parametrize("what", ["weights", "adapter", "alpha", "rope"])
 def test_keys_and_values_of_another_model_are_refused(path, what):
     llama = small_llama(seed=int(what == "weights"))
