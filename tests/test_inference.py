@@ -498,6 +498,16 @@ def test_texts_beyond_the_models_own_context_are_warned_of(tmp_path, monkeypatch
     code, out, _ = call(monkeypatch, capsys, *flags)
     warning = f"warning: texts may reach {length} tokens, but the model is meant for 40; expect nonsense beyond\n"
     assert code == 0 and (warning in out) == (length > 40)
+    saved = f"{tmp_path}/saved"
+    monkeypatch.setattr(sys, "stdin", None)
+    n_more = len(Tokenizer(TINY / "tokenizer.model").encode("The little fox ran", bos=True, eos=False))
+    for others in (
+        (*flags[1:], f"--save_prompt={saved}"),
+        (f"--load_prompt={saved}", "--prompt= ran", f"--max_gen_len={length - n_more}", "--device=cpu"),
+        ("--chat", f"--max_seq_len={length}", "--device=cpu"),
+    ):
+        code, out, _ = call(monkeypatch, capsys, flags[0], *others)
+        assert code == 0 and (warning in out) == (length > 40)
 
 
 def rows_of(monkeypatch, capsys, path, *flags):

@@ -71,12 +71,14 @@ def test_what_follows_a_saved_prompt_is_what_the_session_that_read_it_says(tmp_p
 
 
 def test_a_file_holds_the_positions_in_use_in_the_bytes_of_the_cache(tmp_path):
+    (tmp_path / "any").touch()
     for kind, n_bytes in (("auto", 16 * 4), ("int8", 16 + 4)):  # of a position of a head of 16
         with small_llama("float32", kind, max_seq_len=4096).start_session() as session:
             session.read(encode(TEXT))
             size = prompt_file.save(tmp_path / kind, session, TEXT)
         assert 0 < size - 150 * 2 * SMALL.n_layers * SMALL.n_kv_heads * n_bytes < 150 * 8 + 300 + 1024
         assert size == (tmp_path / kind).stat().st_size
+        assert (tmp_path / kind).stat().st_mode == (tmp_path / "any").stat().st_mode  # as the umask says
 
 
 def refusal(path, session=None) -> str:
