@@ -18,6 +18,7 @@ from llama.decoding import CACHES, CapturedStep, Decoder, EagerStep, _last_hidde
 from llama.errors import InputError
 from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native, prefill
+from llama.kernels.cpu.decode_step import NativeStep
 from llama.speculative import ModelDraft, PromptLookup, Speculation
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
@@ -62,6 +63,35 @@ def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(batch_size, n_tokens)
     one_by_one = [step(token[:, None], p[:, None]) for token, p in zip(tokens.T, pos.T, strict=True)]
     assert torch.equal(at_once, torch.cat(one_by_one, 1))
     assert torch.equal(whole.k, alone.k) and torch.equal(whole.v, alone.v)
+
+
+@needs_kernel
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_attention_over_a_long_cache_is_exact_and_the_same_for_any_number_of_threads(shape, cache_dtype):
+    """Positions on both sides of the borders of its parts, which are 256 long, and one far behind the others'."""
+    args = dataclasses.replace(SHAPES[shape], n_layers=1)
+    model = random_model(args, std=0.05).bfloat16()
+    pos = torch.tensor([0, 254, 255, 256, 511, 1700])[:, None] + torch.arange(3)
+    tokens = pos * 7 % args.vocab_size
+    keys, values = (torch.randn(len(pos), args.n_kv_heads, 1703, args.head_dim).bfloat16() for _ in range(2))
+
+    def step(kind, dtype=torch.bfloat16):
+        cache = CACHES[cache_dtype](args, len(pos), 1703, dtype, "cpu")
+        cache.update(0, keys.to(dtype), values.to(dtype), None)
+        return kind(copy.deepcopy(model).to(dtype), cache)(tokens, pos).double()
+
+    native, eager, exact = step(NativeStep), step(EagerStep), step(EagerStep, torch.float64)
+    for row in range(len(pos)):  # a row by itself: the error of one must not hide behind others'
+        assert (native[row] - exact[row]).norm() <= 2 * (eager[row] - exact[row]).norm() + 1e-6 * exact.abs().max()
+    usual = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 3, 8):
+            torch.set_num_threads(n_threads)
+            assert torch.equal(step(NativeStep), native)
+    finally:
+        torch.set_num_threads(usual)
 
 
 @needs_kernel

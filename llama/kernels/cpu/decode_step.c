@@ -3,7 +3,10 @@
 
    Everything between the products is here as well: between two calls from Python the caches hold weights, not the
    interpreter, and 700 calls cost a tenth of the step. All threads go through the step together and meet where one needs
-   what another has computed, five times a layer; what takes less than such a meeting, each computes for itself.
+   what another has computed, six times a layer; what takes less than such a meeting, each computes for itself.
+
+   Attention over the cache goes a part of the positions of a key/value head at a time, and the parts are put together
+   afterwards. So any number of threads share the longest text evenly, and give the same bits.
 
    Roundings to bfloat16 are where eager PyTorch has them, but for the softmax weights, which stay fp32.
 
@@ -100,35 +103,30 @@ void rotate_heads(const bf16 *x, const float *cos_sin, bf16 *y, int64_t B, int64
     }
 }
 
-/* scores[0..n) become exp(score - largest); returns their sum. */
-static inline float softmax_weights(float *scores, int64_t n) {
-    __m512 top = _mm512_set1_ps(scores[0]), sum = _mm512_setzero_ps();
-    for (int64_t s = 0; s < n; s += 16)
-        top = _mm512_mask_max_ps(top, first(n - s), top, _mm512_maskz_loadu_ps(first(n - s), scores + s));
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (int64_t s = 0; s < n; s += 16) {
-        const __m512 shifted = _mm512_sub_ps(_mm512_maskz_loadu_ps(first(n - s), scores + s), top);
-        const __m512 weight = _mm512_maskz_mov_ps(first(n - s), exponential(shifted));
-        _mm512_mask_storeu_ps(scores + s, first(n - s), weight);
-        sum = _mm512_add_ps(sum, weight);
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
 /* Keys and values of a layer, [B, K, S, D]: bfloat16, or int8 with a scale fp32 [B, K, S] for each position of a head. */
 typedef struct {
     void *keys, *values;
     float *key_scales, *value_scales; /* NULL for bfloat16 */
 } Cache;
 
-enum { TOGETHER = 4 }; /* query heads at most for which a position is read once */
+/* Query heads that share a key/value head go through its positions together, TOGETHER of them: a vector has four lanes for
+   each. PART positions of keys, 32 KiB for a head of 64 in bfloat16, stay in a core's cache, and so do those of values. */
+enum { PART = 256, TOGETHER = 4, EIGHTHS = MAX_D / 8 };
 
-/* A query, ready for the keys: as it is, or int16 in units. */
+/* Queries of up to four heads, zeros for the rest, ready for the keys: 8 values of each head a vector, as they are, or in
+   units as int16. `factors` has for each lane what its sum is to be multiplied by. */
 typedef struct {
-    bf16 turned[MAX_D];
-    __m512i whole[MAX_D / 32];
-    float unit;
-} Query;
+    __m512i values[EIGHTHS];
+    __m512 factors;
+} Queries;
+
+/* Positions `start` on, `n` of them, of a key/value head. They are read as four streams that lie next to each other, of
+   `quarter` positions each: a core waits for memory less than with one. `ahead` is where the thread's next part begins,
+   whose lines are called for meanwhile. */
+typedef struct {
+    const Cache *cache;
+    int64_t start, n, quarter, ahead, D;
+} Part;
 
 /* Codes of a row of D values; returns the scale. */
 static float encode_row(const bf16 *x, int8_t *codes, int64_t D) {
@@ -145,99 +143,178 @@ static float encode_row(const bf16 *x, int8_t *codes, int64_t D) {
     return scale;
 }
 
-/* scores[g S + s] = q[g] k[s]^T times `scale` for `heads` queries and s from `from` to `to`, four positions at a time. */
-INLINE void scores_of(const Cache *cache, int64_t unit, int64_t S, const Query *q, int heads, int64_t D, float scale,
-                      int64_t from, int64_t to, float *scores) {
-    for (int64_t s = from; s < to; s += 4) {
-        __m512 sums[TOGETHER][4];
-        const __mmask8 there = (__mmask8)first(at_most(4, to - s));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const int64_t at = (unit * S + at_most(s + i, to - 1)) * D;
-            __m512i whole[TOGETHER];
-            for (int g = 0; g < heads; g++) {
-                sums[g][i] = _mm512_setzero_ps();
-                whole[g] = _mm512_setzero_si512();
-            }
-            for (int64_t d = 0; d < D; d += 32) {
-                if (!cache->key_scales) {
-                    const __m512bh k = (__m512bh)load_pairs((const bf16 *)cache->keys + at + d, D - d);
-                    for (int g = 0; g < heads; g++)
-                        sums[g][i] = _mm512_dpbf16_ps(sums[g][i], (__m512bh)load_pairs(q[g].turned + d, D - d), k);
-                    continue;
-                }
-                const __m512i k = _mm512_cvtepi8_epi16(load_bytes_32((const char *)cache->keys + at + d, D - d));
-                for (int g = 0; g < heads; g++) whole[g] = _mm512_dpwssd_epi32(whole[g], k, q[g].whole[d / 32]);
-            }
-            if (cache->key_scales)
-                for (int g = 0; g < heads; g++) sums[g][i] = _mm512_cvtepi32_ps(whole[g]);
-        }
-#pragma GCC unroll 4
-        for (int g = 0; g < heads; g++) {
-            __m128 four = lane_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
-            four = _mm_mul_ps(four, _mm_set1_ps(scale * q[g].unit));
-            if (cache->key_scales)
-                four = _mm_mul_ps(four, _mm_maskz_loadu_ps(there, cache->key_scales + unit * S + s));
-            _mm_mask_storeu_ps(scores + g * S + s, there, four);
-        }
-    }
-}
-
-/* y[g, D] += weights[g S + s] v[s] for `heads` of them and s from `from` to `to`. */
-INLINE void add_values(const Cache *cache, int64_t unit, int64_t S, int heads, int64_t D, int64_t from, int64_t to,
-                       const float *weights, float (*y)[MAX_D]) {
-    __m512 sums[TOGETHER][MAX_D / 16];
-    for (int g = 0; g < heads; g++)
-        for (int64_t d = 0; d < D; d += 16) sums[g][d / 16] = _mm512_loadu_ps(y[g] + d);
-    for (int64_t s = from; s < to; s++) {
-        const int64_t at = (unit * S + s) * D;
-        const float scale = cache->value_scales ? cache->value_scales[unit * S + s] : 1.0f;
-        __m512 weight[TOGETHER];
-        for (int g = 0; g < heads; g++) weight[g] = _mm512_set1_ps(weights[g * S + s] * scale);
-        for (int64_t d = 0; d < D; d += 16) {
-            __m512 v;
-            if (cache->value_scales) {
-                const __m128i codes = load_bytes_16((const char *)cache->values + at + d, D - d);
-                v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-            } else v = load_part((const bf16 *)cache->values + at + d, first(D - d));
-            for (int g = 0; g < heads; g++) sums[g][d / 16] = _mm512_fmadd_ps(weight[g], v, sums[g][d / 16]);
-        }
-    }
-    for (int g = 0; g < heads; g++)
-        for (int64_t d = 0; d < D; d += 16) _mm512_storeu_ps(y[g] + d, sums[g][d / 16]);
-}
-
-/* softmax(q k^T / sqrt(D)) v over n positions, for `heads` query heads q[heads, D] of key/value head `unit`. */
-INLINE void attend_heads(const Cache *cache, int64_t unit, int64_t S, const bf16 *q, const float *cos_sin, int heads,
-                         int64_t D, int64_t n, float *scores, bf16 *out) {
-    Query queries[TOGETHER] = {0};
-    float sums[TOGETHER][MAX_D] = {0};
+static void prepare_queries(const bf16 *q, const float *cos_sin, int heads, int64_t D, bool is_int8, Queries *out) {
+    bf16 turned[MAX_D] = {0};
+    uint16_t values[EIGHTHS][TOGETHER][8] = {0}, whole[MAX_D];
+    float factors[16] = {0};
     for (int g = 0; g < heads; g++) {
-        rotate(q + g * D, cos_sin, queries[g].turned, D);
-        queries[g].unit = cache->key_scales ? whole_units(queries[g].turned, D, queries[g].whole) : 1.0f;
+        rotate(q + g * D, cos_sin, turned, D);
+        const float unit = is_int8 ? whole_units(turned, D, (__m512i *)whole) : 1.0f;
+        for (int i = 0; i < EIGHTHS; i++) memcpy(values[i][g], (is_int8 ? whole : turned) + 8 * i, sizeof values[i][g]);
+        for (int lane = 4 * g; lane < 4 * g + 4; lane++) factors[lane] = unit / sqrtf((float)D);
     }
-    scores_of(cache, unit, S, queries, heads, D, 1.0f / sqrtf((float)D), 0, n, scores);
-    float factors[TOGETHER];
-    for (int g = 0; g < heads; g++) factors[g] = 1.0f / softmax_weights(scores + g * S, n);
-    add_values(cache, unit, S, heads, D, 0, n, scores, sums);
-    for (int g = 0; g < heads; g++)
-        for (int64_t d = 0; d < D; d += 16) {
-            const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(sums[g] + d), _mm512_set1_ps(factors[g]));
-            store_part(out + g * D + d, y, first(D - d));
-        }
+    for (int i = 0; i < EIGHTHS; i++) out->values[i] = _mm512_loadu_si512(values[i]);
+    out->factors = _mm512_loadu_ps(factors);
 }
 
-/* The same with constants, for which loops unroll and sums stay in registers. */
-#define ATTEND(name, heads_, D_)                                                                                      \
-    static void name(const Cache *cache, int64_t unit, int64_t S, const bf16 *q, const float *cos_sin, int heads,      \
-                     int64_t D, int64_t n, float *scores, bf16 *out) {                                                \
-        (void)heads, (void)D;                                                                                         \
-        attend_heads(cache, unit, S, q, cos_sin, heads_, D_, n, scores, out);                                         \
+INLINE void call_for_row(const void *rows, int64_t row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)rows + row * bytes + i, _MM_HINT_T1);
+}
+
+/* Values d to d + 7 of the key at a position, for each of four heads: bfloat16, or codes as int16. */
+INLINE __m512i key_of(const Part *part, int64_t position, int64_t d) {
+    const int64_t at = position * part->D + d, left = part->D - d;
+    if (!part->cache->key_scales) {
+        const bf16 *key = (const bf16 *)part->cache->keys + at;
+        const __m128i eight =
+            left >= 8 ? _mm_loadu_si128((const __m128i *)key) : _mm_maskz_loadu_epi16((__mmask8)first(left), key);
+        return _mm512_broadcast_i32x4(eight);
     }
-ATTEND(attend_1, 1, 64)
-ATTEND(attend_2, 2, 64)
-ATTEND(attend_4, 4, 64)
-ATTEND(attend_any, heads, D)
+    const int8_t *codes = (const int8_t *)part->cache->keys + at;
+    const __m128i eight = left >= 8 ? _mm_loadu_si64(codes) : _mm_maskz_loadu_epi8(first(left), codes);
+    return _mm512_cvtepi8_epi16(_mm256_broadcastq_epi64(eight));
+}
+
+/* Which lanes stand for a position, where lane 4 g + j stands for head g and position i of stream j. */
+INLINE __mmask16 lanes_of(const Part *part, int64_t i) {
+    const int64_t step = part->quarter, n = part->n - i;
+    return (__mmask16)(0x1111 * (1 + 2 * (step < n) + 4 * (2 * step < n) + 8 * (3 * step < n)));
+}
+
+/* The scales of those positions in their lanes. */
+INLINE __m512 scales_of(const Part *part, const float *scales, int64_t i) {
+    float four[4];
+    for (int j = 0; j < 4; j++) four[j] = scales[part->start + at_most(j * part->quarter + i, part->n - 1)];
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(four));
+}
+
+/* The largest of each four neighbouring lanes, and the sum, in all four. */
+INLINE __m512 largest_of_four(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
+    return _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
+}
+
+INLINE __m512 sum_of_four(__m512 x) {
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+    return _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+}
+
+/* What attention of a query over a part comes to: the largest score, the sum of e^(score - largest), and that of
+   e^(score - largest) v [D]. Parts of a query are neighbours, `all` floats from one query to the next. */
+INLINE int64_t partial_size(int64_t D) { return 2 + D; }
+
+/* weights[i] = e^(score - largest) in lanes_of(i), times the scales of the values where they have some. */
+INLINE void weights_of(const Part *part, const Queries *q, int heads, __m512 *weights, float *partial, int64_t all) {
+    const Cache *cache = part->cache;
+    const bool is_int8 = cache->key_scales;
+    __m512 largest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < part->quarter; i++) {
+        __m512 sums[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const int64_t s = at_most(j * part->quarter + i, part->n - 1);
+            __m512 sum = _mm512_setzero_ps();
+            __m512i whole = _mm512_setzero_si512();
+            call_for_row(cache->keys, part->ahead + s, is_int8 ? part->D : 2 * part->D);
+#pragma GCC unroll 8
+            for (int64_t d = 0; d < part->D; d += 8) {
+                const __m512i k = key_of(part, part->start + s, d);
+                if (is_int8) whole = _mm512_dpwssd_epi32(whole, k, q->values[d / 8]);
+                else sum = _mm512_dpbf16_ps(sum, (__m512bh)k, (__m512bh)q->values[d / 8]);
+            }
+            sums[j] = is_int8 ? _mm512_cvtepi32_ps(whole) : sum;
+        }
+        weights[i] = _mm512_mul_ps(quarter_sums(sums[0], sums[1], sums[2], sums[3]), q->factors);
+        if (is_int8) weights[i] = _mm512_mul_ps(weights[i], scales_of(part, cache->key_scales, i));
+        largest = _mm512_mask_max_ps(largest, lanes_of(part, i), largest, weights[i]);
+    }
+    largest = largest_of_four(largest);
+    for (int64_t i = 0; i < part->quarter; i++) {
+        const __m512 shifted = _mm512_sub_ps(weights[i], largest);
+        weights[i] = _mm512_maskz_mov_ps(lanes_of(part, i), exponential(shifted));
+        total = _mm512_add_ps(total, weights[i]);
+        if (is_int8) weights[i] = _mm512_mul_ps(weights[i], scales_of(part, cache->value_scales, i));
+    }
+    float of_lanes[2][16];
+    _mm512_storeu_ps(of_lanes[0], largest);
+    _mm512_storeu_ps(of_lanes[1], sum_of_four(total));
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < 2; i++) partial[g * all + i] = of_lanes[i][4 * g];
+}
+
+/* 16 values from column d on of the value at a position. */
+INLINE __m512 value_of(const Part *part, int64_t position, int64_t d) {
+    const int64_t at = position * part->D + d, left = part->D - d;
+    if (!part->cache->value_scales)
+        return load_part((const bf16 *)part->cache->values + at, left > 0 ? first(left) : 0);
+    const __m128i codes = load_bytes_16((const char *)part->cache->values + at, left);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+}
+
+/* partial[2 + d] = sum of weights * v, 64 columns at a time. */
+INLINE void sum_values(const Part *part, int heads, const __m512 *weights, float *partial, int64_t all) {
+    for (int64_t d = 0; d < part->D; d += 64) {
+        __m512 sums[TOGETHER][4];
+        for (int g = 0; g < TOGETHER; g++)
+            for (int c = 0; c < 4; c++) sums[g][c] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < part->quarter; i++)
+            for (int j = 0; j < 4; j++) {
+                const int64_t s = j * part->quarter + i;
+                if (s >= part->n) break;
+                const float *of_position = (const float *)(weights + i) + j;
+                call_for_row(part->cache->values, part->ahead + s, part->cache->value_scales ? part->D : 2 * part->D);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) {
+                    const __m512 v = value_of(part, part->start + s, d + 16 * c);
+#pragma GCC unroll 4
+                    for (int g = 0; g < TOGETHER; g++)
+                        sums[g][c] = _mm512_fmadd_ps(_mm512_set1_ps(of_position[4 * g]), v, sums[g][c]);
+                }
+            }
+        for (int g = 0; g < heads; g++)
+            for (int64_t c = 0; c < 4 && d + 16 * c < part->D; c++)
+                _mm512_mask_storeu_ps(partial + g * all + 2 + d + 16 * c, first(part->D - d - 16 * c), sums[g][c]);
+    }
+}
+
+/* The partials of `heads` query heads. */
+INLINE void attend_part(const Part *part, const Queries *q, int heads, float *partial, int64_t all) {
+    __m512 weights[PART / 4];
+    weights_of(part, q, heads, weights, partial, all);
+    sum_values(part, heads, weights, partial, all);
+}
+
+/* The same with constants, for which loops unroll. */
+static void attend_64(Part part, const Queries *q, int heads, float *partial, int64_t all) {
+    part.D = 64;
+    if (part.cache->key_scales) attend_part(&part, q, heads, partial, all);
+    else {
+        const Cache plain = {part.cache->keys, part.cache->values, NULL, NULL};
+        part.cache = &plain;
+        attend_part(&part, q, heads, partial, all);
+    }
+}
+
+static void attend_any(Part part, const Queries *q, int heads, float *partial, int64_t all) {
+    attend_part(&part, q, heads, partial, all);
+}
+
+/* softmax(q k^T / sqrt(D)) v [D] of the `parts` of a query, scaled to the largest score of all (online softmax, Milakov
+   and Gimelshein 2018). */
+static void join(const float *partials, int64_t parts, bf16 *out, int64_t D) {
+    const int64_t size = partial_size(D);
+    float top = partials[0];
+    for (int64_t i = 1; i < parts; i++) top = fmaxf(top, partials[i * size]);
+    __m512 total = _mm512_setzero_ps(), sums[MAX_D / 16];
+    for (int64_t d = 0; d < D; d += 16) sums[d / 16] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < parts; i++, partials += size) {
+        const __m512 share = exponential(_mm512_set1_ps(partials[0] - top));
+        total = _mm512_fmadd_ps(share, _mm512_set1_ps(partials[1]), total);
+        for (int64_t d = 0; d < D; d += 16)
+            sums[d / 16] = _mm512_fmadd_ps(share, _mm512_maskz_loadu_ps(first(D - d), partials + 2 + d), sums[d / 16]);
+    }
+    for (int64_t d = 0; d < D; d += 16) store_part(out + d, _mm512_div_ps(sums[d / 16], total), first(D - d));
+}
 
 /* A row of k and v at its place in the cache. */
 static void keep(const Cache *cache, int64_t at, const bf16 *k, const bf16 *v, const float *cos_sin, int64_t D) {
@@ -252,29 +329,36 @@ static void keep(const Cache *cache, int64_t at, const bf16 *k, const bf16 *v, c
     memcpy((bf16 *)cache->values + at * D, v, (size_t)D * sizeof *v);
 }
 
-/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [S, D], scores [B, T, H, S]. Writes k and v into the cache, all T
-   before the first is read. Each position passes through a core once for the query heads that share it. */
+/* q and out [B, T, H, D], k and v [B, T, K, D], cos_sin [B, T, D]; parts: that the largest of `pos` needs; partials
+   [B, T, H, parts]. Writes k and v into the cache: whichever part has a position does, before it reads it. */
 static void attend(const Model *model, const bf16 *q, const bf16 *k, const bf16 *v, const float *cos_sin,
-                   const int64_t *pos, const Cache *cache, float *scores, bf16 *out, int64_t B, int64_t T, int64_t S) {
-    const int64_t K = model->n_kv_heads, D = model->head_dim, G = model->n_heads / K;
-#pragma omp for schedule(static) nowait
-    for (int64_t unit = 0; unit < B * K; unit++) {
-        const int64_t first_row = unit / K * T;
+                   const int64_t *pos, const Cache *cache, float *partials, int64_t parts, bf16 *out, int64_t B, int64_t T,
+                   int64_t S) {
+    const int64_t K = model->n_kv_heads, D = model->head_dim, H = model->n_heads, G = H / K, units = B * K;
+    const int64_t size = partial_size(D), all = parts * size;
+#pragma omp for schedule(static, 1)
+    for (int64_t i = 0; i < units * parts; i++) {
+        const int64_t unit = i % units, number = i / units, from = number * PART, first_row = unit / K * T;
+        const int64_t next = at_most(i + omp_get_num_threads(), units * parts - 1);
         for (int64_t row = first_row; row < first_row + T; row++) {
-            const int64_t from = (row * K + unit % K) * D;
-            keep(cache, unit * S + pos[row], k + from, v + from, cos_sin + pos[row] * D, D);
+            const int64_t at = (row * K + unit % K) * D;
+            if (pos[row] / PART == number) keep(cache, unit * S + pos[row], k + at, v + at, cos_sin + row * D, D);
         }
         for (int64_t row = first_row; row < first_row + T; row++) {
-            const int64_t head = (row * K + unit % K) * G, n = pos[row] + 1; /* heads of one group are neighbours */
-            const float *angles = cos_sin + pos[row] * D;
-            for (int64_t h = head; h < head + G;) {
-                const int64_t left = head + G - h, heads = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                (D != 64 ? attend_any : heads == 4 ? attend_4 : heads == 2 ? attend_2 : attend_1)(
-                    cache, unit, S, q + h * D, angles, (int)heads, D, n, scores + h * S, out + h * D);
-                h += heads;
+            const int64_t n = at_most(PART, pos[row] + 1 - from), query = row * H + unit % K * G;
+            const Part part = {.cache = cache, .start = unit * S + from, .n = n, .quarter = ceil_div(n, 4),
+                               .ahead = next % units * S + next / units * PART, .D = D};
+            for (int64_t g = 0; n > 0 && g < G; g += TOGETHER) { /* the heads of a group are neighbours */
+                Queries queries;
+                const int heads = (int)at_most(TOGETHER, G - g);
+                float *partial = partials + (query + g) * all + number * size;
+                prepare_queries(q + (query + g) * D, cos_sin + row * D, heads, D, cache->key_scales, &queries);
+                (D == 64 ? attend_64 : attend_any)(part, &queries, heads, partial, all);
             }
         }
     }
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < B * T * H; i++) join(partials + i * all, pos[i / H] / PART + 1, out + i * D, D);
 }
 
 /* What begins `rows` rows of D values further on. */
@@ -315,31 +399,40 @@ static int64_t widest(const Model *model) {
     return larger(larger(model->dim, model->ffn_dim), model->n_heads * model->head_dim);
 }
 
-/* Bytes that a step of M rows, which are B * T, needs to work in. */
-int64_t decode_workspace(const Model *model, int64_t M, int64_t S) {
+/* Bytes that a step of M rows, which are B * T, needs to work in, up to position `n` of the cache. */
+int64_t decode_workspace(const Model *model, int64_t M, int64_t n) {
     const int64_t q = model->n_heads * model->head_dim, kv = model->n_kv_heads * model->head_dim;
-    const int64_t of_row = 2 * (model->dim + 2 * q + 2 * kv + 2 * model->ffn_dim) + 4 * model->n_heads * S;
+    const int64_t partials = model->n_heads * (n / PART + 1) * partial_size(model->head_dim);
+    const int64_t of_row = 2 * (model->dim + 2 * q + 2 * kv + 2 * model->ffn_dim) + 4 * partials;
     return M * of_row + omp_get_max_threads() * room_bytes(widest(model));
 }
 
-/* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T]; `cos_sin` [S, D] has the rotations of every slot. Keys and
-   values are written to the cache, that of all layers, one after another. Returns -1, and has written nothing, where a
-   token or position is out of range. */
+/* A softmax weight of a score 88 below the largest is subnormal, and a product with it takes a hundred cycles. */
+enum { SUBNORMALS_ARE_ZERO = 0x8040 };
+
+/* Logits [B, T, V] after `tokens` [B, T] at `pos` [B, T]; `cos_sin` [B, T, D] has their rotations. Keys and values are
+   written to the cache, that of all layers, one after another. Returns -1, and has written nothing, where a token or
+   position is out of range. */
 int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, const float *cos_sin, const Cache *cache,
                 char *workspace, bf16 *logits, int64_t B, int64_t T, int64_t S) {
     const int64_t M = B * T, dim = model->dim, ffn = model->ffn_dim, heads = model->n_heads * model->head_dim;
     const int64_t kv = model->n_kv_heads * model->head_dim;
     const float eps = model->norm_eps;
-    for (int64_t m = 0; m < M; m++)
+    int64_t parts = 1;
+    for (int64_t m = 0; m < M; m++) {
         if (pos[m] < 0 || pos[m] >= S || tokens[m] < 0 || tokens[m] >= model->vocab_size) return -1;
-    float *scores = (float *)workspace;
-    bf16 *x = (bf16 *)(scores + M * model->n_heads * S), *q = x + M * dim, *out = q + M * heads, *k = out + M * heads;
+        parts = larger(parts, pos[m] / PART + 1);
+    }
+    float *partials = (float *)workspace;
+    bf16 *x = (bf16 *)(partials + M * model->n_heads * parts * partial_size(model->head_dim)), *q = x + M * dim, *out = q + M * heads, *k = out + M * heads;
     bf16 *v = k + M * kv, *gate = v + M * kv, *up = gate + M * ffn;
     char *rooms = (char *)(up + M * ffn);
 #pragma omp parallel
     {
         Member self = {.thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
         self.room = room_of(rooms + self.thread * room_bytes(widest(model)), widest(model));
+        const unsigned before = _mm_getcsr();
+        _mm_setcsr(before | SUBNORMALS_ARE_ZERO);
         for (int64_t m = self.thread; m < M; m += self.threads)
             widen_row(&model->tok_embeddings, tokens[m], x + m * dim);
 #pragma omp barrier
@@ -349,7 +442,7 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
             const Product qkv[] = {{&layer->wq, q, false}, {&layer->wk, k, false}, {&layer->wv, v, false}};
             products(&self, x, layer->attention_norm, eps, qkv, 3, M);
 #pragma omp barrier
-            attend(model, q, k, v, cos_sin, pos, &own, scores, out, B, T, S);
+            attend(model, q, k, v, cos_sin, pos, &own, partials, parts, out, B, T, S);
 #pragma omp barrier
             products(&self, out, NULL, eps, (Product[]){{&layer->wo, x, true}}, 1, M);
 #pragma omp barrier
@@ -363,6 +456,7 @@ int decode_step(const Model *model, const int64_t *tokens, const int64_t *pos, c
 #pragma omp barrier
         }
         products(&self, x, model->norm, eps, (Product[]){{&model->output, logits, false}}, 1, M);
+        _mm_setcsr(before);
     }
     return 0;
 }

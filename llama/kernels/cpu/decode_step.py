@@ -175,7 +175,6 @@ class NativeStep:
         shape = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.ffn_dim, args.vocab_size)
         tables = (Matrix.of(model.tok_embeddings), Matrix.of(_head(model)), model.norm.weight.data_ptr())
         self._struct = _Model(*shape, args.norm_eps, *tables, layers)
-        self._cos_sin = rope_table(torch.arange(cache.max_len)[None], model.rope_freqs)  # of every slot
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._cache = _Cache(*(getattr(cache, name).data_ptr() for name in cache.parts))
 
@@ -184,13 +183,14 @@ class NativeStep:
         cache, (B, T) = self.cache, tokens.shape
         if cache.k.shape[1] != B:
             raise ValueError(f"the cache was made for {cache.k.shape[1]} sequences, not {B}")
-        needed = library().decode_workspace(self._struct, B * T, cache.max_len)
+        needed = library().decode_workspace(self._struct, B * T, min(int(pos.max()), cache.max_len))
         if len(self._workspace) < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
         logits = torch.empty(B, T, self.model.args.vocab_size, dtype=torch.bfloat16)
-        tensors = (tokens.contiguous(), pos.contiguous(), self._cos_sin, self._workspace, logits)
-        token_data, pos_data, angles, workspace, out = (tensor.data_ptr() for tensor in tensors)
-        arguments = (self._struct, token_data, pos_data, angles, self._cache, workspace, out, B, T, cache.max_len)
+        angles = rope_table(pos, self.model.rope_freqs)
+        tensors = (tokens.contiguous(), pos.contiguous(), angles, self._workspace, logits)
+        token_data, pos_data, cos_sin, workspace, out = (tensor.data_ptr() for tensor in tensors)
+        arguments = (self._struct, token_data, pos_data, cos_sin, self._cache, workspace, out, B, T, cache.max_len)
         if library().decode_step(*arguments) != 0:
             raise IndexError(f"a token is outside the vocabulary, or a position outside the {cache.max_len} slots")
         return logits

@@ -206,7 +206,7 @@ typedef struct {
 } Ahead;
 
 INLINE void call_for(Ahead *ahead, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(ahead->at + i, _MM_HINT_T0);
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(ahead->at + i, _MM_HINT_T1);
     if (ahead->at < ahead->end) ahead->at += bytes;
 }
 
@@ -348,13 +348,18 @@ INLINE void multiply_codes(const char *const *w, const Matrix *matrix, const Pre
     }
 }
 
-/* The sums of the lanes of four vectors. */
-INLINE __m128 lane_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+/* The sums of four neighbouring lanes each: lane 4 i + j has that of lanes 4 i to 4 i + 3 of vector j. */
+INLINE __m512 quarter_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+
+/* The sums of the lanes of four vectors. */
+INLINE __m128 lane_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 quarters = quarter_sums(a, b, c, d);
     const __m256 upper = _mm512_extractf32x8_ps(quarters, 1);
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), upper);
     return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
