@@ -70,10 +70,10 @@ def test_tokens_at_once_have_the_bits_of_tokens_one_by_one(batch_size, n_tokens)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_attention_over_a_long_cache_is_exact_and_the_same_for_any_number_of_threads(shape, cache_dtype):
-    """Positions on both sides of the borders of its parts, which are 256 long, and one far behind the others'."""
+    """Positions on both sides of the borders of its parts, which are 512 long, and one far behind the others'."""
     args = dataclasses.replace(SHAPES[shape], n_layers=1)
     model = random_model(args, std=0.05).bfloat16()
-    pos = torch.tensor([0, 254, 255, 256, 511, 1700])[:, None] + torch.arange(3)
+    pos = torch.tensor([0, 510, 511, 512, 1023, 1700])[:, None] + torch.arange(3)
     tokens = pos * 7 % args.vocab_size
     keys, values = (torch.randn(len(pos), args.n_kv_heads, 1703, args.head_dim).bfloat16() for _ in range(2))
 

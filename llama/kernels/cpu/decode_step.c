@@ -110,8 +110,8 @@ typedef struct {
 } Cache;
 
 /* Query heads that share a key/value head go through its positions together, TOGETHER of them: a vector has four lanes for
-   each. PART positions of keys, 32 KiB for a head of 64 in bfloat16, stay in a core's cache, and so do those of values. */
-enum { PART = 256, TOGETHER = 4, EIGHTHS = MAX_D / 8 };
+   each. PART positions of keys, 64 KiB for a head of 64 in bfloat16, stay in a core's cache, and so do those of values. */
+enum { PART = 512, TOGETHER = 4, EIGHTHS = MAX_D / 8 };
 
 /* Queries of up to four heads, zeros for the rest, ready for the keys: 8 values of each head a vector, as they are, or in
    units as int16. `factors` has for each lane what its sum is to be multiplied by. */
