@@ -13,6 +13,7 @@ Shape suffixes:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -93,11 +94,19 @@ def apply_rope(x_BTHD: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).to(x_BTHD.dtype)
 
 
-def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+Mask = Tensor | list[int] | None  # see `attend`
+
+
+def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v as [B, H, T, D], for grouped heads: query head h reads key/value head h // (H / K).
 
-    `mask` is [B, 1, T, S], True where attention is allowed; None means causal with S = T.
+    `mask` is [B, 1, T, S], True where attention is allowed; None means causal with S = T; a list has the lengths of
+    texts that lie end to end through the batch, each causal by itself.
     """
+    if isinstance(mask, list):
+        given = (x.transpose(1, 2) for x in (q_BHTD, k_BKSD, v_BKSD))
+        out = in_texts(lambda *text: attend(*(x.transpose(1, 2) for x in text), None).transpose(1, 2), *given, mask)
+        return out.transpose(1, 2)
     (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
     if mask is not None and (T == 1 or (H != K and not _kernel_groups_heads(q_BHTD, mask))):
         # With a cache S >> T. The H / K query heads of a key/value head, T rows each, become H / K * T rows of one
@@ -109,6 +118,19 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) 
         k_BKSD, v_BKSD = k_BKSD.repeat_interleave(H // K, dim=1), v_BKSD.repeat_interleave(H // K, dim=1)
     grouped = k_BKSD.shape[1] != H
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def in_texts(causal: Callable, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths: list[int]) -> Tensor:
+    """`causal` attention [B, T, H, D] of each text: of all T * T scores, only those within texts are computed."""
+    parts = (x.flatten(0, 1).split(lengths) for x in (q_BTHD, k_BTKD, v_BTKD))
+    texts = [causal(*(part[None] for part in text)) for text in zip(*parts, strict=True)]
+    return torch.cat(texts, 1).view(q_BTHD.shape)
+
+
+def text_lengths(pos_BT: Tensor) -> list[int]:
+    """A position that does not follow the one before it begins a new text."""
+    starts = F.pad(pos_BT[:, 1:] != pos_BT[:, :-1] + 1, (1, 0), value=True).flatten().nonzero()[:, 0]
+    return starts.diff(append=starts.new_tensor([pos_BT.numel()])).tolist()
 
 
 def _kernel_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
@@ -134,9 +156,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Mask, pos: Tensor | None, cache: Cache | None) -> Tensor:
         # .unflatten instead of a stored head count: a pruned projection may have fewer heads
         q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q = apply_rope(q_BTHD, freqs_cis).transpose(1, 2)
@@ -172,9 +192,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Mask, pos: Tensor | None, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), freqs_cis, mask, pos, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -253,12 +271,11 @@ class Transformer(nn.Module):
             mask = None
             pos_BT = torch.arange(T, device=tokens.device).expand(B, T)
         else:
-            key_pos = pos[:, None, None] if cache is None else torch.arange(cache.max_len, device=pos.device)
-            mask = key_pos <= pos[:, None, :, None]  # [B, 1, T, S]
-            if cache is None:  # positions that start again begin a new text, which does not see those before it
-                start = pos - torch.arange(T, device=pos.device)
-                mask = mask & (start[:, None, None] == start[:, None, :, None])
             pos_BT = pos
+            if cache is None:
+                mask = text_lengths(pos)
+            else:
+                mask = torch.arange(cache.max_len, device=pos.device) <= pos[:, None, :, None]  # [B, 1, T, S]
         freqs_cis = rope_table(pos_BT, self.rope_freqs)
         x = self.tok_embeddings(tokens)
         for block in self.layers:

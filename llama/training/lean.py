@@ -29,7 +29,7 @@ from llama.errors import InputError
 from llama.frozen import FrozenLinear, compute_dtype
 from llama.kernels.cpu import attention_backward, train_ops
 from llama.lora import LoRALinear
-from llama.model import Attention, Cache, FeedForward, RMSNorm, TokenEmbedding, Transformer, attend
+from llama.model import Attention, Cache, FeedForward, Mask, RMSNorm, TokenEmbedding, Transformer, attend, in_texts
 from llama.surgery import replace_modules, take_over
 
 
@@ -252,15 +252,14 @@ class LeanAttention(Attention):
     def __init__(self, attention: Attention) -> None:
         take_over(self, attention)
 
-    def forward(
-        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Mask, pos: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is not None:
             return super().forward(x, freqs_cis, mask, pos, cache)
         q_BTHD, k_BTKD, v_BTKD = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q_BTHD, k_BTKD = (_Rotation.apply(part, freqs_cis) for part in (q_BTHD, k_BTKD))
-        if mask is None and attention_backward.supports(q_BTHD):
-            return self.wo(attention_backward.causal_attention(q_BTHD, k_BTKD, v_BTKD).flatten(-2))
+        if not isinstance(mask, Tensor) and attention_backward.supports(q_BTHD):
+            causal, given = attention_backward.causal_attention, (q_BTHD, k_BTKD, v_BTKD)
+            return self.wo((causal(*given) if mask is None else in_texts(causal, *given, mask)).flatten(-2))
         q, k, v = (part.transpose(1, 2) for part in (q_BTHD, k_BTKD, v_BTKD))
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
-from llama.model import Cache, Transformer, TransformerBlock
+from llama.model import Cache, Mask, Transformer, TransformerBlock
 from llama.surgery import take_over
 from llama.training.batch import Batch
 from llama.training.lean import SGDInBackward, make_lean
@@ -72,9 +72,7 @@ class CheckpointedBlock(TransformerBlock):
     def __init__(self, block: TransformerBlock) -> None:
         take_over(self, block)
 
-    def forward(
-        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, pos: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Mask, pos: Tensor | None, cache: Cache | None) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, freqs_cis, mask, pos, cache)
         # Not reentrant: that kind gives adapters no gradient where the embedding below is frozen. The state of the

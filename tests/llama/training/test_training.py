@@ -25,7 +25,10 @@ from llama import Llama, Transformer
 from llama.cache import KVCache
 from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import confidence
+from llama.kernels.cpu import attention_backward
+from llama.model import attend
 from llama.training import batch as batching
+from llama.training import lean
 from llama.training.batch import Batch
 from llama.training.loss import cross_entropy_sum
 from llama.training.options import NORMALIZATIONS, SCHEDULES, Settings, TrainingOptions
@@ -119,6 +122,37 @@ def test_samples_in_one_row_do_not_see_each_other(packed):
     rows = [pool] if packed else [[sample] for sample in pool]
     whole = gradients_of(model, [batching.collate(rows, 0)])
     assert gap(whole, gradients_of(model, batches([[sample] for sample in pool]))) < 1e-12
+
+
+@pytest.mark.parametrize("is_lean", [False, True])
+def test_packed_texts_attend_without_a_mask_of_the_whole_sequence(is_lean, monkeypatch):
+    """Equal to attention with a mask of all pairs of positions, but no kernel is given one; nor is the lean one."""
+    model = random_model().double()
+    pos = torch.tensor([[*range(5), *range(3), *range(1), *range(2)], [*range(4, 9), *range(6)]])
+    tokens, start = torch.arange(22).view(2, 11), pos - torch.arange(11)
+    with monkeypatch.context() as context:
+        mask = (start[:, :, None] == start[:, None]) & (pos[:, :, None] >= pos[:, None])
+        context.setattr("llama.model.text_lengths", lambda _: mask[:, None])
+        expected = model(tokens, pos)
+    if is_lean:
+        for block in model.layers:
+            block.attention = lean.LeanAttention(block.attention)
+        monkeypatch.setattr(attention_backward, "supports", lambda q: True)
+        monkeypatch.setattr(attention_backward, "causal_attention", causal_attention)
+    masks, kernel = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, mask=None, **options):
+        masks.append((q.shape[2], mask))
+        return kernel(q, k, v, mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(model(tokens, pos), expected, atol=1e-12, rtol=0)
+    assert masks == [(n, None) for n in (5, 3, 1, 2, 5, 6)] * model.args.n_layers
+
+
+def causal_attention(*q_k_v_BTHD: torch.Tensor) -> torch.Tensor:
+    """That of attention_backward, by PyTorch."""
+    return attend(*(x.transpose(1, 2) for x in q_k_v_BTHD), None).transpose(1, 2)
 
 
 # Against a loop that somebody else might have written
