@@ -14,13 +14,16 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SMALL, random_model
+from conftest import ROOT, SMALL, TINY, random_model
 from support import mutant, same_weights
 
-from llama import ModelArgs, checkpoint
+from llama import ModelArgs, Tokenizer, checkpoint
 from llama.config import PRESETS
+from llama.decoding import Decoder
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import apply_rope, rope_frequencies, rope_table
+from llama.sampling import Sampling
+from llama.speculative import PromptLookup
 
 UNTIED = dataclasses.replace(SMALL, tie_word_embeddings=False)
 LLAMA2 = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=300, multiple_of=32)
@@ -70,6 +73,34 @@ def test_logits_equal_transformers(tmp_path, args, layout):
         with torch.no_grad():
             expected = theirs(tokens, position_ids=pos).logits
             torch.testing.assert_close(ours(tokens, pos), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_sentence_in_a_long_text_is_found_as_by_transformers(tmp_path):
+    """30,000 tokens that hide a sentence, then its beginning: the same logits behind it, in parts and with the cache.
+
+    The embedded model, in fp32. The text goes through in parts, the rest of the sentence as tokens to verify.
+    """
+    from transformers import LlamaForCausalLM
+
+    sentence = Tokenizer(TINY / "tokenizer.model").encode_prompt("The old fox keeps a blue box below the third tree.")[
+        1:
+    ]
+    hay = torch.randint(4096, (30_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    known, rest = sentence[:5], sentence[5:]
+    prompt = [*hay[:11_111], *sentence, *hay[11_111:], *known]
+    model = checkpoint.load(TINY, torch.float32)
+    checkpoint.save(model, tmp_path / "hf", "hf")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    expected = theirs(torch.tensor([[*prompt, *rest]]), logits_to_keep=len(rest) + 1).logits[0]
+    with Decoder(model, "auto").start(1, len(prompt) + len(rest)) as run:
+        first = run.last_logits(torch.tensor([prompt]), torch.tensor([len(prompt) - 1]))
+        others = run.step(torch.tensor([rest]), torch.arange(len(rest))[None] + len(prompt))[0]
+    torch.testing.assert_close(torch.cat((first, others)), expected, atol=1e-4, rtol=0)
+    sampling = Sampling(0, 1.0, None, 0.0, 1.0, torch.Generator(), 4096)
+    with PromptLookup().start([prompt], len(prompt), sampling) as propose:
+        assert propose([prompt], [len(rest)]).tokens == [rest]
 
 
 def test_transformers_writes_what_we_read(tmp_path):
