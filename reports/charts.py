@@ -177,6 +177,26 @@ def pruning(rows: list[Row]) -> Drawn:
         yield "pruning-speed", figure
 
 
+@per_setting("model", "steps")
+def context(rows: list[Row]) -> Drawn:
+    """Time per token by the tokens before it, of the whole model, with the limit of each cache."""
+    layers = max(row.cell["n_layers"] for row in rows)
+    whole = sorted(chosen(rows, n_layers=layers), key=lambda row: row.cell["context"])
+    about = "Time per output token by the tokens before it, for each cache, with the hardware limit, and transformers."
+    figure, axes = _plot("Time per output token (ms)", whole, about)
+    caches = dict.fromkeys(row.cell["cache"] for row in whole)
+    for cache, marker, dash, colour in zip(caches, "os", ("-", "--"), (BLUE, RED), strict=False):
+        own = chosen(whole, engine="llama", cache=cache)
+        _line(axes, own, "context", "tpot_s", f"{cache} cache", marker + dash, colour, 1e3)
+        _line(axes, own, "context", "floor_tpot_s", f"{cache} cache: hardware limit", f"{marker}:", colour, 1e3)
+    _line(axes, chosen(whole, engine="transformers"), "context", "tpot_s", "transformers", "^-.", GREY, 1e3)
+    axes.set(xlabel="tokens before it", xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+    yield "context", figure
+
+
 @per_setting("model", "heads", "kv_heads", "textbook_limit_gb", dtype=False)
 def attention(rows: list[Row]) -> Drawn:
     """Time and memory of a forward and a backward pass by length, both axes logarithmic."""
@@ -207,6 +227,7 @@ CHARTS |= {
     "ladder": ladder,
     "pruning": pruning,
     "attention": attention,
+    "context": context,
 }  # by the experiment whose rows they take
 
 

@@ -36,6 +36,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("ladder", "The ladder: one change per row", "ladder"),
     ("speculation", "Speculative decoding with a model's own forms", "speculation"),
     ("kernels", "Kernels: each beside the plain PyTorch that it equals", "kernels"),
+    ("context", "Long texts: time and memory by the length of the prompt", "context"),
     ("attention", "Attention: all scores in memory, and fused", "attention"),
     ("pruning", "Pruning: size, quality and speed", "pruning"),
     ("perplexity", "Perplexity by format of the weights", "perplexity", (tables.perplexity_formats,)),

@@ -41,6 +41,7 @@ COMMANDS = {  # what measures the rows of an experiment
     "ladder": "python -m benchmarks.ladder",
     "pruning": "python -m benchmarks.pruning",
     "attention": "python -m benchmarks.attention",
+    "context": "python -m benchmarks.context",
 }
 TRAINED = ("comparison", "finetuning", "sweep", "pretraining", "leaderboard")  # experiments that need trained weights
 

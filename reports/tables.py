@@ -414,6 +414,32 @@ def kernels(rows: list[Row]) -> list[Table]:
     return [dataclasses.replace(table, rows=rows) for table in line_per_row("kernels", title, twins, columns, *note)]
 
 
+@per_setting("model", "steps")
+def context(rows: list[Row]) -> list[Table]:
+    """Time to first token, time per token and memory by the length of the prompt, for each cache and a peer."""
+    rows = sorted(rows, key=lambda row: (-row.cell["n_layers"], row.cell["context"]))
+
+    def peer(row: Row) -> Row | None:
+        same = {name: row.cell[name] for name in ("n_layers", "context")}
+        return None if row.cell["engine"] == "transformers" else newest(rows, engine="transformers", **same)
+
+    def label(row: Row) -> str:
+        return row.cell["engine"] + f", {PLAIN_WEIGHTS.get(row.cell['cache'], row.cell['cache'])} cache"
+
+    columns: dict[str, Column] = {"context": word("context"), "layers": word("n_layers"), "engine": label}
+    columns |= {"TTFT (s)": runs("ttft_s", ".2f"), "TTFT vs. limit": metric("ttft_over_floor_x", ".2f")}
+    columns |= {"TTFT, times as fast": faster(peer, "ttft_s"), "TPOT (ms)": runs("tpot_s", ",.1f", 1e3)}
+    columns |= {"TPOT vs. limit": metric("tpot_over_floor_x", ".2f"), "TPOT, times as fast": faster(peer, "tpot_s")}
+    columns |= {"memory beyond weights and cache (MB)": metric("peak_memory_mb", ",.0f")}
+    note = (
+        "TTFT: time to first token, of prompts that went through the network. TPOT: time per output token behind so "
+        "many tokens, whose keys and values are random numbers: they change no time. Times as fast: as transformers. "
+        f"{RELATIVE}, weights and the cache in use at the best rate of reading, and the FLOPs of the prompt at that of "
+        "the largest products. A row with fewer layers than the model is there for its memory."
+    )
+    return line_per_row("context", f"{rows[0].cell['model']}: long texts, one sequence", rows, columns, note)
+
+
 @per_setting("model", "heads", "kv_heads", "textbook_limit_gb", dtype=False)
 def attention(rows: list[Row]) -> list[Table]:
     """The textbook's attention, which keeps all scores, beside fused kernels, by length."""
@@ -554,6 +580,7 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "ladder": (ladder, drafts),
     "speculation": (speculation,),
     "kernels": (kernels,),
+    "context": (context,),
     "attention": (attention,),
     "pruning": (pruning_quality, pruning_speed),
     "tiny": (embedded,),

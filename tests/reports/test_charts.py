@@ -132,6 +132,19 @@ def test_pruning_draws_every_way_and_speed_by_size():
             assert lines[name] == points(ours, lambda row: row.median("stored_mb"), metric, 1e3)
 
 
+def test_context_draws_the_step_of_every_cache_and_its_limit():
+    rows = pick(ROWS["context"], n_layers=16)
+    (figure,) = charts.context(ROWS["context"]).values()
+    lines = drawn(figure)
+    for cache in ("bfloat16", "int8"):
+        ours = pick(rows, engine="llama", cache=cache)
+        assert lines[f"{cache} cache"] == points(ours, lambda row: row.cell["context"], "tpot_s", 1e3)
+        limits = points(ours, lambda row: row.cell["context"], "floor_tpot_s", 1e3)
+        assert limits and lines[f"{cache} cache: hardware limit"] == limits
+    others = points(pick(rows, engine="transformers"), lambda row: row.cell["context"], "tpot_s", 1e3)
+    assert lines["transformers"] == others
+
+
 def test_attention_draws_time_and_memory_of_every_form():
     rows = ROWS["attention"]
     time, memory = (drawn(figure) for figure in charts.attention(rows).values())

@@ -187,6 +187,21 @@ def attentions() -> list[dict]:
     return [*rows, made_row("attention", {**place, "positions": 128, "engine": "textbook"}, {})]
 
 
+def contexts() -> list[dict]:
+    """A context with each cache and a peer, and the memory of fewer layers."""
+    place, rows = {"model": "x", "steps": 8, "n_layers": 16, "context": 64}, []
+    for engine, cache, step in (
+        ("llama", "bfloat16", 0.02),
+        ("llama", "int8", 0.01),
+        ("transformers", "bfloat16", 0.05),
+    ):
+        metrics = {"tpot_s": [step, step / 2, step * 2], "ttft_s": 100 * step}
+        metrics |= {"floor_tpot_s": 0.01, "tpot_over_floor_x": 100 * step} if engine == "llama" else {}
+        rows.append(made_row("context", {**place, "engine": engine, "cache": cache}, metrics))
+    few = {**place, "n_layers": 2, "context": 128, "engine": "llama", "cache": "int8"}
+    return [made_row("context", few, {"peak_memory_mb": 123.0}), *rows]
+
+
 def strange() -> list[dict]:
     """Experiments that the page has no section for."""
     nasty = {"model": "</td><script>alert(1)</script>", "layers": [0, 3], "bits": 4, "note": None}
@@ -221,6 +236,7 @@ def results(request, tmp_path):
             *operations(),
             *cuts(),
             *attentions(),
+            *contexts(),
             *strange(),
         ],
     )
@@ -377,6 +393,16 @@ def test_ways_of_pruning_stand_beside_each_other(tmp_path):
     speed = [[cell.text() for cell in line.all("td")] for line in section.all("tbody")[1].all("tr")]
     assert [(line[-4], line[-2]) for line in speed] == [("1.00", "1.00"), ("2.00", "1.50")]
     assert len(section.all("svg")) == 3
+
+
+def test_contexts_stand_beside_the_peer(tmp_path):
+    """The whole model first; times as fast as transformers; of fewer layers the memory alone."""
+    section, lines = section_of(tmp_path, contexts(), "context")
+    engines = ["llama, bf16 cache", "llama, int8 cache", "transformers, bf16 cache", "llama, int8 cache"]
+    assert [line[2] for line in lines] == engines
+    assert [line[5] for line in lines] == ["2.50", "5.00", "-", "-"] == [line[8] for line in lines]
+    assert [line[7] for line in lines] == ["2.00", "1.00", "-", "-"] and lines[3][3:] == ["-"] * 6 + ["123"]
+    assert len(section.all("svg")) == 1
 
 
 def test_attention_stands_beside_the_textbook_of_its_length(tmp_path):

@@ -166,7 +166,7 @@ def renderings(rows):
         values |= {y for name in ("loss_nats", "held_out_loss_nats") for _, y in one.get("series", {}).get(name, ())}
     for a, b in itertools.permutations(rows, 2):
         if a["experiment"] == b["experiment"]:
-            for name in ("runtime_s", "step_s", "peak_memory_mb", "forward_s", "backward_s"):
+            for name in ("runtime_s", "step_s", "peak_memory_mb", "forward_s", "backward_s", "ttft_s", "tpot_s"):
                 if name in a["metrics"] and name in b["metrics"]:
                     values.add(a["metrics"][name]["median"] / b["metrics"][name]["median"])
             if "step_s" in a["metrics"] and {"step_s", "peak_memory_mb"} <= a["metrics"].keys() & b["metrics"].keys():
