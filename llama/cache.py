@@ -82,6 +82,9 @@ class KVCache:
             slots.transpose(1, 2)[self.sequences, pos] = values.transpose(1, 2).to(slots.dtype)
 
 
+AT_ONCE = 1 << 22  # codes of some heads that are widened at once: what they are in fp32 takes four times their memory
+
+
 class Int8Cache(KVCache):
     """The same in little more than half the memory: int8 codes, and an fp32 scale for each position of each head.
 
@@ -110,8 +113,12 @@ class Int8Cache(KVCache):
         scales_of_slots = getattr(self, f"{name}_scales")[layer]
         self._write(scales_of_slots, scales, pos)
         slots = super()._keep(name, layer, codes, pos)
-        # Into `out`, not `.to`: the products in fp32 would take four times the memory of the codes.
-        return torch.mul(slots, scales_of_slots[..., None], out=slots.new_empty(slots.shape, dtype=self.dtype))
+        values = slots.new_empty(slots.shape, dtype=self.dtype)
+        n = max(1, AT_ONCE // slots[:, 0].numel())
+        for parts in zip(*(x.split(n, dim=1) for x in (values, slots, scales_of_slots)), strict=True):
+            value, code, scale = parts
+            value.copy_(code * scale[..., None])
+        return values
 
 
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:
