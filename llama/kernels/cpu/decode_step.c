@@ -145,12 +145,14 @@ static float encode_row(const bf16 *x, int8_t *codes, int64_t D) {
 
 static void prepare_queries(const bf16 *q, const float *cos_sin, int heads, int64_t D, bool is_int8, Queries *out) {
     bf16 turned[MAX_D] = {0};
-    uint16_t values[EIGHTHS][TOGETHER][8] = {0}, whole[MAX_D];
+    __m512i whole[MAX_D / 32];
+    uint16_t values[EIGHTHS][TOGETHER][8] = {0};
+    const uint16_t *from = is_int8 ? (const uint16_t *)whole : turned;
     float factors[16] = {0};
     for (int g = 0; g < heads; g++) {
         rotate(q + g * D, cos_sin, turned, D);
-        const float unit = is_int8 ? whole_units(turned, D, (__m512i *)whole) : 1.0f;
-        for (int i = 0; i < EIGHTHS; i++) memcpy(values[i][g], (is_int8 ? whole : turned) + 8 * i, sizeof values[i][g]);
+        const float unit = is_int8 ? whole_units(turned, D, whole) : 1.0f;
+        for (int i = 0; i < EIGHTHS; i++) memcpy(values[i][g], from + 8 * i, sizeof values[i][g]);
         for (int lane = 4 * g; lane < 4 * g + 4; lane++) factors[lane] = unit / sqrtf((float)D);
     }
     for (int i = 0; i < EIGHTHS; i++) out->values[i] = _mm512_loadu_si512(values[i]);

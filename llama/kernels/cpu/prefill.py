@@ -7,7 +7,7 @@ For prompts, and for every step without the KV cache. What makes it faster than 
 - RMSNorm, RoPE and SwiGLU are one pass each, in place where they can be.
 - Only the hidden state at the last position of each sequence is needed. So the last block computes keys and values for
   all positions, and everything else for that one.
-- Intel's CPUs multiply fp32 faster than bfloat16 where they have no AMX, 1.7 times on a Xeon of 2023. There some rows
+- Intel's CPUs multiply fp32 faster than bfloat16 where they have no AMX, a Xeon 1.7 times as fast. There some rows
   of a matrix at a time become fp32, and so do some heads of keys and values; what is kept is bfloat16 all the same.
 - Of quantized matrices some rows at a time become bfloat16 and are multiplied while the cache holds them, which takes
   no longer than with weights that are bfloat16 in memory. This rounds each weight once more, by 2^-9 of itself at most;
