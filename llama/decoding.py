@@ -38,7 +38,7 @@ CACHES = {"auto": KVCache, "int8": Int8Cache}  # "auto": in the dtype of the act
 # unit of the feed-forward's hidden size, are what generation needs beyond weights and cache. Far into a long text there
 # are fewer: what each may attend to is a mask of as many values as the text has positions, MASK_VALUES of them at once.
 PREFILL_TOKENS, ACTIVATIONS = 1024, 5
-MASK_VALUES = 1 << 24
+MASK_VALUES = 1 << 23
 Step = Callable[[Tensor, Tensor], Tensor]
 Result = TypeVar("Result")
 WARM_UP = 3  # calls on a side stream before recording, so that libraries have allocated what they need
