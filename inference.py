@@ -35,6 +35,7 @@ from data.tiny import EMBEDDED, directory_of, has_tokenizer, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import Llama, adapters, checkpoint, cli, files, memory, prompt_file, quantization
 from llama import device as devices
+from llama.checkpoint.source import Source
 from llama.cli import option
 from llama.conversation import Conversation
 from llama.decoding import CACHES
@@ -174,16 +175,18 @@ def main(options: Options) -> None:
     encoding = partial(encode, tokenizer, options=options)
     saved = None if options.load_prompt is None else prompt_file.read(options.load_prompt, encoding)
     if options.save_prompt is not None:
-        files.require_absent(options.save_prompt)
+        files.require_writable(options.save_prompt)  # not after the minutes that a long text takes
     texts = [] if options.is_conversation else prompt_texts(options, tokenizer)
     prompts = [Prompt(text, encoding(text if saved is None else saved.text + text)) for text in texts]
+    require_room(prompts, options.max_seq_len)
     if options.chat:
         ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
     settings = settings_of(options, tokenizer)
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings["max_gen_len"]
     longest = options.max_seq_len if options.is_conversation else min(longest, options.max_seq_len)
-    needed = memory_needed(options, directory, len(prompts), longest)
-    llama = load(options, directory, tokenizer)
+    source = checkpoint.open_source(directory)  # once: it may warn
+    needed = memory_needed(options, source, len(prompts), longest)
+    llama = load(options, source, tokenizer)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = settings["speculation"] = None if draft is None else Speculation(draft, options.draft_tokens)
     print(describe(llama, directory, longest, needed))
@@ -217,9 +220,19 @@ def prompt_texts(options: Options, tokenizer: Tokenizer) -> list[str]:
     return list(SAMPLE_PROMPTS if has_tokenizer(tokenizer) else COURSE_PROMPTS)
 
 
-def memory_needed(options: Options, directory: Path, n_prompts: int, longest: int) -> Memory:
+def require_room(prompts: list[Prompt], max_seq_len: int) -> None:
+    """Raise InputError for a prompt that is too long, before any is answered."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt.ids) > max_seq_len:
+            raise InputError(
+                f"prompt {i} has {len(prompt.ids)} tokens, outside 1 to max_seq_len={max_seq_len}; "
+                "shorten it or raise max_seq_len"
+            )
+
+
+def memory_needed(options: Options, source: Source, n_prompts: int, longest: int) -> Memory:
     """What will be needed. Raises EnvironmentFailure where the machine lacks it."""
-    source, is_session = checkpoint.open_source(directory), options.is_conversation or options.keeps_cache
+    is_session = options.is_conversation or options.keeps_cache
     device, dtype = devices.resolve(options.device, options.dtype)
     n_sequences = 1 if is_session or options.stream or options.compare else n_prompts
     length = options.max_seq_len if is_session else longest  # a session has all slots from the start
@@ -242,12 +255,12 @@ def settings_of(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def load(options: Options, directory: Path, tokenizer: Tokenizer) -> Llama:
+def load(options: Options, source: Source, tokenizer: Tokenizer) -> Llama:
     """The model, with the adapter in place."""
     names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "decoding", "cache_dtype")
-    llama = Llama.build(directory, tokenizer, progress=True, **{name: getattr(options, name) for name in names})
+    llama = Llama.build(source, tokenizer, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:
-        base = None if options.any_base else partial(checkpoint.fingerprint, directory)
+        base = None if options.any_base else partial(checkpoint.fingerprint, source)
         adapters.load(llama.model, options.adapter, base)
         llama.model.eval()
     return llama

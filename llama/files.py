@@ -6,12 +6,14 @@ the disk (fsync) before the rename that publishes them, and the rename before an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,15 +82,31 @@ def new_file(path: str | Path) -> Iterator[Path]:
     except (OSError, safetensors.SafetensorError) as error:
         raise cannot_write(target, error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that of a directory which is none says why already
+            scratch.unlink()
 
 
 def require_absent(path: str | Path) -> Path:
     """The absolute path of a file to be made. Raises InputError where there is something of that name."""
-    target = Path(path).resolve()
-    if target.exists():
+    try:
+        target = Path(path).resolve()  # a RuntimeError in a loop of links
+        is_there = target.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} is no name for a file: {error}; choose another") from error
+    if is_there:
         raise InputError(f"{target} already exists; choose a new name or move it away")
     return target
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise what `new_file` would, before there is anything to write."""
+    target = require_absent(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(target, error) from error
 
 
 def cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
@@ -190,4 +208,5 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that of a directory which is none says why already
+            scratch.unlink()

@@ -23,6 +23,7 @@ from torch import Tensor
 from llama import checkpoint
 from llama import device as devices
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message
+from llama.checkpoint.source import Source
 from llama.config import ModelArgs
 from llama.decoding import CACHES, DECODING, PREFILL_TOKENS, Decoder, Session
 from llama.errors import InputError, NonFinite
@@ -90,7 +91,7 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str | Path,
+        ckpt_dir: str | Path | Source,
         tokenizer_path: str | Path | Tokenizer,
         max_seq_len: int,
         max_batch_size: int,

@@ -239,6 +239,14 @@ def test_bad_input_in_a_real_process():
 STORY = "Once upon a time, there was a little fox.\nThe fox lived in the wo"  # the border is in a word
 
 
+@pytest.mark.parametrize(("name", "code"), [("file/x", 3), ("x" * 300, 2), ("loop", 2), ("loop/x", 2)])
+def test_a_place_that_takes_no_file_is_refused_before_the_prompt_is_read(tmp_path, monkeypatch, capsys, name, code):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    got, out, err = call(monkeypatch, capsys, "--prompt=a", f"--save_prompt={tmp_path / name}")
+    assert (got, out) == (code, "") and "; choose another" in err and err.count("\n") == 1
+
+
 def test_a_saved_prompt_is_read_once_and_its_questions_say_what_fresh_runs_say(tmp_path, monkeypatch, capsys):
     """Of a whole file; questions from another; what goes on is saved, too; other templates are refused."""
     (tmp_path / "book.txt").write_text(STORY)
@@ -266,8 +274,8 @@ def test_a_saved_prompt_is_read_once_and_its_questions_say_what_fresh_runs_say(t
     for template in ("--chat", "--alpaca"):
         code, _, err = call(monkeypatch, capsys, *flags, f"--load_prompt={tmp_path}/book", template, "--prompt=a")
         assert code == 2 and "book:tokens: are not those of its text here; use the tokenizer and the template" in err
-    code, _, err = call(monkeypatch, capsys, *flags, *asking, "--max_seq_len=12")
-    assert code == 2 and f"/book:tokens: are {n_tokens}, of at most --max_seq_len=12; raise that" in err
+    code, out, err = call(monkeypatch, capsys, *flags, *asking, f"--max_seq_len={n_tokens + 4}")
+    assert (code, out) == (2, "") and err.startswith("error: prompt 2 has ")  # before the first is answered
     other = (f"--ckpt_dir={TINY}/draft", f"--tokenizer_path={TINY}/tokenizer.model")
     code, _, err = call(monkeypatch, capsys, *flags, *asking, *other)
     assert code == 2 and "/book:model_sha256: is of another model" in err and err.count("\n") == 1
