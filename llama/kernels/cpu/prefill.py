@@ -105,13 +105,14 @@ class _Run:
         """Causal attention of every position, [B * T, dim]."""
         q = self.linear(attention.wq, h)
         q = self._heads(q, q.new_empty(self.B, q.shape[-1] // self.head_dim, self.T, self.head_dim))
-        out = q if self.dtype is torch.float32 else attend(q, keys, values, self.mask)
+        if self.dtype is q.dtype:
+            return attend(q, keys, values, self.mask).transpose(1, 2).reshape(len(h), -1)
         n, group = max(1, SLAB // keys[:, 0].numel()), q.shape[1] // keys.shape[1]
-        for first in range(0, keys.shape[1] if self.dtype is torch.float32 else 0, n):
+        for first in range(0, keys.shape[1], n):
             heads = q[:, first * group : (first + n) * group]  # which their attention overwrites
             key, value = (x[:, first : first + n].float() for x in (keys, values))
             heads.copy_(attend(heads.float(), key, value, self.mask))
-        return out.transpose(1, 2).reshape(len(h), -1)
+        return q.transpose(1, 2).reshape(len(h), -1)
 
     def attend_last(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> Tensor:
         """Attention of position `last` of each sequence, [B, dim], for h [B, dim] at those positions."""
