@@ -161,6 +161,7 @@ def measure(
     """
     devices.return_freed_memory()
     baseline = stopwatch.memory_baseline(device)
+    devices.keep_freed_memory()  # new pages for every window would take as long as all that is computed
     model = checkpoint.load(side.directory, side.dtype, device, progress=True)
     n_bytes = hardware.weight_bytes(model)  # without an adapter's
     if side.adapter is not None:
