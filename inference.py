@@ -33,10 +33,11 @@ from data.prompts import COURSE_PROMPTS
 from data.prompts import read as read_prompts
 from data.tiny import EMBEDDED, directory_of, has_tokenizer, name_of
 from data.tiny.corpus import SAMPLE_PROMPTS
-from llama import Llama, adapters, checkpoint, cli, files, memory, prompt_file, quantization
+from llama import Llama, adapters, checkpoint, cli, files, memory, processes, prompt_file, quantization
 from llama import device as devices
 from llama.checkpoint.source import Source
 from llama.cli import option
+from llama.config import ModelArgs
 from llama.conversation import Conversation
 from llama.decoding import CACHES
 from llama.device import dtype_name
@@ -62,6 +63,8 @@ OWN_DRAFTS = {"int8": Quantization(8), "int4": Quantization(4, 32, zero_points=T
 @dataclass(frozen=True)
 class Options(cli.Options):
     """Generate text with a Llama model, with the KV cache on or off, with a draft or without."""
+
+    ON_SEVERAL = True
 
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
@@ -142,6 +145,11 @@ class Options(cli.Options):
             raise InputError("a saved prompt is a KV cache of one model; leave out --compare, --draft and --use_cache")
         if self.save_prompt is not None and self.prompt is None and self.prompt_file is None:
             raise InputError("--save_prompt needs a text to keep: --prompt or --prompt_file")
+        if processes.world().size > 1 and (self.is_conversation or self.keeps_cache or self.adapter is not None):
+            raise InputError(
+                "a conversation, a saved prompt and an adapter need one process; start it without torchrun; "
+                "a merged checkpoint from finetuning.py has an adapter in its weights"
+            )
 
     @property
     def keeps_cache(self) -> bool:
@@ -179,6 +187,7 @@ def main(options: Options) -> None:
     texts = [] if options.is_conversation else prompt_texts(options, tokenizer)
     prompts = [Prompt(text, encoding(text if saved is None else saved.text + text)) for text in texts]
     require_room(prompts, options.max_seq_len)
+    processes.require_same("prompts", repr(prompts).encode())
     if options.chat:
         ChatFormat(tokenizer).kind()  # raises where there is none; all this before minutes go into loading weights
     settings = settings_of(options, tokenizer)
@@ -189,7 +198,7 @@ def main(options: Options) -> None:
     llama = load(options, source, tokenizer)
     draft = None if options.draft is None else load_draft(options.draft, llama, options.decoding)
     speculation = settings["speculation"] = None if draft is None else Speculation(draft, options.draft_tokens)
-    print(describe(llama, directory, longest, needed))
+    print(describe(llama, directory, longest, needed, source.args))
     if options.is_conversation:
         converse(llama, settings, saved)
     elif options.compare:
@@ -236,7 +245,9 @@ def memory_needed(options: Options, source: Source, n_prompts: int, longest: int
     device, dtype = devices.resolve(options.device, options.dtype)
     n_sequences = 1 if is_session or options.stream or options.compare else n_prompts
     length = options.max_seq_len if is_session else longest  # a session has all slots from the start
-    needed = memory.estimate(source, dtype, options.cache_dtype, n_sequences, length, options.use_cache)
+    needed = memory.estimate(
+        source, dtype, options.cache_dtype, n_sequences, length, options.use_cache, processes.world()
+    )
     memory.require(needed, source, dtype, options.cache_dtype, device)
     return needed
 
@@ -290,8 +301,12 @@ def encode(tokenizer: Tokenizer, text: str, options: Options) -> list[int]:
     return tokenizer.encode_prompt(text)
 
 
-def describe(llama: Llama, directory: Path, longest: int = 0, needed: Memory | None = None) -> str:
+def describe(
+    llama: Llama, directory: Path, longest: int = 0, needed: Memory | None = None, args: ModelArgs | None = None
+) -> str:
     """What was loaded, how large, where and in which precision; the memory that will be needed; and warnings.
+
+    args: of the whole model, where this process has a part of it.
 
     Those are that the weights slow decoding down, and that texts of `longest` tokens are beyond the model.
     """
@@ -299,11 +314,13 @@ def describe(llama: Llama, directory: Path, longest: int = 0, needed: Memory | N
     dtype += f" over {config.name} weights" if config is not None else ""
     place = f"{llama.device.type} ({devices.device_name(llama.device)})"
     dtype += ", int8 cache" if llama.decoder.cache_dtype == "int8" else ""
-    size = f"{llama.model.args.n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
+    n_processes = processes.world().size
+    dtype += f" in {n_processes} processes" if n_processes > 1 else ""
+    size = f"{(args or llama.model.args).n_params():,} parameters, {dtype} on {place}, {llama.decoder.name} decoding"
     size += f" ({llama.decoder.why_slower})" if llama.decoder.why_slower else ""
     is_embedded = directory == EMBEDDED
     line = f"embedded model, {size}; --ckpt_dir loads real weights\n" if is_embedded else f"{directory}, {size}\n"
-    line += "" if needed is None else f"memory: {needed}\n"
+    line += "" if needed is None else f"memory{' of each process' if n_processes > 1 else ''}: {needed}\n"
     context = llama.model.args.trained_context
     beyond = f"texts may reach {longest} tokens, but the model is meant for {context}; expect nonsense beyond"
     warnings = [quantization.slow_reason(llama.model), beyond if longest > context else None]

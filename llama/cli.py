@@ -45,6 +45,7 @@ from typing import Any, Self
 import fire
 import torch
 
+from llama import processes
 from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinite, Notice, Stopped
 
 COLUMN = 38  # two of them and a rule fit a terminal of 80
@@ -88,6 +89,8 @@ def option(
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Base of the options of a script. Raises InputError naming flag, value and what was expected."""
+
+    ON_SEVERAL: typing.ClassVar[bool] = False  # whether torchrun may start the script
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -195,7 +198,14 @@ def _front(main: Callable[..., None]) -> tuple[Callable[..., None], dict[str, ty
     types_of = {field.name: _plain_type(hints[field.name]) for field in fields}
 
     def front(**typed: Any) -> None:
-        main(kind.resolve(typed))
+        options = kind.resolve(typed)
+        if processes.world().size > 1:
+            if not kind.ON_SEVERAL:
+                raise InputError("this script runs in one process; start it with python, without torchrun")
+            processes.start()
+            processes.hush()
+            processes.require_same("flags", repr(options).encode())
+        main(options)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(f.name, keyword, default=f.default, annotation=types_of[f.name]) for f in fields]
@@ -218,6 +228,8 @@ def explain(error: Exception) -> tuple[str, int]:
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return str(error), code
+    if processes.is_loss(error):
+        return "another process of this run has ended", 3
     if isinstance(error, Stopped):
         return str(error), 128 + error.signal
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
@@ -235,7 +247,8 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 
 def _report(line: str, code: int) -> int:
-    print("error: " + " ".join(line.split()), file=sys.stderr)
+    if processes.may_report():
+        print("error: " + " ".join(line.split()), file=sys.__stderr__ if sys.stderr is None else sys.stderr)
     return code
 
 

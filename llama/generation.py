@@ -20,7 +20,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from llama import checkpoint
+from llama import checkpoint, processes
 from llama import device as devices
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message
 from llama.checkpoint.source import Source
@@ -107,16 +107,22 @@ class Llama:
         """Load a checkpoint in Meta's or Hugging Face's layout, or a GGUF file, with a tokenizer or the path of one.
 
         See device.resolve for the "auto" of device and dtype, decoding.py for that of decoding and cache_dtype. All
-        arguments are checked before the weights are read. model_parallel_size is Meta's; all shards merge into this one
-        process, so it can only be 1.
+        arguments are checked before the weights are read. Under torchrun each process gets its part of the model
+        (parallel.py), whatever the number of shards; model_parallel_size is Meta's, and can only be that of processes.
         """
-        if model_parallel_size not in (None, 1):
-            raise InputError(f"model_parallel_size={model_parallel_size}: shards merge into one process; leave it out")
+        me = processes.start()
+        if model_parallel_size not in (None, me.size):
+            raise InputError(
+                f"model_parallel_size={model_parallel_size}: there are {me.size} processes; leave it out, or start "
+                "as many with torchrun"
+            )
         target, weights = devices.resolve(device, dtype)
         tokenizer = tokenizer_path if isinstance(tokenizer_path, Tokenizer) else Tokenizer(tokenizer_path)
         source = checkpoint.open_source(ckpt_dir)
         _check_limits(tokenizer, source.args, max_seq_len, max_batch_size, seed, decoding, cache_dtype)
-        model = checkpoint.load(source, weights, target, progress)
+        model = checkpoint.load(source, weights, target, progress, me)
+        if me.size > 1:
+            processes.require_same("weights", _digest(model))
         return Llama(model, tokenizer, max_seq_len, max_batch_size, seed, decoding, cache_dtype)
 
     def __init__(
@@ -467,6 +473,12 @@ class Llama:
             self._require_finite(values.isfinite().all())
             results.append(values.tolist())
         return results
+
+
+def _digest(model: Transformer) -> bytes:
+    """What tells models apart of which every process has another part: the norms, which are in all of them."""
+    norms = (weight for name, weight in model.named_parameters() if name.endswith("norm.weight"))
+    return repr(model.args).encode() + b"".join(weight.detach().float().cpu().numpy().tobytes() for weight in norms)
 
 
 def _is_finite(logits: Tensor) -> Tensor:

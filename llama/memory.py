@@ -14,10 +14,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from llama import device as devices
+from llama import parallel
 from llama.checkpoint.source import Source
 from llama.decoding import ACTIVATIONS, CACHES, MASK_VALUES, PREFILL_TOKENS
 from llama.device import MB
 from llama.errors import EnvironmentFailure
+from llama.processes import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,22 @@ class Memory:
 
 
 def estimate(
-    source: Source, dtype: torch.dtype, cache_dtype: str, n_sequences: int, length: int, use_cache: bool = True
+    source: Source,
+    dtype: torch.dtype,
+    cache_dtype: str,
+    n_sequences: int,
+    length: int,
+    use_cache: bool = True,
+    me: World = ALONE,
 ) -> Memory:
-    """Of a generation of texts of up to `length` tokens each, by the model of a checkpoint in `dtype`."""
-    args, state = source.args, source.lay_out().state_dict()
+    """Of a generation of texts of up to `length` tokens each, by the model of a checkpoint in `dtype`.
+
+    me: of several processes, the memory of each.
+    """
+    model = source.lay_out()
+    if me.size > 1:
+        parallel.split(model, me)
+    args, state = model.args, model.state_dict()
     weights = sum(weight.numel() * source.codes.get(name, dtype).itemsize for name, weight in state.items())
     slot = CACHES[cache_dtype](args, 1, 1, dtype, "meta")
     cache = n_sequences * length * sum(getattr(slot, name).nbytes for name in slot.parts) if use_cache else 0

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama import files, quantization
+from llama import files, parallel, quantization
 from llama.checkpoint.layouts import LAYOUTS, open_source
 from llama.checkpoint.locate import locate
 from llama.checkpoint.source import Source, by_block
@@ -32,6 +32,7 @@ from llama.code_layers import Quantized
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
+from llama.processes import ALONE, World
 from llama.quantization import Quantization
 
 __all__ = [
@@ -54,22 +55,27 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    me: World = ALONE,
 ) -> Transformer:
     """Build the model of a checkpoint directory, in evaluation mode, with `dtype` (None: as stored) on `device`.
 
+    me: of several processes, each gets its part of every matrix (parallel.py).
     Raises InputError naming file and field for anything missing, malformed, unexpected or not representable in `dtype`.
     """
     source = open_source(ckpt_dir)
     dtype = dtype or source.dtype
     model = source.lay_out()
     names = list(model.state_dict())
+    if me.size > 1:
+        parallel.split(model, me)
     with tqdm(
         total=len(names), desc="loading weights", unit="tensor", disable=None if progress else True, leave=False
     ) as bar:
         for block in by_block(names):
             with source.open() as read:
                 for name in block:
-                    _assign(model, name, _convert(read(name), source, name, dtype, device))
+                    stored = parallel.shard(name, read(name), me)
+                    _assign(model, name, _convert(stored, source, name, dtype, device))
                     bar.update()
     _check_codes(model, source, dtype)
     stored = {weight.dtype for name, weight in model.named_parameters() if name not in source.codes}
