@@ -61,16 +61,27 @@ class KVCache:
         Raises ValueError under autograd: a cache is written in place, so it cannot be part of a backward pass. A
         position outside the slots is an IndexError on the CPU and a device assert on CUDA, never a lost write.
         """
+        self.write(layer, k_BKTD, v_BKTD, pos)
+        return self.read(layer)
+
+    def write(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, pos: Tensor | None) -> None:
+        """The first half of `update`."""
         if k_BKTD.requires_grad:
             raise ValueError("a KV cache is for inference: run under torch.no_grad(), or train with cache=None")
         if len(k_BKTD) != self.k.shape[1]:
             raise ValueError(f"the cache was made for {self.k.shape[1]} sequences, not {len(k_BKTD)}")
-        return self._keep("k", layer, k_BKTD, pos), self._keep("v", layer, v_BKTD, pos)
+        self._keep("k", layer, k_BKTD, pos)
+        self._keep("v", layer, v_BKTD, pos)
 
-    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> Tensor:
-        slots = getattr(self, name)[layer]
-        self._write(slots, values, pos)
-        return slots
+    def read(self, layer: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The second half of `update`, of some key/value heads or all."""
+        return self._held("k", layer, heads), self._held("v", layer, heads)
+
+    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> None:
+        self._write(getattr(self, name)[layer], values, pos)
+
+    def _held(self, name: str, layer: int, heads: slice) -> Tensor:
+        return getattr(self, name)[layer][:, heads]
 
     def _write(self, slots: Tensor, values: Tensor, pos: Tensor | None) -> None:
         """`values` [B, K, T, ...] into the slots [B, K, S, ...] at `pos`."""
@@ -82,14 +93,14 @@ class KVCache:
             slots.transpose(1, 2)[self.sequences, pos] = values.transpose(1, 2).to(slots.dtype)
 
 
-AT_ONCE = 1 << 22  # codes of some heads that are widened at once: what they are in fp32 takes four times their memory
+AT_ONCE = 1 << 20  # codes of some positions that are widened at once: a CPU's cache holds what they are in fp32
 
 
 class Int8Cache(KVCache):
     """The same in little more than half the memory: int8 codes, and an fp32 scale for each position of each head.
 
-    A value is code * scale, with scale = max |values of the position| / 127. `update` returns a layer widened to
-    `dtype`, which takes longer than reading one of 16 bits; the C step reads the codes.
+    A value is code * scale, with scale = max |values of the position| / 127. `read` widens to `dtype`, which takes
+    longer than reading 16 bits; the C step reads the codes.
     """
 
     parts = ("k", "v", "k_scales", "v_scales")
@@ -108,15 +119,16 @@ class Int8Cache(KVCache):
         self.k_scales = torch.zeros(self.k.shape[:-1], device=device)
         self.v_scales = torch.zeros_like(self.k_scales)
 
-    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> Tensor:
+    def _keep(self, name: str, layer: int, values: Tensor, pos: Tensor | None) -> None:
         codes, scales = encode(values)
-        scales_of_slots = getattr(self, f"{name}_scales")[layer]
-        self._write(scales_of_slots, scales, pos)
-        slots = super()._keep(name, layer, codes, pos)
-        values = slots.new_empty(slots.shape, dtype=self.dtype)
-        n = max(1, AT_ONCE // slots[:, 0].numel())
-        for parts in zip(*(x.split(n, dim=1) for x in (values, slots, scales_of_slots)), strict=True):
-            value, code, scale = parts
+        super()._keep(name, layer, codes, pos)
+        super()._keep(f"{name}_scales", layer, scales, pos)
+
+    def _held(self, name: str, layer: int, heads: slice) -> Tensor:
+        codes, scales = super()._held(name, layer, heads), super()._held(f"{name}_scales", layer, heads)
+        values = codes.new_empty(codes.shape, dtype=self.dtype)
+        n = max(1, AT_ONCE // codes[:, :, 0].numel())
+        for value, code, scale in zip(*(x.split(n, dim=2) for x in (values, codes, scales)), strict=True):
             value.copy_(code * scale[..., None])
         return values
 

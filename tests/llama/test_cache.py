@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from support import SHAPES, hard_rows, needs_kernel
 
 from llama import KVCache, Llama
 from llama.cache import Int8Cache, encode
-from llama.decoding import Decoder, EagerStep
+from llama.decoding import CACHES, Decoder, EagerStep
 from llama.errors import InputError
+from llama.kernels.cpu import prefill
 from llama.kernels.cpu.decode_step import NativeStep
 from llama.speculative import PromptLookup, Speculation
+from llama.training.memory import Tracker
 
 
 def filled(args, batch_size: int, max_len: int, dtype: torch.dtype = torch.bfloat16) -> Int8Cache:
@@ -98,6 +101,56 @@ def test_tokens_at_once_have_the_bits_of_tokens_one_by_one():
     parts = [alone(tokens[:, i : i + 1], pos[:, i : i + 1]) for i in range(5)]
     assert torch.equal(whole, torch.cat(parts, 1))
     assert all(torch.equal(getattr(at_once.cache, name), getattr(alone.cache, name)) for name in alone.cache.parts)
+
+
+@needs_kernel
+@pytest.mark.parametrize("in_fp32", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_prompt_that_reads_some_heads_at_a_time_has_the_bits_of_one_that_reads_layers(shape, in_fp32, monkeypatch):
+    """Of two sequences in two parts, with products in bfloat16 and in fp32."""
+    args, sizes = SHAPES[shape], []
+    model, tokens = random_model(args, std=0.05).bfloat16(), torch.arange(90).view(2, 45) * 7 % args.vocab_size
+    monkeypatch.setattr(prefill, "fp32_is_faster", lambda: in_fp32)
+    monkeypatch.setattr(prefill, "FEWEST_WIDE", 1)
+    monkeypatch.setattr(prefill, "SLAB", 2 * 2 * 25 * args.head_dim)  # two heads of the first part, one of the second
+    monkeypatch.setattr("llama.cache.AT_ONCE", 1000)  # codes: nor all positions of a head
+    read = Int8Cache.read
+
+    def counted(*which):
+        found = read(*which)
+        sizes.append(found[0].numel())
+        return found
+
+    def run() -> list[torch.Tensor]:
+        cache, hidden = Int8Cache(args, 2, 99, torch.bfloat16, "cpu"), []
+        for start, stop in ((0, 25), (25, 45)):
+            last = torch.tensor([stop - start - 1, 3])
+            hidden.append(prefill.last_hidden(model, tokens[:, start:stop], last, cache, start))
+        return [*hidden, *(getattr(cache, name) for name in cache.parts)]
+
+    monkeypatch.setattr(Int8Cache, "read", counted)
+    by_heads, n_reads = run(), len(sizes)
+    assert max(sizes) <= prefill.SLAB and n_reads > 2 * args.n_layers
+    monkeypatch.setattr(prefill._Run, "_stored", lambda self, cache, layer, q: [(slice(None), *cache.read(layer))])
+    assert all(torch.equal(*parts) for parts in zip(by_heads, run(), strict=True))
+    assert max(sizes) > prefill.SLAB and len(sizes) == n_reads + 2 * args.n_layers
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_part_of_a_long_prompt_takes_hardly_more_memory_with_it_than_with_16_bits(monkeypatch):
+    """Keys and values of two heads, this one and the last; of all eight, as `update` returns them, it would be four."""
+    args = dataclasses.replace(SMALL, head_dim=16, n_heads=8, n_kv_heads=8)
+    monkeypatch.setattr(prefill, "SLAB", 4096 * args.head_dim)
+    monkeypatch.setattr("llama.cache.AT_ONCE", 1 << 12)
+    model, took = random_model(args).bfloat16(), {}
+    for name, kind in CACHES.items():
+        cache = kind(args, 1, 4096, torch.bfloat16, "cpu")
+        with Tracker(model) as tracker:
+            prefill.last_hidden(model, torch.arange(96)[None], torch.tensor([95]), cache, 4000)
+        took[name] = tracker.footprint().peak - sum(getattr(cache, part).nbytes for part in cache.parts)
+    assert took["int8"] <= took["auto"] + 2 * (2 * prefill.SLAB * torch.bfloat16.itemsize)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,6 +9,7 @@ For prompts, and for every step without the KV cache. What makes it faster than 
   all positions, and everything else for that one.
 - Intel's CPUs multiply fp32 faster than bfloat16 where they have no AMX, a Xeon 1.7 times as fast. There some rows
   of a matrix at a time become fp32, and so do some heads of keys and values; what is kept is bfloat16 all the same.
+- Of an int8 cache some heads at a time become bfloat16, not a layer: 134 MB of 65,536 positions of Llama 3.2 1B.
 - Of quantized matrices some rows at a time become bfloat16 and are multiplied while the cache holds them, which takes
   no longer than with weights that are bfloat16 in memory. This rounds each weight once more, by 2^-9 of itself at most;
   the slow twin rounds as much: int8 the sum before its scale, int4 the weight.
@@ -55,17 +56,19 @@ def last_hidden(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache
     B, T = tokens.shape
     if cache is None:  # room for one layer, which every layer overwrites
         cache = KVCache(model.args, B, T, torch.bfloat16, tokens.device, n_layers=1)
+    cache = cache.part(0, B, start + T)
     run = _Run(model, B, T, start)
     x = model.tok_embeddings(tokens).flatten(0, 1)
     last_rows = torch.arange(B) * T + last
     for i, block in enumerate(model.layers):
         h = _norm(block.attention_norm, x)
-        keys, values = run.store(block.attention, h, cache, i % len(cache.k))
+        layer = i % len(cache.k)
+        run.store(block.attention, h, cache, layer)
         if i + 1 < len(model.layers):
-            out = run.attend(block.attention, h, keys, values)
+            out = run.attend(block.attention, h, cache, layer)
         else:
             x, h = x[last_rows], h[last_rows]
-            out = run.attend_last(block.attention, h, keys, values, last)
+            out = run.attend_last(block.attention, h, cache, layer, last)
         x += run.linear(block.attention.wo, out)
         x += run.feed_forward(block.feed_forward, _norm(block.ffn_norm, x))
     return _norm(model.norm, x)
@@ -86,40 +89,42 @@ class _Run:
         self.gate, self.up = torch.empty(2, model.args.ffn_dim, B * T, dtype=torch.bfloat16)
         self.slab, self.wide = torch.empty(SLAB, dtype=torch.bfloat16), torch.empty(SLAB // 2)
 
-    def store(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
-        """Write keys and values to the cache; all that it holds by then, [B, K, start + T, D] each."""
+    def store(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> None:
+        """Write keys and values to the cache."""
         k, v = self.linear(attention.wk, h), self.linear(attention.wv, h)
-        n = self.start + self.T
         if isinstance(cache, Int8Cache):
             shape = (self.B, k.shape[-1] // self.head_dim, self.T, self.head_dim)
             keys, values = self._heads(k, k.new_empty(shape)), self._heads(v, v.new_empty(shape), rotated=False)
-            pos = torch.arange(self.start, n).expand(self.B, self.T)
-            keys, values = cache.update(layer, keys, values, pos)
+            pos = torch.arange(self.start, self.start + self.T).expand(self.B, self.T)
+            cache.write(layer, keys, values, pos)
         else:
-            keys, values = cache.k[layer], cache.v[layer]
-            self._heads(k, keys[:, :, self.start :])
-            self._heads(v, values[:, :, self.start :], rotated=False)
-        return keys[:, :, :n], values[:, :, :n]
+            self._heads(k, cache.k[layer, :, :, self.start :])
+            self._heads(v, cache.v[layer, :, :, self.start :], rotated=False)
 
-    def attend(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, attention: Attention, h: Tensor, cache: KVCache, layer: int) -> Tensor:
         """Causal attention of every position, [B * T, dim]."""
         q = self.linear(attention.wq, h)
         q = self._heads(q, q.new_empty(self.B, q.shape[-1] // self.head_dim, self.T, self.head_dim))
-        if self.dtype is q.dtype:
-            return attend(q, keys, values, self.mask).transpose(1, 2).reshape(len(h), -1)
-        n, group = max(1, SLAB // keys[:, 0].numel()), q.shape[1] // keys.shape[1]
-        for first in range(0, keys.shape[1], n):
-            heads = q[:, first * group : (first + n) * group]  # which their attention overwrites
-            key, value = (x[:, first : first + n].float() for x in (keys, values))
-            heads.copy_(attend(heads.float(), key, value, self.mask))
-        return q.transpose(1, 2).reshape(len(h), -1)
+        parts = []
+        for heads, keys, values in self._stored(cache, layer, q):
+            out = attend(q[:, heads].to(self.dtype), keys.to(self.dtype), values.to(self.dtype), self.mask)
+            parts.append(out.transpose(1, 2).to(h.dtype))
+        return torch.cat(parts, 2).view(len(h), -1)
 
-    def attend_last(self, attention: Attention, h: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> Tensor:
+    def attend_last(self, attention: Attention, h: Tensor, cache: KVCache, layer: int, last: Tensor) -> Tensor:
         """Attention of position `last` of each sequence, [B, dim], for h [B, dim] at those positions."""
         q_BTHD = self.linear(attention.wq, h)[:, None].unflatten(-1, (-1, self.head_dim))
         q = apply_rope(q_BTHD, self.freqs_cis[last][:, None, None]).transpose(1, 2)
-        mask = torch.arange(keys.shape[2]) <= self.start + last[:, None]
-        return attend(q, keys, values, mask[:, None, None]).flatten(1)
+        mask = (torch.arange(cache.max_len) <= self.start + last[:, None])[:, None, None]
+        parts = [attend(q[:, heads], keys, values, mask) for heads, keys, values in self._stored(cache, layer, q)]
+        return torch.cat(parts, 1).flatten(1)
+
+    def _stored(self, cache: KVCache, layer: int, q: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Heads of q, and keys and values [B, n, S, D] that they attend to; some at a time where these are widened."""
+        K, is_widened = cache.k.shape[2], isinstance(cache, Int8Cache) or self.dtype is torch.float32
+        n, group = max(1, SLAB // cache.k[0, :, 0].numel()) if is_widened else K, q.shape[1] // K
+        for first in range(0, K, n):
+            yield slice(first * group, (first + n) * group), *cache.read(layer, slice(first, first + n))
 
     def _heads(self, x: Tensor, out: Tensor, rotated: bool = True) -> Tensor:
         """[B * T, heads * D] into the first T slots of `out` [B, heads, slots, D], a part of a cache or all of it."""
