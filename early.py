@@ -30,9 +30,11 @@ def report(kind: type[BaseException], error: BaseException, traceback: Traceback
 
 
 def report_ignored(ignored: sys.UnraisableHookArgs) -> None:
-    """Python goes on after what is raised in a callback, such as those of its imports; after Ctrl-C it shall not."""
+    """Python goes on after what is raised in a callback, such as those of its imports; after a signal it shall not."""
     if ignored.exc_type is KeyboardInterrupt:
         stop("interrupted", 130)
+    if ignored.exc_type is SystemExit:  # by llama/cli.py
+        os._exit(ignored.exc_value.code)
     sys.__unraisablehook__(ignored)
 
 

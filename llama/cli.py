@@ -19,7 +19,7 @@ defaults depend on what was typed (presets, --resume) overrides `Options.resolve
 The library names a parameter as Python writes it, `dtype=float32`; a message that leaves here has `--dtype=float32`. A
 name with an underscore is no word of English: `raise max_seq_len` becomes `raise --max_seq_len` without a value, too.
 Exit codes: 0 done, 2 bad input, 3 the environment (device, memory, disk), 4 not finite, 1 a bug, 130 interrupted, 143
-terminated.
+terminated, 129 hung up.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -147,6 +148,8 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     try:
         if sys.stdout is None:
             raise EnvironmentFailure("standard output is closed; there is nowhere to write to")
+        if processes.world().size == 1:  # others wait for each other, where Python sees no signal
+            _clean_up_when_terminated()
         flags = [arg for arg in argv if arg != "--debug"]
         call_command(main, flags) if isinstance(main, dict) else call(main, flags)
         sys.stdout.flush()
@@ -161,6 +164,24 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
             raise
         code = _report(*explain(error))
     sys.exit(code)
+
+
+def _clean_up_when_terminated() -> None:
+    """Let SIGTERM, and SIGHUP of a terminal that is closed, end the process by an exception, as Ctrl-C does.
+
+    What is half written is removed on the way. Further signals change nothing meanwhile: `timeout` sends two. One that
+    the caller ignores, as `nohup` does, stays ignored.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+
+    def leave(number: int, _: Any) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)
 
 
 def call_command(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:

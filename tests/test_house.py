@@ -168,13 +168,18 @@ def test_a_start_that_fails_ends_in_one_line(script, tmp_path):
     """Of each script, without its packages; and interrupted while the first of them loads."""
     run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 3 and re.fullmatch(r"error: the package \w+ is not installed for .*\n", run.stderr)
-    in_callback = "class C:\n  def __del__(self): raise KeyboardInterrupt\nC()\nprint('goes on')"  # imports have some
+    in_callback = "class C:\n  def __del__(self): raise {}\nC()\nprint('goes on')"  # imports have some
+    interrupted, terminated = (130, "", "error: interrupted\n"), (143, "", "")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for content in ("raise KeyboardInterrupt", in_callback):
+    for content, expected in (
+        ("raise KeyboardInterrupt", interrupted),
+        (in_callback.format("KeyboardInterrupt"), interrupted),
+        (in_callback.format("SystemExit(143)"), terminated),
+    ):
         for package in ("torch", "tqdm"):
             (tmp_path / f"{package}.py").write_text(content)
         run = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True, env=environment)
-        assert (run.returncode, run.stdout, run.stderr) == (130, "", "error: interrupted\n")
+        assert (run.returncode, run.stdout, run.stderr) == expected
 
 
 @pytest.mark.parametrize("module", ["data.download", "data.model"])

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
+from conftest import ROOT
 
 from llama import checkpoint, cli, files
 from llama.errors import EnvironmentFailure
@@ -88,3 +93,56 @@ def test_who_may_read_a_checkpoint_is_what_the_umask_says(model, tmp_path, umask
     finally:
         os.umask(usual)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+# A script that is in the middle of writing tensors for a minute.
+WRITING = """
+import pathlib, runpy, sys, time
+import safetensors.torch
+def save_file(tensors, path, metadata=None):
+    pathlib.Path(path).write_bytes(b"half of it")
+    time.sleep(60)
+safetensors.torch.save_file = save_file
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SCRIPTS = {
+    "inference.py": ("--prompt=The", "--save_prompt={}"),
+    "compress.py": ("quantize", "--bits=8", "--out_dir={}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [("inference.py", signal.SIGTERM), ("inference.py", signal.SIGHUP), ("compress.py", signal.SIGTERM)],
+)
+def test_a_script_that_is_terminated_leaves_nothing_half_written(tmp_path, script, number):
+    """Its code is what a shell would say. As `timeout` does, the signal is sent twice."""
+    arguments = [argument.format(tmp_path / "new") for argument in SCRIPTS[script]]
+    process = subprocess.Popen([sys.executable, "-c", WRITING, script, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    while not any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=50)
+    assert process.returncode == 128 + number, errors
+    assert b"Traceback" not in errors and not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(monkeypatch):
+    """As under `nohup`."""
+
+    def main(options: cli.Options) -> None:
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
+
+    usual = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        monkeypatch.setattr(sys, "argv", ["script"])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as end:
+            cli.run(main)
+        assert end.value.code == 0
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
