@@ -14,11 +14,13 @@ from torch import nn
 
 from llama import Llama, Tokenizer, Transformer, lora, speculative
 from llama.config import PRESETS
+from llama.conversation import Conversation
 from llama.decoding import CACHES, CapturedStep, Decoder, EagerStep, _last_hidden
 from llama.errors import InputError
 from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native, prefill
 from llama.kernels.cpu.decode_step import NativeStep
+from llama.model import rope_table
 from llama.speculative import ModelDraft, PromptLookup, Speculation
 
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
@@ -378,6 +380,50 @@ def test_parts_of_a_long_prompt_are_small_and_without_padding(monkeypatch):
         *((1, min(42, 70 - start), start, min(70, start + 42)) for start in (0, 42)),
         (1, 2, 0, 2),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("at_once", [1, 7, 256])
+@torch.no_grad()
+def test_parts_in_16_bits_are_as_exact_as_the_whole(at_once, cache_dtype, dtype, monkeypatch):
+    """Against the same weights in fp64, of the eager path, a prompt that ends within a part."""
+    model, tokens = random_model(std=0.05).to(dtype), torch.arange(300)[None]
+    runs = []
+    for kind, limit in ((dtype, at_once), (dtype, 10**6), (torch.float64, 10**6)):
+        monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", limit)
+        with Decoder(copy.deepcopy(model).to(kind), "eager", cache_dtype).start(1, 300) as run:
+            runs.append(run.last_hidden(tokens, torch.tensor([299])).double())
+    parts, whole, exact = runs
+    assert (parts - exact).norm() <= 2 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_drafts_and_conversations_say_the_same_behind_prompts_in_parts(tiny, monkeypatch, at_once):
+    prompt = tiny.encode_prompt("The little fox saw the moon. The little fox saw the")
+
+    def said() -> list:
+        drafted = tiny.generate([prompt], 20, 0, speculation=Speculation(PromptLookup()))[0]
+        with tiny.start_session() as session:
+            conversation = Conversation(tiny, session, {"temperature": 0, "max_gen_len": 12})
+            return [drafted, *("".join(conversation.answer(text)) for text in ("Name two fruits.", "Why?"))]
+
+    whole = said()
+    monkeypatch.setattr("llama.decoding.PREFILL_TOKENS", at_once)
+    assert said() == whole
+
+
+@torch.no_grad()
+def test_rotations_are_computed_for_the_positions_in_use_alone(monkeypatch):
+    """A model holds an angle per pair of dimensions, whatever the length of texts; a part has those of its tokens."""
+    model, seen = random_model(dataclasses.replace(SMALL, max_seq_len=131_072)), []
+    assert [buffer.numel() for buffer in model.buffers()] == [SMALL.head_dim // 2]
+    usual = rope_table
+    monkeypatch.setattr("llama.model.rope_table", lambda pos, freqs: seen.append(pos.tolist()) or usual(pos, freqs))
+    with Decoder(model, "eager").start(1, 5000) as run:
+        run.last_logits(torch.arange(9)[None], torch.tensor([8]), 4000)
+        run.step(torch.tensor([[1]]), torch.tensor([[4009]]))
+    assert seen == [[list(range(4000, 4009))], [[4009]]]
 
 
 class FakeCapture:
