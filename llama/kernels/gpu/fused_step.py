@@ -1,10 +1,11 @@
 """A decode step on a GPU with fewer, larger operations: what lies between the products is fused, in Triton.
 
-A step of Llama 3.2 1B is about 800 operations in PyTorch, of which 113 are products and 16 attention; launching each of
-the others takes a GPU longer than their work. Here 65 kernels do it: RMSNorm with the sum before it,
-the rotation with the write into the cache, and SwiGLU. Products and attention are the modules' own, so adapters,
-quantized and pruned layers work alike. Its slow twin is `Transformer.forward` with a cache, which rounds at the same
-places.
+A step of Llama 3.2 1B is about 800 operations in PyTorch, of which 113 are products; launching each of the others takes
+a GPU longer than their work. Here 81 kernels do it: 65 for RMSNorm with the sum before it, the rotation with the write
+into the cache, and SwiGLU, and 16 for attention, which read the cache up to the positions in use. 16 more join the
+parts of attention where a cache is long enough to be split. Many tokens at once attend through PyTorch, over all slots.
+Products are the modules' own, so adapters, quantized and pruned layers work alike. Its slow twin is
+`Transformer.forward` with a cache, which rounds at the same places, but for those inside attention.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ class FusedStep:
             raise ValueError(f"the cache was made for {cache.k.shape[1]} sequences, not {len(tokens)}")
         pos = self._slots.index_select(0, pos.flatten()).view_as(pos)  # which a negative one cannot pass, unlike [pos]
         freqs_cis = rope_table(pos, model.rope_freqs)
-        mask = self._slots <= pos[:, None, :, None]  # [B, 1, T, S]
         x, delta = model.tok_embeddings(tokens), None
         for block, keys, values in zip(model.layers, cache.k, cache.v, strict=True):
             attention, feed_forward = block.attention, block.feed_forward
             x, h = ops.add_rms_norm(x, delta, block.attention_norm.weight, block.attention_norm.eps)
             q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
             q = ops.rotate_and_store(q, k, v, freqs_cis, pos, keys, values)
-            delta = attention.wo(attend(q, keys, values, mask).transpose(1, 2).flatten(-2))
+            if ops.attends(q, keys):
+                heads = ops.attend(q, keys, values, pos)
+            else:
+                heads = attend(q, keys, values, self._slots <= pos[:, None, :, None])  # mask [B, 1, T, S]
+            delta = attention.wo(heads.transpose(1, 2).flatten(-2))
             x, h = ops.add_rms_norm(x, delta, block.ffn_norm.weight, block.ffn_norm.eps)
             delta = feed_forward.w2(ops.silu_mul(feed_forward.w1(h), feed_forward.w3(h)))
         return model.logits(ops.add_rms_norm(x, delta, model.norm.weight, model.norm.eps)[1])

@@ -3,6 +3,7 @@
     add_rms_norm       x + delta and its RMSNorm                  2 kernels and 4 passes fewer per call than in PyTorch
     rotate_and_store   queries rotated; keys rotated and values, both into the cache
     silu_mul           silu(gate) * up
+    attend             attention of a few tokens to the cached positions in use, split among many programs
     int8_linear        x w^T of a few rows with weights that stay int8: each code is read once and widened in registers
     int4_linear        the same with two codes a byte
 
@@ -29,6 +30,11 @@ ROW_TILES, MANY = {"few": (4, 2048), "many": (8, 1024)}, 8192
 SINGLE_ROWS = 4
 # With more rows of x: what a tile of the matrix units holds, rows of the weight and columns at a time.
 MOST_ROWS, TILE_ROWS, TILE_COLUMNS = 16, 16, 256
+# Attention: slots that are read at a time, and query rows, with matrix units and without, and the length of a row, that
+# fit the registers beside them.
+TILE_SLOTS, MOST_QUERIES, MOST_QUERIES_PLAIN, LARGEST_HEAD = 32, 32, 16, 128
+# It is split into parts of LEAST_SLOTS or more, up to about two programs for each multiprocessor of a large GPU.
+PROGRAMS, LEAST_SLOTS, MOST_PARTS = 256, 256, 64
 
 
 @triton.jit
@@ -89,6 +95,58 @@ def _rotate_and_store(
         else:
             columns = tl.arange(0, 2 * BLOCK)
             tl.store(values + slot + columns, tl.load(v + source + columns, columns < D, 0.0), columns < D)
+
+
+@triton.jit
+def _attend_part(
+    q, keys, values, pos, out, maxima, sums, row_stride, head_stride, scale, T, ROWS,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All query rows of one key/value head over every n-th block of its slots, whose softmax needs no pass of its own:
+    sums are of exp(score - maximum so far), and shrink when a later block has a larger score.
+    """
+    head, part, n_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    r, s, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    row, is_query = head * ROWS + r, (r < ROWS)[:, None] & (d < D)[None, :]
+    last = tl.load(pos + head // K * T + r % T, r < ROWS, -1).to(tl.int32)  # slot that a query sees
+    last_of_all = tl.max(last, 0)
+    first_slot = (head // K).to(tl.int64) * row_stride + head % K * head_stride
+    query = tl.load(q + row[:, None] * D + d[None, :], is_query, 0.0)
+    # Finite, so that exp(-inf - maximum) is 0, not NaN, where a query sees no slot of this part.
+    maximum = tl.full([BLOCK_R], -3e38, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(part * BLOCK_S, last_of_all + 1, n_parts * BLOCK_S):
+        slot = start + s
+        inside = (slot <= last_of_all)[:, None] & (d < D)[None, :]
+        indices = first_slot + slot[:, None] * D + d[None, :]
+        key, value = tl.load(keys + indices, inside, 0.0), tl.load(values + indices, inside, 0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(slot[None, :] <= last[:, None], score, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(score, 1))
+        weight, shrink = tl.exp(score - larger[:, None]), tl.exp(maximum - larger)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        maximum = larger
+    acc /= tl.maximum(total, 1.0)[:, None]  # the largest score alone adds 1; without any slot it is 0
+    target = row * n_parts + part
+    tl.store(out + target[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), is_query)
+    if maxima is not None:
+        tl.store(maxima + target, maximum, r < ROWS)
+        tl.store(sums + target, total, r < ROWS)
+
+
+@triton.jit
+def _join_parts(means, maxima, sums, out, n_parts, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One query row per program: the mean of its parts, each weighted by the sum of its exp(score)."""
+    row, part, d = tl.program_id(0), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    source = row * n_parts + part
+    maximum = tl.load(maxima + source, part < n_parts, float("-inf"))
+    weight = tl.exp(maximum - tl.max(maximum, 0)) * tl.load(sums + source, part < n_parts, 0.0)
+    inside = (part < n_parts)[:, None] & (d < D)[None, :]
+    mean = tl.load(means + source[:, None] * D + d[None, :], inside, 0.0)
+    joined = tl.sum(mean * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + row * D + d, joined.to(out.dtype.element_ty), d < D)
 
 
 @triton.jit
@@ -251,6 +309,42 @@ def rotate_and_store(
     sizes = (T, H, K, D, triton.next_power_of_2(D // 2))
     _launch(_rotate_and_store, (B * T, H + 2 * K), q, k, v, freqs_cis, pos.contiguous(), *targets, *sizes, num_warps=1)
     return rotated
+
+
+def attends(q: Tensor, keys: Tensor) -> bool:
+    """Whether `attend` takes q: its rows of a key/value head are few, H / K * T."""
+    H, T, D = q.shape[1:]
+    return H // keys.shape[1] * T <= (MOST_QUERIES if _has_tiles(q) else MOST_QUERIES_PLAIN) and D <= LARGEST_HEAD
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, pos: Tensor) -> Tensor:
+    """model.attend with the mask `slot <= pos`, as [B, H, T, D]: attention split over the sequence (Dao et al. 2023)
+    with an online softmax (Milakov and Gimelshein 2018).
+
+    q [B, H, T, D] that `attends`; keys and values [B, K, S, D], a layer of the cache; pos int64 [B, T], within the
+    slots. Each slot is read once for all queries of its head, none beyond the largest position of its sequence: the
+    time follows the positions in use, although no shape does.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, keys.shape
+    rows, n_parts, BLOCK_D = H // K * T, _n_parts(B * K, S), max(16, triton.next_power_of_2(D))
+    out = torch.empty_like(q)
+    if n_parts == 1:
+        means, maxima, sums = out, None, None
+    else:
+        means = q.new_empty(B * H * T, n_parts, D, dtype=torch.float32)
+        maxima, sums = means.new_empty(2, B * H * T, n_parts)
+    sizes = (T, rows, K, D, max(16, triton.next_power_of_2(rows)), TILE_SLOTS, BLOCK_D)  # tl.dot has 16 of each
+    tensors = (q, keys, values, pos.contiguous(), means, maxima, sums)
+    _launch(_attend_part, (B * K, n_parts), *tensors, *keys.stride()[:2], D**-0.5, *sizes)
+    if n_parts > 1:
+        joined = (means, maxima, sums, out, n_parts, D, triton.next_power_of_2(n_parts), BLOCK_D)
+        _launch(_join_parts, (B * H * T,), *joined)
+    return out
+
+
+def _n_parts(heads: int, S: int) -> int:
+    """By shapes alone, as a recorded step needs it."""
+    return max(1, min(PROGRAMS // heads, S // LEAST_SLOTS, MOST_PARTS))
 
 
 def multiplies(x: Tensor) -> bool:

@@ -44,6 +44,15 @@ def launches(half: torch.dtype) -> list[Launch]:
         q, k, v = new(1, T, DIM), new(1, T, K * D), new(1, T, K * D)
         freqs_cis, pos = new(1, T, D // 2, 2, dtype=torch.float32), new(1, T, dtype=torch.int64)
         triton_ops.rotate_and_store(q, k, v, freqs_cis, pos, *new(2, 1, K, 512, D))
+    for T, S, width, dtype in (
+        (1, 512, D, half),
+        (1, 500, D, half),
+        (4, 512, 2 * D, half),
+        (1, 512, 80, half),
+        (4, 512, D, torch.float32),
+    ):
+        cache = new(2, 1, K, S, width, dtype=dtype)
+        triton_ops.attend(new(1, 4 * K, T, width, dtype=dtype), *cache, new(1, T, dtype=torch.int64))
     for M, N, dtype in (
         (1, DIM, half),
         (1, FFN, half),

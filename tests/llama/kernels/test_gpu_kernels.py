@@ -24,7 +24,7 @@ from llama import KVCache, Llama, Tokenizer, Transformer, lora
 from llama.decoding import Decoder, EagerStep
 from llama.kernels import gpu
 from llama.kernels.gpu import fused_step
-from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
+from llama.model import RMSNorm, apply_rope, attend, rope_frequencies, rope_table
 from llama.pruning import keep_units
 from llama.quantization import Quantization, lay_out, quantize, slow_reason
 from llama.speculative import PromptLookup, Speculation
@@ -113,6 +113,104 @@ def test_rotate_and_store(ops, device, B, T, D, K, groups):
         assert torch.equal(caches[0].v, caches[1].v)
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the products that the interpreter computes, which are of numbers in bfloat16 too."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    shapes, plain = [], InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *others):
+        shapes.append((a.data.shape, b.data.shape))
+        if a.dtype == triton.language.bfloat16:
+            wide = (_convert_float(x.data, x.dtype, triton.language.float32, None).view("float32") for x in (a, b))
+            a, b = (TensorHandle(x, triton.language.float32) for x in wide)
+        return plain(self, a, b, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    return shapes
+
+
+def part_of_a_cache(K: int, D: int, S: int, B: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Keys and values of a layer as they lie in a part of a larger cache."""
+    args = dataclasses.replace(SMALL, dim=K * D, head_dim=D, n_layers=2, n_heads=K, n_kv_heads=K)
+    cache = KVCache(args, B + 2, S + 7, dtype, device).part(1, B + 1, S)
+    for seed, x in enumerate((cache.k, cache.v)):
+        x.copy_(draw(*x.shape, device=device, dtype=dtype, seed=seed))
+    return [cache.k[1], cache.v[1]]
+
+
+QUERIES = [(1, 4, 64, 1), (1, 4, 64, 8), (1, 1, 16, 2), (1, 3, 128, 3), (2, 3, 80, 1), (2, 4, 80, 3), (2, 1, 64, 2)]
+QUERIES += [(5, 3, 64, 2), (5, 4, 16, 8), (5, 4, 64, 1)]
+
+
+@pytest.mark.parametrize(("T", "groups", "D", "n_parts"), QUERIES)
+@torch.no_grad()
+def test_attention_of_a_few_queries(ops, device, products, T, groups, D, n_parts, monkeypatch):
+    """As model.attend has it with a mask, whatever slots hold behind the position of their sequence: positions at the
+    ends of a block, parts of which some are empty."""
+    monkeypatch.setattr(ops, "_n_parts", lambda heads, S: n_parts)
+    block, K, S = ops.TILE_SLOTS, 2, 4 * ops.TILE_SLOTS + 3
+    last = torch.tensor([T - 1, block - 1, block, S - 1], device=device)
+    pos = last[:, None] - torch.arange(T, device=device).flip(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        q = draw(len(pos), K * groups, T, D, device=device, dtype=dtype, seed=3)
+        keys, values = part_of_a_cache(K, D, S, len(pos), dtype, device)
+        if not ops.attends(q, keys):
+            assert T * groups > 16 and dtype == torch.float32
+            continue
+        mask = torch.arange(S, device=device) <= pos[:, None, :, None]
+        eager, exact = attend(q, keys, values, mask), attend(q.double(), keys.double(), values.double(), mask)
+        for x in (keys, values):
+            x.masked_fill_(~mask[:, :, -1, :, None], torch.finfo(dtype).max)
+        found = ops.attend(q, keys, values, pos)
+        if dtype == torch.bfloat16 and device.type == "cpu":  # rounded down by the interpreter, weights and result
+            assert found.dtype == dtype and (found.double() - exact).norm() < 2**-7 * exact.norm()
+        else:
+            require_as_exact(found, eager, exact)
+
+
+@torch.no_grad()
+def test_attention_reads_the_positions_in_use_once(products, monkeypatch):
+    """Two products for each block of slots and key/value head, shared by all queries, however long the cache is."""
+    ops, K, S, block = interpret(monkeypatch), 2, 4096, triton_ops.TILE_SLOTS
+    pos = torch.tensor([[0], [2 * block], [7 * block - 1]])
+    for n_parts in (1, 3):
+        monkeypatch.setattr(ops, "_n_parts", lambda heads, S, n_parts=n_parts: n_parts)
+        products.clear()
+        ops.attend(torch.ones(3, 4 * K, 1, 16), *part_of_a_cache(K, 16, S, 3, torch.float32, pos.device), pos)
+        assert len(products) == 2 * K * (1 + 3 + 7)
+
+
+def test_what_attention_takes_and_in_how_many_parts():
+    """Up to 32 rows per key/value head, 16 in fp32; about 256 programs, of 256 slots at least."""
+
+    def takes(groups: int, T: int, D: int, dtype: torch.dtype) -> bool:
+        return triton_ops.attends(torch.empty(1, 2 * groups, T, D, dtype=dtype), torch.empty(1, 2, 9, D, dtype=dtype))
+
+    half, single = torch.float16, torch.float32
+    assert takes(4, 8, 64, half) and takes(4, 4, 64, single) and takes(1, 1, 128, half)
+    assert not (takes(4, 9, 64, half) or takes(4, 5, 64, single) or takes(1, 1, 256, half))
+    assert [triton_ops._n_parts(8, S) for S in (9, 511, 512, 2048, 8192, 131072)] == [1, 1, 2, 8, 32, 32]
+    assert [triton_ops._n_parts(heads, 131072) for heads in (1, 3, 64, 300)] == [64, 64, 4, 1]
+
+
+@torch.no_grad()
+def test_steps_with_attention_in_parts_equal_those_of_the_model(ops, device, monkeypatch):
+    """Logits and greedy tokens over 20 steps of one and two tokens; the second part is empty at first."""
+    monkeypatch.setattr(ops, "_n_parts", lambda heads, S: 2)
+    model = random_model(dataclasses.replace(SMALL, n_layers=1)).to(device)
+    caches = [KVCache(model.args, 1, 70, torch.float32, device) for _ in range(2)]
+    fused, plain = fused_step.FusedStep(model, caches[0]), EagerStep(model, caches[1])
+    tokens, pos = torch.tensor([[1, 2]], device=device), torch.tensor([[15, 16]], device=device)
+    for _ in range(20):
+        found, expected = fused(tokens, pos), plain(tokens, pos)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+        n = 3 - tokens.shape[1]  # 1, 2, 1, ...
+        tokens, pos = expected.argmax(-1)[:, -1:].expand(1, n), pos[:, -1:] + 1 + torch.arange(n, device=device)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("many", [1, 1000])
 @pytest.mark.parametrize("shape", [(1, 70, 256), (1, 5, 2176), (2, 1, 128), (16, 70, 384), (1, 9, 172), (5, 9, 172)])
@@ -184,6 +282,7 @@ def changed(kind: str):
 
 
 STEPS = [(1, 1, "plain"), (3, 1, "plain"), (2, 4, "plain"), (1, 1, "int8"), (2, 2, "int8"), (1, 1, "int4-g128")]
+STEPS += [(1, 17, "plain")]  # more queries than the kernel of attention takes
 STEPS += [pytest.param(2, 2, "int4-g32", marks=pytest.mark.slow), (2, 1, "pruned"), (2, 1, "lora")]
 
 
@@ -253,7 +352,7 @@ def test_a_fused_step_is_a_quarter_of_the_operations(monkeypatch):
     caches = [KVCache(model.args, 1, 9, torch.float16, "cpu") for _ in range(2)]
     eager = counted(EagerStep(model, caches[0]))
     fused = counted(fused_step.FusedStep(model, caches[1])) + len(kernels)
-    assert len(kernels) == 65 and eager > 780 and fused < 220, (eager, fused)
+    assert len(kernels) == 65 + 16 and eager > 780 and fused < 220, (eager, fused)
 
 
 @torch.no_grad()
@@ -359,7 +458,8 @@ def test_codes_that_do_not_pay_say_so(monkeypatch):
 @pytest.mark.slow
 def test_kernels_compile_and_fit_the_registers():
     """For sm_70 to sm_90, in a process without the interpreter. Products read 16 bytes at a time, rows by plain loads,
-    tiles by asynchronous copies, none a byte at a time; tiles are multiplied by the matrix units. And what a row of
+    tiles by asynchronous copies, as keys and values are, none a byte at a time; tiles are multiplied by the matrix
+    units. And what a row of
     codes is widened to stays in the registers: no [rows, columns] of it changes threads.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -377,3 +477,6 @@ def test_kernels_compile_and_fit_the_registers():
         is_tile = one["kernel"].endswith("_tile")
         assert one["reads"]["cp.async.cg" if is_tile else "ld.global.v4"] > 0 and one["reads"]["bytes"] == 0, one
         assert (one["products"] > 0) == is_tile and (is_tile or one["moved"] == 0), one
+    for one in (one for one in built if one["kernel"] == "_attend_part"):
+        reads = "cp.async.cg" if one["capability"] >= 80 else "ld.global.v4"
+        assert one["reads"][reads] > 1, one  # not of queries alone
