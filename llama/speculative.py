@@ -123,15 +123,18 @@ class ModelDraft(Draft):
 
 def is_form_of(model: Transformer, other: Transformer) -> bool:
     """Whether one model is another in a lighter form: equal norms, which quantization and pruning leave as they are,
-    and keys and values of the same shape."""
+    and keys and values of the same shape. A process's part of a model (parallel.py), with fewer rows, is none of it."""
 
     def norms(network: Transformer) -> list[Tensor]:
         return [network.norm.weight, *(block.attention_norm.weight for block in network.layers)]
 
-    a, b = model.args, other.args
-    if (a.n_layers, a.n_kv_heads, a.head_dim) != (b.n_layers, b.n_kv_heads, b.head_dim) or model.dtype != other.dtype:
-        return False
-    return all(torch.equal(*pair) for pair in zip(norms(model), norms(other), strict=True))
+    def shape(network: Transformer) -> tuple:
+        args = network.args
+        return args.n_layers, args.n_kv_heads, args.head_dim, len(network.tok_embeddings.weight), network.dtype
+
+    return shape(model) == shape(other) and all(
+        torch.equal(*pair) for pair in zip(norms(model), norms(other), strict=True)
+    )
 
 
 class _FormProposer:

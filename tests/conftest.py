@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def random_model(args: ModelArgs = SMALL, seed: int = 0, std: float = 0.1) -> Tr
             if name.endswith("norm.weight"):
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     return model.eval()
+
+
+def write_shards(model: Transformer, directory: Path, n: int, embedding_axis: int) -> None:
+    """Cut a model the way Meta's model-parallel training does."""
+    directory.mkdir()
+    (directory / "params.json").write_text(json.dumps(model.args.to_params()))
+    for rank in range(n):
+        shard = {}
+        for name, weight in model.state_dict().items():
+            axis = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+            axis = embedding_axis if name.startswith("tok_embeddings") else axis
+            shard[name] = weight if weight.dim() == 1 else weight.chunk(n, axis)[rank].clone()
+        torch.save(shard, directory / f"consolidated.{rank:02d}.pth")
 
 
 @pytest.fixture

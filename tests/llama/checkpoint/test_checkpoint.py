@@ -14,7 +14,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SMALL, TINY, random_model
+from conftest import ROOT, SMALL, TINY, random_model, write_shards
 from support import mutant, same_weights
 
 from llama import ModelArgs, Tokenizer, checkpoint
@@ -27,19 +27,6 @@ from llama.speculative import PromptLookup
 
 UNTIED = dataclasses.replace(SMALL, tie_word_embeddings=False)
 LLAMA2 = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=300, multiple_of=32)
-
-
-def write_shards(model, directory, n: int, embedding_axis: int) -> None:
-    """Cut a model the way Meta's model-parallel training does."""
-    directory.mkdir()
-    (directory / "params.json").write_text(json.dumps(model.args.to_params()))
-    for rank in range(n):
-        shard = {}
-        for name, weight in model.state_dict().items():
-            axis = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-            axis = embedding_axis if name.startswith("tok_embeddings") else axis
-            shard[name] = weight if weight.dim() == 1 else weight.chunk(n, axis)[rank].clone()
-        torch.save(shard, directory / f"consolidated.{rank:02d}.pth")
 
 
 @pytest.mark.parametrize("args", [SMALL, UNTIED, LLAMA2])
