@@ -19,10 +19,17 @@ def stop(line: str, code: int) -> None:
     os._exit(code)
 
 
+def stop_interrupted() -> None:
+    """With one line, also where torchrun has started several processes."""
+    if os.environ.get("RANK", "0") != "0":
+        os._exit(130)
+    stop("interrupted", 130)
+
+
 def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """In place of a traceback, where the cause is known."""
     if issubclass(kind, KeyboardInterrupt):
-        stop("interrupted", 130)
+        stop_interrupted()
     if issubclass(kind, ModuleNotFoundError):
         remedy = "type `. .venv/bin/activate` after `make run`, or `pip install -r requirements.txt`"
         stop(f"the package {error.name} is not installed for {sys.executable}; {remedy}", 3)
@@ -32,7 +39,7 @@ def report(kind: type[BaseException], error: BaseException, traceback: Traceback
 def report_ignored(ignored: sys.UnraisableHookArgs) -> None:
     """Python goes on after what is raised in a callback, such as those of its imports; after a signal it shall not."""
     if ignored.exc_type is KeyboardInterrupt:
-        stop("interrupted", 130)
+        stop_interrupted()
     if ignored.exc_type is SystemExit:  # by llama/cli.py
         os._exit(ignored.exc_value.code)
     sys.__unraisablehook__(ignored)

@@ -145,10 +145,11 @@ class Options(cli.Options):
             raise InputError("a saved prompt is a KV cache of one model; leave out --compare, --draft and --use_cache")
         if self.save_prompt is not None and self.prompt is None and self.prompt_file is None:
             raise InputError("--save_prompt needs a text to keep: --prompt or --prompt_file")
-        if processes.world().size > 1 and (self.is_conversation or self.keeps_cache or self.adapter is not None):
+        in_one = self.is_conversation or self.keeps_cache or self.adapter is not None or self.draft in OWN_DRAFTS
+        if processes.world().size > 1 and in_one:
             raise InputError(
-                "a conversation, a saved prompt and an adapter need one process; start it without torchrun; "
-                "a merged checkpoint from finetuning.py has an adapter in its weights"
+                "a conversation, a saved prompt, an adapter and a draft of the model's own weights need one process; "
+                "start it without torchrun; a merged checkpoint from finetuning.py has an adapter in its weights"
             )
 
     @property

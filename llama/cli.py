@@ -148,11 +148,12 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     try:
         if sys.stdout is None:
             raise EnvironmentFailure("standard output is closed; there is nowhere to write to")
-        if processes.world().size == 1:  # others wait for each other, where Python sees no signal
+        if processes.world().size == 1:  # others have processes.when_terminated
             _clean_up_when_terminated()
         flags = [arg for arg in argv if arg != "--debug"]
         call_command(main, flags) if isinstance(main, dict) else call(main, flags)
         sys.stdout.flush()
+        processes.leave()
         code = 0
     except KeyboardInterrupt:
         code = _report("interrupted", 130)
@@ -225,6 +226,8 @@ def _front(main: Callable[..., None]) -> tuple[Callable[..., None], dict[str, ty
                 raise InputError("this script runs in one process; start it with python, without torchrun")
             processes.start()
             processes.hush()
+            line = "terminated; torchrun ends all processes when one has ended"
+            processes.when_terminated(lambda: _report(line, 128 + signal.SIGTERM))
             processes.require_same("flags", repr(options).encode())
         main(options)
 
@@ -268,8 +271,8 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 
 def _report(line: str, code: int) -> int:
-    if processes.may_report():
-        print("error: " + " ".join(line.split()), file=sys.__stderr__ if sys.stderr is None else sys.stderr)
+    stream = sys.stderr if processes.world().is_first else sys.__stderr__  # hushed in all but the first
+    processes.say_once(lambda: print("error: " + " ".join(line.split()), file=stream or sys.__stderr__, flush=True))
     return code
 
 

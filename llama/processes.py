@@ -1,15 +1,19 @@
 """The processes that torchrun has started for one run: who this one is, and how all of them speak with one voice.
 
-Without torchrun a process is alone, and nothing here does anything. With it, only the first prints; the first that
-fails says why, and torchrun ends the others. What is sent between them: parallel.py.
+Without torchrun a process is alone, and nothing here does anything. With it, only the first prints; the one that
+fails first says why, and torchrun ends the others. What is sent between them: parallel.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,8 +23,10 @@ import torch.distributed as dist
 from llama.errors import EnvironmentFailure, InputError
 
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process
+TO_REPORT = timedelta(seconds=10)  # of waiting for one that says why the run ends
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 _store: dist.Store | None = None  # what all processes read and write; None: this one has not met the others
+_comparisons = itertools.count()  # of require_same, so far
 
 
 @dataclass(frozen=True)
@@ -50,33 +56,42 @@ def world() -> World:
 
 def start() -> World:
     """Meet the others, once; a GPU is taken by the rank within its host. Raises EnvironmentFailure where none come."""
-    global _store
     me = world()
-    if me.size == 1 or _store is not None:
+    if me.size == 1 or dist.is_initialized():
         return me
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=TIMEOUT)
+        store = _meet(TIMEOUT)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         raise EnvironmentFailure(
             f"process {me.rank} of {me.size} did not meet the others: {error}; see docs/devices.md"
         ) from error
-    _store = store
     return me
 
 
+def _meet(timeout: timedelta) -> dist.Store:
+    global _store
+    if _store is None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return _store
+
+
 def require_same(what: str, value: bytes) -> None:
-    """Raise InputError where this process has something else than the first one, such as other flags."""
+    """Raise InputError where this process has something else than the first one, such as other flags.
+
+    All processes call it in the same order.
+    """
     me, digest = world(), hashlib.sha256(value).digest()
     if me.size == 1:
         return
+    key = f"{what} {next(_comparisons)}"
     if me.is_first:
-        _store.set(what, digest)
-    elif _store.get(what) != digest:
+        _store.set(key, digest)
+    elif _store.get(key) != digest:
         raise InputError(f"process {me.rank} of {me.size} has other {what} than process 0; give all of them the same")
 
 
@@ -86,21 +101,53 @@ def hush() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def may_report() -> bool:
-    """Whether nobody has said yet why the run ends."""
+def say_once(say: Callable[[], None]) -> None:
+    """Call what says why the run ends in the process that fails first; the others wait until it has been said.
+
+    For torchrun ends all as soon as one has ended.
+    """
     me = world()
+    if me.size == 1:
+        return say()
     try:
-        return me.is_first if _store is None else _store.compare_set("end", "", str(me.rank)) == str(me.rank).encode()
-    except (RuntimeError, ValueError):  # the store has gone with the others
-        return me.is_first
+        store, rank = _meet(TO_REPORT).clone(), str(me.rank)  # the store itself may be waiting for a value
+        if store.compare_set("end", "", rank) == rank.encode():
+            say()
+            store.set("said", "")
+        else:
+            store.wait(["said"], TO_REPORT)
+    except (RuntimeError, ValueError, OSError):  # the store has gone with the others
+        if me.is_first:
+            say()
+
+
+def when_terminated(end: Callable[[], int]) -> None:
+    """Call `end` on SIGTERM, and exit with the code that it returns: torchrun sends it when another process has ended.
+
+    From a thread: this process may wait for the other one in C, where Python runs no handler of a signal.
+    """
+    inbox, outbox = os.pipe()
+    os.set_blocking(outbox, False)
+
+    def handle(number: int, _: object) -> None:
+        """Replaced by whoever wants to end in another way."""
+
+    def watch() -> None:
+        while os.read(inbox, 1)[0] != signal.SIGTERM or signal.getsignal(signal.SIGTERM) is not handle:
+            pass
+        os._exit(end())
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.set_wakeup_fd(outbox)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def is_loss(error: Exception) -> bool:
     """Whether an error says that another process has ended."""
-    return _store is not None and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 
 
 def leave() -> None:
     """Part from the others at the end of a run."""
-    if _store is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

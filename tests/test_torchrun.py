@@ -1,0 +1,130 @@
+"""inference.py under torchrun writes what one process writes, and whatever goes wrong is one line of one process."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from llama import checkpoint
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+UNEQUAL = re.compile(r"\[\d+ tokens.*|\[draft.*|embedded model.*|memory.*|  (time|memory) .*|\d of .*")
+
+
+def start(n: int, script: str | Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={n}", str(script), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def errors(process: subprocess.Popen, limit: float = 240) -> list[str]:
+    """The lines of ours; torchrun adds its own report."""
+    try:
+        _, err = process.communicate(timeout=limit)
+    finally:
+        end_all(process)
+    assert process.returncode != 0
+    return [line for line in err.splitlines() if line.startswith("error:")]
+
+
+def end_all(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        for each in (*psutil.Process(process.pid).children(), process):
+            each.kill()
+
+
+@pytest.mark.parametrize("flags", ["--compare", "--stream", "--draft=lookup --temperature=0", "--temperature=0.9"])
+def test_several_processes_write_what_one_writes(flags):
+    flags = (*flags.split(), "--max_gen_len=24", "--dtype=float32", "--device=cpu")
+    process = start(2, "inference.py", *flags)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "error" not in err
+    assert "float32 in 2 processes on cpu" in out and "memory of each process: weights 10.0 MB" in out
+    alone = subprocess.run([sys.executable, "inference.py", *flags], cwd=ROOT, capture_output=True, text=True).stdout
+    texts, expected = ([x for x in o.splitlines() if not UNEQUAL.fullmatch(x)] for o in (out, alone))
+    assert texts == expected and any(line.startswith("> ") or "] > " in line for line in texts)
+
+
+def test_bfloat16_takes_the_eager_step():
+    out, _ = start(2, "inference.py", "--dtype=bfloat16", "--max_gen_len=4", "--device=cpu").communicate(timeout=240)
+    assert re.search(r"bfloat16 in 2 processes on cpu \(.*\), eager decoding", out)
+
+
+BAD = {
+    "3 inference.py --prompt=x": "3 processes cannot share n_kv_heads=2 evenly; start fewer",
+    "2 inference.py --promt=x": "unknown flag --promt; did you mean --prompt?",
+    "2 inference.py --max_gen_len=-1": "--max_gen_len=-1: expected at least 0",
+    "2 inference.py --chat": "a conversation, a saved prompt, an adapter and a draft",
+    "2 inference.py --draft=int8": "a conversation, a saved prompt, an adapter and a draft",
+    "2 inference.py --ckpt_dir=/nowhere": "checkpoint directory /nowhere does not exist",
+    "2 evaluate.py": "this script runs in one process; start it with python, without torchrun",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_line_of_one_process(command):
+    n, script, *flags = command.split()
+    [line] = errors(start(int(n), script, *flags))
+    assert BAD[command] in line
+
+
+# What one of two processes has that the other has not, and what is said of it.
+UNLIKE = {
+    "sys.argv.append(f'--seed={rank}')": "process 1 of 2 has other flags than process 0",
+    "os.chdir(f'{here}/{rank}'); sys.argv.append('--ckpt_dir=model')": "process 1 of 2 has other weights than",
+    "os.chdir(f'{here}/{rank}'); sys.argv.append('--prompt_file=prompts')": "process 1 of 2 has other prompts than",
+    "device.free_bytes = lambda _: 10**(12 - 9 * rank)": "cpu has 0 MB of memory free, and this takes",
+}
+
+
+@pytest.mark.parametrize("setup", UNLIKE)
+def test_processes_that_are_not_alike_end_in_one_line(tmp_path, setup):
+    for rank in (0, 1):
+        model = checkpoint.load(TINY)
+        with torch.no_grad():
+            model.norm.weight += rank
+        checkpoint.save(model, tmp_path / f"{rank}" / "model", tokenizer_path=TINY / "tokenizer.model")
+        (tmp_path / f"{rank}" / "prompts").write_text(f"The fox {rank}")
+    (tmp_path / "program.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport inference\nfrom llama import cli, device\n"
+        f"rank, here = int(os.environ['RANK']), {str(tmp_path)!r}\n{setup}\ncli.run(inference.main)\n"
+    )
+    [line] = errors(start(2, tmp_path / "program.py", "--max_gen_len=4", "--device=cpu"))
+    assert UNLIKE[setup] in line
+
+
+def started(tmp_path) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """torchrun and its processes, which are generating and would go on for long."""
+    (tmp_path / "prompts").write_text("Once upon a time\n" * 999)
+    process = start(2, "inference.py", "--stream", "--device=cpu", f"--prompt_file={tmp_path / 'prompts'}")
+    assert any(line.startswith("> Once") for line in process.stdout)
+    time.sleep(random.uniform(0, 2))
+    return process, psutil.Process(process.pid).children()
+
+
+def test_an_interrupt_ends_all_processes(tmp_path):
+    process, workers = started(tmp_path)
+    process.send_signal(signal.SIGINT)
+    since = time.monotonic()
+    assert errors(process) == ["error: interrupted"]
+    assert time.monotonic() - since < 10 and not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_is_killed_the_others_end_with_one_line(tmp_path, rank):
+    process, workers = started(tmp_path)
+    workers[rank].kill()
+    [line] = errors(process, 60)
+    assert line.startswith(("error: another process of this run has ended", "error: terminated; torchrun ends all"))
+    assert not any(worker.is_running() for worker in workers)
