@@ -38,7 +38,8 @@ def run(n: int, work: Callable[..., Any], *arguments: Any, limit: float = LIMIT)
     """What `work(*arguments)` returns in each of `n` processes. Raises AssertionError where one fails; all end."""
     import torch
 
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(work.__code__.co_filename).parent)))
+    folders = ROOT, ROOT / "tests", Path(sys.modules[work.__module__].__file__).parent
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as scratch:
         torch.save(arguments, f"{scratch}/arguments")
         command = [sys.executable, __file__, work.__module__, work.__name__, scratch]
