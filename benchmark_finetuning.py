@@ -5,6 +5,8 @@
     python benchmark_finetuning.py --cells=course,lean,half --against=peers  # lean mode, and peft and transformers
     python benchmark_finetuning.py --cells=table2       # what each technique does to each kind of memory
     python benchmark_finetuning.py --estimate           # what would be needed, without weights, GPU or measuring
+    python benchmark_finetuning.py --estimate --world_size=8 --model=llama3.1-8b     # the same of each of 8 processes
+    python benchmark_finetuning.py --estimate --model=all --optimizer=adamw          # how many cards a step takes
 
 A timed step is forward, backward and the optimizer's step on one batch of random tokens, each with a label. Loading and
 warming up are not counted, and nothing that looks into memory is on while a step is timed: the categories come from a
@@ -34,7 +36,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware, rows, stopwatch, workers
-from benchmarks.options import TableOptions, finish
+from benchmarks.options import MODEL, TableOptions, finish
 from llama import checkpoint, cli, lora
 from llama import device as devices
 from llama.cli import option
@@ -43,7 +45,7 @@ from llama.errors import EnvironmentFailure, InputError, InternalError
 from llama.kernels.cpu import train_ops
 from llama.lora import LoRAConfig
 from llama.model import Transformer
-from llama.training import memory
+from llama.training import memory, planning
 from llama.training.batch import Batch
 from llama.training.step import Settings, Trainer, checkpoint_layers
 from reports import render, tables
@@ -51,6 +53,9 @@ from reports import render, tables
 ADAPTERS = LoRAConfig()  # the course's: r 16, alpha 32, dropout 0.05, wq and wv
 P100_GB = 16.0
 TECHNIQUES = ("checkpointing", "amp", "lora")
+PLANNED = ("llama3.2-1b", "llama3.1-8b", "llama3.1-70b")  # by --model=all, on cards of CARDS_GB
+CARDS_GB = (16.0, 24.0, 80.0)
+MOST_CARDS = 64
 MAX_TOKENS = 131_072  # positions that Llama 3.2 was trained for
 
 
@@ -79,6 +84,7 @@ SETS = {
     "course": COURSE,
     "lean": [replace(cell, lean=True) for cell in COURSE],
     "half": [StepCell(checkpointing=c, lora=True, half=True, lean=m) for c in (False, True) for m in (False, True)],
+    "large": [StepCell(checkpointing=True, amp=True), StepCell(checkpointing=True, lora=True, half=True)],
     # Each technique alone, with one batch per step and with two; and two sequences at once, which accumulation avoids.
     "table2": [*ONE_TECHNIQUE, *(replace(cell, accumulation=2) for cell in ONE_TECHNIQUE), StepCell(batch_size=2)],
 }
@@ -89,9 +95,11 @@ PEERS = [StepCell(engine="transformers", amp=True), StepCell(engine="peft", lora
 class Options(TableOptions):
     """Measure Tables 2 and 3: memory and time of a fine-tuning step."""
 
+    model: str = option("llama3.2-1b", f"{MODEL}; all, with estimate: {', '.join(PLANNED)}", choices=[*PRESETS, "all"])
     cells: str = option(
         "course",
-        "of course (Table 3), lean (the same in lean mode), half (16-bit base under LoRA) and table2; with commas",
+        "of course (Table 3), lean (the same in lean mode), half (16-bit base under LoRA), table2, and large (mixed "
+        "precision, and LoRA over a 16-bit base; the default with world_size and model=all); with commas",
         choices=SETS,
         several=True,
     )
@@ -105,9 +113,21 @@ class Options(TableOptions):
         choices=("peers",),
     )
     estimate: bool = option(False, "say what each cell would need, and measure nothing")
+    world_size: int | None = option(None, "with estimate: so many processes share a step", least=1, below=4097)
+    optimizer: str = option("sgd", "with estimate: sgd (the course's) or adamw", choices=("sgd", "adamw"))
+
+    @classmethod
+    def resolve(cls, typed: dict[str, Any]) -> Options:
+        is_shared = "world_size" in typed or typed.get("model") == "all"
+        return cls(**({"cells": "large"} if is_shared else {}) | typed)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, usual in (("world_size", None), ("optimizer", "sgd")):
+            if getattr(self, name) != usual and not self.estimate:
+                raise InputError(f"{name}={getattr(self, name)} is for estimates; add estimate=True")
+        if self.model == "all" and (not self.estimate or self.world_size or self.ckpt_dir):
+            raise InputError("model=all finds the least world_size by estimate=True; without world_size and ckpt_dir")
         if self.seq_len > MAX_TOKENS:
             raise InputError(f"seq_len={self.seq_len}: more positions than Llama's {MAX_TOKENS:,}")
         names = self.cells.split(",")
@@ -131,11 +151,14 @@ Runs = tuple[StepCell, list[dict[str, Any]]]  # a cell and its measurements
 def main(options: Options) -> None:
     """Measure every cell, keep its row, and show Tables 2 and 3; or what the cells would need."""
     cells = options.chosen_cells()
+    if options.model == "all" or options.world_size is not None:
+        plan(options, cells)
+        return
     args = PRESETS[options.model] if options.ckpt_dir is None else checkpoint.read_args(options.ckpt_dir)
     if options.estimate:
         path = None if options.results is None else options.results_file("estimates")
         limit_gb = options.memory_limit_gb or P100_GB
-        found = estimates(path, options.label, args, cells, options.seq_len, limit_gb)
+        found = estimates(path, options.label, args, cells, options.seq_len, limit_gb, options.optimizer)
         print(render.markdown(tables.estimates(found)))
         return
     device, _ = devices.resolve(options.device, "float32")
@@ -150,6 +173,72 @@ def main(options: Options) -> None:
         found = [keep(path, options, cell, runs) for cell, runs in measured]
     shown = tables.table_3(found) + tables.table_2(found) + tables.step_details(found)
     finish(path, "benchmark_finetuning", found, shown, options.figures)
+
+
+def plan(options: Options, cells: Sequence[StepCell]) -> None:
+    """Show how processes could share a step: the memory and traffic of each, or how many cards a step takes."""
+    experiment = "cards" if options.model == "all" else "divisions"
+    path = None if options.results is None else options.results_file(experiment)
+    found = (card_plans if options.model == "all" else division_plans)(path, options, cells)
+    print(render.markdown(tables.TABLES[experiment][0](found)))
+
+
+def shared_step(args: ModelArgs, cell: StepCell, options: Options) -> planning.Step:
+    """A cell as planning takes it."""
+    *kind, settings, shape, layers = described(args, cell, options.seq_len, torch.bfloat16)
+    settings, shape = replace(settings, optimizer=options.optimizer), replace(shape, accumulation=cell.accumulation)
+    return planning.Step(*kind, settings, shape, layers)
+
+
+def division_plans(path: Path | None, options: Options, cells: Sequence[StepCell]) -> list[rows.Row]:
+    """A row for each way in which the processes can share a step; why not for the others, in print."""
+    args = PRESETS[options.model] if options.ckpt_dir is None else checkpoint.read_args(options.ckpt_dir)
+    limit_gb, found, reasons = options.memory_limit_gb or P100_GB, [], {}
+    for cell in (cell for cell in cells if cell.engine == "llama"):
+        for planned in planning.plans(shared_step(args, cell, options), options.world_size):
+            if not isinstance(planned, planning.Plan):
+                reasons[f"left out: {planned[0]}: {planned[1]}"] = True
+                continue
+            place = {"world_size": options.world_size, "division": str(planned.division), "limit_gb": limit_gb}
+            found.append(plan_row(path, "divisions", options, options.label, cell, place, planned))
+    for reason in reasons:
+        print(reason)
+    return found
+
+
+def card_plans(path: Path | None, options: Options, cells: Sequence[StepCell]) -> list[rows.Row]:
+    """For each model, cell and card the fewest cards on which a step fits; a row without metrics where none do."""
+    found = []
+    for model, cell, limit_gb in itertools.product(PLANNED, cells, CARDS_GB):
+        planned = planning.fewest(shared_step(PRESETS[model], cell, options), limit_gb * 1e9, MOST_CARDS)
+        found.append(plan_row(path, "cards", options, model, cell, {"limit_gb": limit_gb}, planned))
+    return found
+
+
+def plan_row(
+    path: Path | None,
+    experiment: str,
+    options: Options,
+    model: str,
+    cell: StepCell,
+    place: dict[str, Any],
+    planned: planning.Plan | None,
+) -> rows.Row:
+    """The memory of one process, in the categories of its peak, and what it sends."""
+    values = {}
+    if planned is not None:
+        division, footprint = planned.division, planned.footprint
+        values = memory_values(footprint) | {"sent_mb": [planned.sent / devices.MB], "tokens": [planned.tokens]}
+        values |= {"tensor": [division.tensor], "shards": [division.shards], "replicas": [division.replicas]}
+    place = {"model": model, **asdict(cell), "optimizer": options.optimizer, "seq_len": options.seq_len, **place}
+    dtype = devices.dtype_name(torch.bfloat16 if cell.half else torch.float32)
+    return rows.record(path, experiment, place, values, torch.device("meta"), dtype)
+
+
+def memory_values(footprint: memory.Footprint) -> dict[str, list[float]]:
+    """Metrics of a predicted peak."""
+    sizes = {"peak_memory_mb": footprint.peak} | {f"{name}_at_peak_mb": n for name, n in footprint.at_peak.items()}
+    return {name: [n_bytes / devices.MB] for name, n_bytes in sizes.items()}
 
 
 def settings_of(cell: StepCell, half: torch.dtype) -> Settings:
@@ -185,16 +274,22 @@ def count_flops(args: ModelArgs, cell: StepCell, seq_len: int, half: torch.dtype
 
 
 def estimates(
-    path: Path | None, label: str, args: ModelArgs, cells: Sequence[StepCell], seq_len: int, limit_gb: float
+    path: Path | None,
+    label: str,
+    args: ModelArgs,
+    cells: Sequence[StepCell],
+    seq_len: int,
+    limit_gb: float,
+    optimizer: str = "sgd",
 ) -> list[rows.Row]:
     """What our cells would need, as rows; appended to a file where there is one."""
     found = []
     for cell in (cell for cell in cells if cell.engine == "llama"):
-        footprint = predicted(args, cell, seq_len)
-        sizes = {"peak_memory_mb": footprint.peak}
-        sizes |= {f"{name}_at_peak_mb": footprint.at_peak[name] for name in memory.CATEGORIES}
+        *kind, settings, shape, layers = described(args, cell, seq_len, torch.bfloat16)
+        footprint = memory.estimate(*kind, replace(settings, optimizer=optimizer), shape, layers)
         place = {"model": label, **asdict(cell), "seq_len": seq_len, "limit_gb": limit_gb}
-        values = {name: [n_bytes / devices.MB] for name, n_bytes in sizes.items()}
+        place |= {} if optimizer == "sgd" else {"optimizer": optimizer}
+        values = memory_values(footprint)
         dtype = devices.dtype_name(torch.bfloat16 if cell.half else torch.float32)
         found.append(rows.record(path, "estimates", place, values, torch.device("meta"), dtype))
     return found

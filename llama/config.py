@@ -213,6 +213,9 @@ PRESETS: dict[str, ModelArgs] = {
     "llama3.2-1b": ModelArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, **_LLAMA3),
     "llama3.2-3b": ModelArgs(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim_multiplier=1.0, **_LLAMA3),
     "llama3.1-8b": ModelArgs(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, **_LLAMA3),
+    "llama3.1-70b": ModelArgs(
+        dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=4096, **_LLAMA3
+    ),
     "llama2-7b": ModelArgs(vocab_size=32_000),
     "smollm2-135m": ModelArgs(
         dim=576,

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import Transformer
 from llama.processes import World
@@ -79,14 +80,19 @@ def split(model: Transformer, me: World) -> None:
     `model.args` become those of the part, a model with fewer heads and hidden units. Raises InputError naming what
     `me.size` processes cannot share evenly: a field of the shape, or groups of codes.
     """
-    args = model.args
-    for name in ("n_kv_heads", "n_heads", "ffn_dim", "vocab_size"):
-        if getattr(args, name) % me.size:
-            raise InputError(f"{me.size} processes cannot share {name}={getattr(args, name)} evenly; start fewer")
+    part = part_of(model.args, me.size)
     leaves = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     replace_modules(model, lambda _, module: leaves[module] in SPLIT, lambda module: _part(module, leaves[module], me))
-    heads = {"n_heads": args.n_heads // me.size, "n_kv_heads": args.n_kv_heads // me.size, "head_dim": args.head_dim}
-    model.args = replace(args, **heads).with_ffn_dim(args.ffn_dim // me.size)
+    model.args = part
+
+
+def part_of(args: ModelArgs, size: int) -> ModelArgs:
+    """The shape of one of `size` parts: fewer heads and hidden units. Raises InputError where they are not equal."""
+    for name in ("n_kv_heads", "n_heads", "ffn_dim", "vocab_size"):
+        if getattr(args, name) % size:
+            raise InputError(f"{size} processes cannot share {name}={getattr(args, name)} evenly; start fewer")
+    heads = {"n_heads": args.n_heads // size, "n_kv_heads": args.n_kv_heads // size, "head_dim": args.head_dim}
+    return replace(args, **heads).with_ffn_dim(args.ffn_dim // size)
 
 
 def shard(name: str, whole: Tensor, me: World) -> Tensor:

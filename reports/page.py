@@ -26,6 +26,8 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("table-2", "Table 2: what each technique does to memory and time", "benchmark_finetuning", (tables.table_2,)),
     ("table-3", "Table 3: combinations of techniques", "benchmark_finetuning", (tables.table_3, tables.step_details)),
     ("estimates", "Predicted memory of a fine-tuning step", "estimates"),
+    ("divisions", "Predicted memory and traffic of each of several processes", "divisions"),
+    ("cards", "Predicted number of cards for a fine-tuning step", "cards"),
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),

@@ -32,6 +32,8 @@ from reports.columns import (
 )
 from reports.training_tables import (
     answers,
+    cards,
+    divisions,
     estimates,
     held_out_answers,
     learning,
@@ -571,6 +573,8 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "formats": (generation_details,),
     "benchmark_finetuning": (table_2, table_3, step_details),
     "estimates": (estimates,),
+    "divisions": (divisions,),
+    "cards": (cards,),
     "finetuning": (learning, answers, held_out_answers),
     "sweep": (sweep,),
     "pretraining": (pretraining,),

@@ -16,11 +16,13 @@ from typing import Any
 from benchmarks.rows import Row
 from llama.training import memory
 from reports.cells import OUT_OF_MEMORY, Cell, Figure, Table, chosen, computed, figure, newest, ratio
-from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs
+from reports.columns import RELATIVE, Column, line_per_row, metric, per_setting, relative, runs, word
 
 TECHNIQUES = {"checkpointing": "checkpointing", "amp": "mixed precision", "lora": "LoRA"}
 PLAIN = {"lean": False, "half": False, "batch_size": 1, "accumulation": 1, "engine": "llama"}
 LONGEST = 200  # characters of a text in a table
+LINKS = {"PCIe 3 x16": 12.0, "100 Gbit/s network": 12.5, "NVLink 4": 450.0}  # GB/s, nominal, in one direction
+PLANNED = "Arithmetic, nothing measured: without the CUDA context and what libraries allocate inside."
 CHANGED, SLOWER = 0.03, 0.05  # of memory or computation, of time: a smaller change is no arrow in Table 2
 # What the course calls a kind of memory, in metrics by the categories of llama/training/memory.py.
 KINDS = {"parameters": ["weights_most_mb", "copies_most_mb"], "activations": ["activations_most_mb"]}
@@ -144,7 +146,8 @@ def step_label(row: Row) -> str:
     cell, words = row.cell, {"lean": "lean", "half": "16-bit base", **TECHNIQUES}
     names = [words[name] for name in words if cell.get(name)]
     size = f"{cell['accumulation']} x {cell['batch_size']}" if cell["accumulation"] * cell["batch_size"] > 1 else ""
-    return ", ".join(part for part in (cell["engine"], size, " + ".join(names) or "plain") if part)
+    optimizer = "AdamW" if cell.get("optimizer") == "adamw" else ""
+    return ", ".join(part for part in (cell["engine"], size, " + ".join(names) or "plain", optimizer) if part)
 
 
 @of_steps
@@ -215,6 +218,57 @@ def estimates(rows: list[Row]) -> list[Table]:
     note = "Predicted, not measured: without the CUDA context (some hundred MB) and what kernels allocate inside."
     rows = sorted((row for row in rows if row.metrics), key=step_order)
     return line_per_row("estimates", f"{title}: predicted memory at the peak of a step", rows, columns, note)
+
+
+@per_setting("model", "seq_len", "limit_gb", "world_size", dtype=False)
+def divisions(rows: list[Row]) -> list[Table]:
+    """What each of several processes would hold and send, by how they share a step."""
+    limit, size = rows[0].cell["limit_gb"], rows[0].cell["world_size"]
+    columns = {"configuration": _planned_label, "division": lambda row: row.cell["division"]}
+    columns |= {"peak (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {
+        name: metric(f"{name}_at_peak_mb", ",.0f") if name != memory.GATHERED else _gathered
+        for name in (*memory.CATEGORIES, memory.GATHERED)
+    }
+    columns |= {f"within {limit:g} GB": lambda row: "yes" if row.median("peak_memory_mb") <= limit * 1e3 else "no"}
+    columns |= {"sent, and received (MB per step)": metric("sent_mb", ",.0f")}
+    columns |= {"tokens per step": metric("tokens", ",.0f")}
+    title = f"{_steps_title(rows)}: predicted for each of {size} processes"
+    return line_per_row("divisions", title, rows, columns, PLANNED)
+
+
+@per_setting("seq_len", "optimizer", dtype=False)
+def cards(rows: list[Row]) -> list[Table]:
+    """On how few cards of a size a step would fit, how it is divided there, and how long a card would send."""
+
+    def number(row: Row) -> Cell:
+        terms = [(row, name) for name in ("tensor", "shards", "replicas")]
+        found = computed("{} * {} * {}", lambda a, b, c: a * b * c, ",.0f", *terms)
+        return "none of up to 64" if found == OUT_OF_MEMORY else found
+
+    def sending(rate: float) -> Column:
+        return lambda row: computed(f"{{}} / {rate * 1e3:,.0f}", lambda mb: mb / (rate * 1e3), ".3f", (row, "sent_mb"))
+
+    columns = {"model": word("model"), "configuration": _planned_label}
+    columns |= {"card (GB)": lambda row: f"{row.cell['limit_gb']:g}", "cards": number}
+    columns |= {"tensor parallel": metric("tensor", ",.0f"), "FSDP2": metric("shards", ",.0f")}
+    columns |= {"peak per card (MB)": metric("peak_memory_mb", ",.0f")}
+    columns |= {"tokens per step": metric("tokens", ",.0f"), "sent per card (MB)": metric("sent_mb", ",.0f")}
+    columns |= {f"{name}, {rate:g} GB/s (s)": sending(rate) for name, rate in LINKS.items()}
+    title = f"{rows[0].cell['seq_len']} tokens per sequence: the fewest cards on which a step is predicted to fit"
+    note = f"{PLANNED} Of several divisions of the same number, that which sends least per token. The last columns are "
+    note += "the bytes over the nominal rate of a link in one direction, as if nothing were computed meanwhile."
+    return line_per_row("cards", title, rows, columns, note)
+
+
+def _planned_label(row: Row) -> str:
+    return step_label(row).removeprefix("llama, ")
+
+
+def _gathered(row: Row) -> Cell:
+    """What only processes with shards have."""
+    name = f"{memory.GATHERED}_at_peak_mb"
+    return figure(row, name, ",.0f") if row.has(name) else "-"
 
 
 @per_setting("model", dtype=False)

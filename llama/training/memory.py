@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -42,6 +42,8 @@ from llama.training.step import Trainer, checkpoint_layers
 
 # In the order in which one storage that is several things is counted.
 CATEGORIES = ("weights", "optimizer", "gradients", "copies", "activations", "temporary")
+SHARDED = {"weights", "optimizer", "gradients"}  # what processes can divide among themselves
+GATHERED = "gathered"  # the category of what a process has of the parts of others
 CUDA_BLOCK = 512  # bytes: PyTorch's allocator rounds up to it
 
 
@@ -50,7 +52,8 @@ class Footprint:
     """Bytes at the moment of the peak, and the most that each category ever held.
 
     weights, optimizer (state), gradients; copies: of weights, in another dtype; activations: kept for the backward
-    pass; temporary: everything else, what is recomputed in the backward pass included.
+    pass; temporary: everything else, what is recomputed in the backward pass included. Of one of several processes that
+    divide the weights, gathered: weights and gradients that are whole for the moment.
     """
 
     at_peak: dict[str, int]
@@ -175,31 +178,81 @@ class Tracker(TorchDispatchMode):
         """All events, gradients that meet added up in place.
 
         So autograd does where it holds the only reference to the first of them, unless it is a view or, as here, a
-        dispatch mode is on; that it was the only one shows where it is freed next.
+        dispatch mode is on; that it was the only one shows where it is freed next. State of the optimizer, which the
+        first step makes at its end, is there through all others, so it does not come and go here: see `_state`.
         """
-        events = list(self._events)
+        state = set(self._state())
+        events = [(number, 0 if number in state else size) for number, size in self._events]
         for i in range(len(events) - 1):
             (made, size), then = events[i], events[i + 1]
             if size > 0 and then == (self._sums.get(made), -size):
                 events[i], events[i + 1] = events[i + 1], events[i]
         return events
 
-    def footprint(self) -> Footprint:
-        """The peak so far. A storage counts from its beginning as what it became."""
-        live, largest = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
-        at_peak, total, peak = dict(live), 0, -1
-        for number, size in self._history():
+    def _state(self) -> dict[int, int]:
+        """The optimizer's storages, with their bytes."""
+        made = {number: size for number, size in self._events if size > 0}
+        return {number: size for number, size in made.items() if self._category[number] == "optimizer"}
+
+    def footprint(self, shards: int = 1, gathered_itemsize: int = 8) -> Footprint:
+        """The peak so far. A storage counts from its beginning as what it became.
+
+        shards: as one of so many processes would have it that divide weights, gradients and optimizer state (FSDP2),
+        and so the optimizer's work; it follows from a whole step with marks_blocks. gathered_itemsize: bytes of a value
+        at most while it is whole; FSDP2 gathers what autocast would copy in 16 bits, so there are no copies.
+        """
+        gathered = self._gathered(gathered_itemsize) if shards > 1 else {}
+        update = next((place for name, place in self._marks if name == "update"), len(self._events))
+        live = dict.fromkeys((*CATEGORIES, GATHERED) if shards > 1 else CATEGORIES, 0)
+        live["optimizer"] = sum(-(-size // shards) for size in self._state().values())
+        largest, at_peak, peak = dict(live), dict(live), -1
+        sizes: dict[int, int] = {}  # of each live storage
+        # The first of two gradients that meet becomes their sum: also that is divided, and its whole is in gathered.
+        addends = {first for made, first in self._sums.items() if self._category[made] == "gradients"}
+        for place, (number, size) in enumerate(self._history()):
             category = self._category[number]
-            live[category] += size
-            total += size
+            if number in sizes:
+                live[category] -= sizes.pop(number)
+            else:
+                is_divided = category in SHARDED or number in addends or place >= update
+                sizes[number] = -(-size // shards) if is_divided else size
+                if category == "copies" and shards > 1:
+                    sizes[number] = 0
+                live[category] += sizes[number]
+            if place in gathered:
+                live[GATHERED] = gathered[place]
+                largest[GATHERED] = max(largest[GATHERED], gathered[place])
             largest[category] = max(largest[category], live[category])
+            total = sum(live.values())
             if total > peak:
                 peak, at_peak = total, dict(live)
         return Footprint(at_peak, largest)
 
+    def _gathered(self, itemsize: int) -> dict[int, int]:
+        """Bytes that sharded processes have whole from each place in the events on.
+
+        Of the root (embedding, last norm, output head) the weights from the beginning, and from the loss on their
+        gradients, too; of one block at a time the weights while it runs, and in its backward pass their gradients.
+        """
+        blocks = [sizes_of(block, itemsize) for block in self._model.layers]
+        root_weights, root_gradients = (
+            size - sum(block[i] for block in blocks) for i, size in enumerate(sizes_of(self._model, itemsize))
+        )
+        found = {0: root_weights}
+        for name, place in self._marks:
+            if name == "update":
+                found[place] = 0
+                continue
+            moment, i = name
+            weights, gradients = blocks[i]
+            found[place] = root_weights + {"forward": weights, "after": 0, "backward": weights + gradients}[moment]
+            if name == ("after", len(blocks) - 1) or moment == "backward":
+                found[place] += root_gradients
+        return found
+
     def moments(self) -> dict[Any, tuple[int, int]]:
         """For each mark, the last of its name, the bytes that were live at it and the most from it to the next one."""
-        totals = [0]
+        totals = [sum(self._state().values())]
         for _, size in self._history():
             totals.append(totals[-1] + size)
         ends = [place for _, place in self._marks[1:]] + [len(self._events)]
@@ -207,6 +260,12 @@ class Tracker(TorchDispatchMode):
             name: (totals[place], max(totals[place : end + 1]))
             for (name, place), end in zip(self._marks, ends, strict=True)
         }
+
+
+def sizes_of(module: nn.Module, itemsize: int = 8) -> tuple[int, int]:
+    """Bytes of all parameters, and of those that are trained, as many as of their gradients; of `itemsize` at most."""
+    sizes = [(w.numel() * min(w.itemsize, itemsize), w.requires_grad) for w in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
 @dataclasses.dataclass(frozen=True)
