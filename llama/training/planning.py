@@ -86,7 +86,7 @@ def divisions(n: int) -> list[Division]:
 
 def plan(step: Step, division: Division) -> Plan:
     """Raises InputError where the matrices have no such parts, or a step cannot be shared."""
-    if step.settings.lean and step.adapters is None:
+    if step.settings.lean and step.adapters is None and division != Division():
         raise InputError(
             "lean full fine-tuning moves a weight as soon as one process knows its gradient, before those of others "
             "can be added; plan it without lean, or with lora=True"

@@ -25,6 +25,7 @@ from llama import device as devices
 from llama.config import PRESETS
 from llama.errors import InputError, InternalError
 from llama.kernels.cpu import train_ops
+from llama.training import planning
 from reports import charts, render, tables
 
 OPTIONS = Options(model="tiny", device="cpu")
@@ -231,11 +232,49 @@ def test_estimates_say_which_cells_fit():
     assert sum(sizes) == pytest.approx(sum(row.median("peak_memory_mb") for row in rows))
 
 
+def test_processes_share_a_step_by_the_command_line(capsys):
+    """Rows say what planning does, with the cells of large models; what cannot be divided is said and has no row."""
+    flags = "--estimate --world_size=2 --model=tiny-draft --seq_len=24 --memory_limit_gb=0.004 --optimizer=adamw"
+    cli.call(benchmark_finetuning.main, flags.split())
+    out = capsys.readouterr().out
+    assert out.startswith("left out: tensor parallel 2: 2 processes cannot share n_kv_heads=1 evenly; start fewer\n")
+    lines = [line.split(" | ") for line in out.splitlines() if "DDP 2" in line or "FSDP2 2" in line]
+    assert [line[0] for line in lines] == [
+        *["| checkpointing + mixed precision, AdamW"] * 2,
+        *["| 16-bit base + checkpointing + LoRA, AdamW"] * 2,
+    ]
+    options = Options(model="tiny-draft", seq_len=24, estimate=True, optimizer="adamw")
+    for cell, (_, division, *shown) in zip([cell for cell in SETS["large"] for _ in range(2)], lines, strict=True):
+        sharing = {"DDP 2": {"replicas": 2}, "FSDP2 2": {"shards": 2}}[division]
+        step = benchmark_finetuning.shared_step(PRESETS["tiny-draft"], cell, options)
+        found = planning.plan(step, planning.Division(**sharing))
+        assert shown[0] == f"{found.footprint.peak / 1e6:,.0f}"
+        assert shown[-3:] == [
+            "yes" if found.footprint.peak <= 4e6 else "no",
+            f"{found.sent / 1e6:,.0f}",
+            f"{found.tokens} |",
+        ]
+    assert {line[-3] for line in lines} == {"yes", "no"}
+
+
+def test_cards_that_are_too_small_or_too_few_are_crosses(monkeypatch):
+    monkeypatch.setattr(benchmark_finetuning, "PLANNED", ("tiny-draft",))
+    monkeypatch.setattr(benchmark_finetuning, "CARDS_GB", (0.0001, 1.0))
+    options = Options(model="all", seq_len=24, estimate=True)
+    rows = benchmark_finetuning.card_plans(None, options, SETS["large"][:1])
+    (table,) = tables.cards(rows)
+    small, large = ([render.text(cell) for cell in line] for line in table.body)
+    assert small[2:4] == ["0.0001", "none of up to 64"] and set(small[4:]) == {"x"}
+    assert large[2:6] == ["1", "1", "1", "1"] and large[-3:] == ["0.000"] * 3  # one card sends nothing
+    rows[1].metrics["sent_mb"]["median"] = 24_000.0
+    assert [render.text(cell) for cell in tables.cards(rows)[0].body[1][-3:]] == ["2.000", "1.920", "0.053"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--model=gpt2", "--model=gpt2: expected one of llama3.2-1b"),
-        ("--cells=all", "--cells=all: expected a choice of course,lean,half,table2, each once"),
+        ("--cells=all", "--cells=all: expected a choice of course,lean,half,large,table2, each once"),
         ("--cells=course,course", "each once"),
         ("--seq_len=1", "--seq_len=1: expected at least 2"),
         ("--seq_len=1000000", "--seq_len=1000000: more positions than"),
@@ -244,6 +283,11 @@ def test_estimates_say_which_cells_fit():
         ("--cells=lean --accumulation=2", "--accumulation=2: lean full fine-tuning has no gradients to accumulate"),
         ("--cells=table2 --batch_size=2", "--cells=table2 sets --batch_size and accumulation itself"),
         ("--device=tpu", "--device=tpu is"),
+        ("--world_size=8", "--world_size=8 is for estimates; add --estimate=True"),
+        ("--optimizer=adamw", "--optimizer=adamw is for estimates"),
+        ("--estimate --world_size=0", "--world_size=0: expected at least 1"),
+        ("--model=all", "--model=all finds the least --world_size by --estimate=True"),
+        ("--model=all --estimate --world_size=8", "without --world_size and --ckpt_dir"),
         ("--device=cpu --memory_limit_gb=16", "--memory_limit_gb=16.0: expected a CUDA device"),
         ("--results=/dev/null/rows.jsonl", "results file /dev/null/rows.jsonl cannot be written"),
     ],

@@ -183,6 +183,7 @@ def test_state_dict_holds_metas_keys_only(model):
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),
         ("llama3.1-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
         ("llama2-7b", 6_738_415_616),
         ("smollm2-135m", 134_515_008),
         ("tiny", 4_983_040),
@@ -242,10 +243,9 @@ def test_linear_scaling_slows_every_pair_alike():
         dataclasses.replace(SMALL, rope_linear_factor=4.0)
 
 
-@pytest.mark.parametrize("preset", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
+@pytest.mark.parametrize("preset", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b", "llama3.1-70b"])
 def test_scaling_factor_follows_from_the_shape(preset):
-    expected = {"llama3.2-1b": 32.0, "llama3.2-3b": 32.0, "llama3.1-8b": 8.0}[preset]
-    assert PRESETS[preset].rope_scale_factor == expected
+    assert PRESETS[preset].rope_scale_factor == (32.0 if preset.startswith("llama3.2") else 8.0)
 
 
 @pytest.mark.parametrize(("T", "S", "n_heads", "n_kv_heads"), [(1, 9, 4, 2), (5, 9, 4, 2), (9, 40, 8, 1), (3, 7, 2, 2)])

@@ -107,3 +107,18 @@ def test_the_committed_estimates_are_what_is_computed_now():
     args = (PRESETS["llama3.2-1b"], cells, 512, benchmark_finetuning.P100_GB)
     found = benchmark_finetuning.estimates(None, "llama3.2-1b", *args)
     assert markdown(estimates(found)).split("|\n\n")[0] == markdown(estimates(ROWS["estimates"])).split("|\n\n")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["divisions", "cards"])
+def test_the_committed_plans_are_what_is_computed_now(experiment):
+    """By the command that each row says it came from."""
+    (command,) = {row.data["command"] for row in ROWS[experiment]}
+    options = benchmark_finetuning.Options.resolve(
+        {"estimate": True, "optimizer": "adamw"}
+        | ({"model": "all"} if experiment == "cards" else {"model": "llama3.1-8b", "world_size": 8})
+        | ({"memory_limit_gb": 80.0} if "--memory_limit_gb=80" in command else {})
+    )
+    make = {"divisions": benchmark_finetuning.division_plans, "cards": benchmark_finetuning.card_plans}[experiment]
+    found = make(None, options, options.chosen_cells())
+    assert [(row.cell, row.metrics) for row in found] == [(row.cell, row.metrics) for row in ROWS[experiment]]
