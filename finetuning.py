@@ -7,6 +7,7 @@
     python finetuning.py --adapter=runs/finetuning/adapter --out_dir=runs/more    # go on from an adapter
     python finetuning.py --data=chats.jsonl            # Alpaca's records, chats, prompts with completions, plain text
     python finetuning.py --show_data=3                 # print samples, the trained tokens in brackets
+    torchrun --nproc_per_node=2 finetuning.py          # two processes share each window (docs/devices.md)
 
 The whole training loop is `train`, below. What it calls stands in llama/training: step.py has the parts of a step,
 run.py the directory of a run. That holds settings.json, loss.jsonl (one line per step), loss.png and snapshots/, and at
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import early  # noqa: F401 (first of all: a start that fails ends in one line)
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from benchmarks import rows as row_files
 from data import alpaca, dataset
 from data.tiny import EMBEDDED, directory_of, name_of
-from llama import checkpoint, cli, files
+from llama import checkpoint, cli, files, processes
 from llama.errors import InputError
 from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -56,14 +58,13 @@ def train(run: Run, stop: StopSignal) -> None:
             window = run.window()
             run.start_clock()
             label_tokens = sum(len(batch.labels) for batch in window)
-            random_state = trainer.random_state()
             lr = trainer.begin(window)
             loss = 0.0
-            for batch in window:
+            for number, batch in run.share_out(window):  # all of it, or what falls to this process
                 if stop():  # leave no trace of this window: the resumed run takes it again
                     optimizer.zero_grad()
-                    trainer.set_random_state(random_state)
                     return
+                trainer.seed_dropout(number)
                 with trainer.autocast():  # products in 16 bits, where amp says so
                     cross_entropy = trainer.loss_sum(batch)  # over the label tokens of this micro-batch
                 if options.loss_normalization == "tokens":  # the gradient of one large batch
@@ -74,6 +75,7 @@ def train(run: Run, stop: StopSignal) -> None:
                     trainer.require_finite(window, part)
                 scaler.scale(part).backward()  # adds to the gradients
                 loss += part.detach()
+            loss = run.sum_over_processes(loss, stop)
             scaler.unscale_(optimizer)
             norm = trainer.clip_gradient()
             trainer.require_finite(window, loss, norm)
@@ -96,18 +98,22 @@ def main(options: TrainingOptions) -> None:
         tokenizer = Tokenizer(tokenizer_file(options))
         print("\n".join(dataset.show(data_file(options), tokenizer, options.max_seq_len, options.show_data)))
         return
-    if not options.resume:
+    is_first = processes.world().is_first  # which alone writes
+    if not options.resume and is_first:
         require_free(options.root)
     if options.results is not None:
         row_files.require_writable(Path(options.results))
     run = Run(options, directory_of(options.ckpt_dir), tokenizer_file(options), *read_data(options))
     print(run.describe())
-    with snapshot.lock(options.root), StopSignal().caught() as stop:  # nothing was written until here
+    lock = snapshot.lock(options.root) if is_first else contextlib.nullcontext()
+    with lock, StopSignal().caught() as stop:  # nothing was written until here
         run.restore() if options.resume else run.begin()
         train(run, stop)
         if run.trainer.progress.windows < run.total:
             run.save_and_stop(stop)
-        keep_figures(run, run.finish())
+        summary = run.finish()
+        if is_first:
+            keep_figures(run, summary)
 
 
 def require_free(root: Path) -> None:
@@ -191,6 +197,8 @@ def cell_of(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     directory = directory_of(options.ckpt_dir)
     cell = row_files.model_cell(name_of(directory), checkpoint.read_quantization(directory), options.adapter)
     cell |= {name: getattr(options, name) for name in CELL} | options.changed()
+    if (n_processes := processes.world().size) > 1:
+        cell |= {"processes": n_processes, "shard": options.shard}
     cell["kernels"] = train_ops.in_use(options.lean, device)
     if options.data is not None:
         cell |= {"data": data_file(options).name, "data_sha256": files.sha256(data_file(options))}

@@ -95,6 +95,12 @@ def require_same(what: str, value: bytes) -> None:
         raise InputError(f"process {me.rank} of {me.size} has other {what} than process 0; give all of them the same")
 
 
+def wait() -> None:
+    """Until all processes have come here."""
+    if _store is not None:
+        dist.barrier()
+
+
 def hush() -> None:
     """Let only the first process print."""
     if not world().is_first:

@@ -38,7 +38,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 SETTINGS = "settings.json"
 NOT_KEPT = ("out_dir", "resume", "show_data")  # in settings.json: they are of one call, not of the run
-MAY_CHANGE = (*NOT_KEPT, "device", "save_every", "keep", "eval_every", "export", "results")  # when a run is resumed
+MAY_CHANGE = (
+    *NOT_KEPT,
+    "device",
+    "shard",
+    "save_every",
+    "keep",
+    "eval_every",
+    "export",
+    "results",
+)  # when a run is resumed
 PLACES = ("ckpt_dir", "tokenizer_path", "adapter", "qat_start", "data", "eval_data")  # known by their content
 MAY_CHANGE += PLACES
 
@@ -96,6 +105,8 @@ class Settings(cli.Options):
 class TrainingOptions(Settings):
     """Fine-tune a Llama model on instructions, chats or text."""
 
+    ON_SEVERAL = True
+
     ckpt_dir: str | None = option(None, cli.CKPT_DIR)
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     data: str | None = option(
@@ -151,6 +162,11 @@ class TrainingOptions(Settings):
         512, "longer samples lose their end, and are counted; texts are cut into blocks of this length", least=2
     )
     packing: bool = option(False, "several samples in a sequence, which do not see each other")
+    shard: bool = option(
+        False,
+        "of several processes, each keeps a share of the weights, gradients and optimizer state, where all of them "
+        "would not fit; default: each has them all",
+    )
     seed: int = option(1, "of the split, the order, the adapters and dropout", **cli.SEEDS)
     device: str = option("auto", cli.DEVICE)
     save_every: int = option(10, "steps between snapshots", least=1)

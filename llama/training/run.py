@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, pruning
+from llama import Llama, Tokenizer, adapters, checkpoint, files, lora, order, processes, pruning
 from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.quantization import Quantization
-from llama.training import batch, memory, qat, snapshot, verdict
+from llama.training import batch, memory, qat, several, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
 
@@ -42,13 +42,18 @@ EXPORTS["both"] = EXPORTS["meta"] | EXPORTS["hf"]
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM; the next one has its usual effect."""
+    """Remembers the first SIGINT or SIGTERM; the next one has its usual effect.
+
+    Of several processes all must stop after the same step: `agreed`, once one has told the others. torchrun passes a
+    Ctrl-C on to them, which they get from the terminal, too; so there the next one has no effect.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.is_alone, self.agreed = processes.world().size == 1, False
 
     def __call__(self) -> bool:
-        return self.received is not None
+        return self.received is not None if self.is_alone else self.agreed
 
     @contextmanager
     def caught(self) -> Iterator[StopSignal]:
@@ -60,8 +65,9 @@ class StopSignal:
                 signal.signal(number, handler)
 
         def receive(number: int, _: Any) -> None:
-            self.received = number
-            restore()
+            self.received = self.received or number
+            if self.is_alone:
+                restore()
 
         for number in usual:
             signal.signal(number, receive)
@@ -72,13 +78,18 @@ class StopSignal:
 
 
 class Log:
-    """loss.jsonl: one line per step. Holds no times, so that a resumed run writes the bytes of an uninterrupted one."""
+    """loss.jsonl: one line per step, by the first process.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Holds no times, so that a resumed run writes the bytes of an uninterrupted one.
+    """
+
+    def __init__(self, path: Path, is_written: bool) -> None:
+        self.path, self.is_written = path, is_written
 
     def start(self, n_bytes: int = 0) -> None:
         """Go on after the first `n_bytes`; what a later, lost part of the run wrote is cut off."""
+        if not self.is_written:
+            return
         present = self.path.stat().st_size if self.path.exists() else 0
         if present < n_bytes:
             raise InputError(f"{self.path} has {present} bytes, the snapshot was taken at {n_bytes}; restore the file")
@@ -86,11 +97,15 @@ class Log:
             file.truncate(n_bytes)
 
     def append(self, line: dict[str, Any]) -> None:
+        if not self.is_written:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def commit(self) -> int:
         """Bring everything to the disk; return the size in bytes."""
+        if not self.is_written:
+            return 0
         files.sync(self.path)
         return self.path.stat().st_size
 
@@ -147,7 +162,11 @@ class Run:
         self, options: TrainingOptions, directory: Path, tokenizer_file: Path, tokenizer: Tokenizer, data: Data
     ) -> None:
         self.options, self.data, self.tokenizer, self.tokenizer_file = options, data, tokenizer, tokenizer_file
-        self.root, self.log, self.figures = options.root, Log(options.root / "loss.jsonl"), Figures()
+        self.me = processes.start()
+        if self.me.size > 1:
+            require_shareable(options)
+        self.root, self.figures = options.root, Figures()
+        self.log = Log(options.root / "loss.jsonl", self.me.is_first)
         self.device, dtype = devices.resolve(options.device, options.dtype)
         if options.amp == "bf16" and not devices.computes_bf16(self.device):
             raise InputError("amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
@@ -164,7 +183,8 @@ class Run:
         self.layers = self._plan_memory(args, dtype)
         devices.return_freed_memory()
         self._baseline = devices.memory_bytes(self.device)
-        self.model = checkpoint.load(directory, dtype, self.device, progress=True)
+        is_shared = options.shard and self.me.size > 1
+        self.model = checkpoint.load(directory, dtype, "cpu" if is_shared else self.device, progress=True)
         self.base = checkpoint.fingerprint(directory)
         if options.adapter is not None:
             adapters.load(self.model, options.adapter, None if options.any_base else lambda: self.base)
@@ -180,6 +200,8 @@ class Run:
             start = options.qat_start and checkpoint.load(options.qat_start, dtype, self.device, progress=True)
             qat.begin(self.model, self.rounding, start, progress=True)
         checkpoint_layers(self.model, self.layers)
+        if is_shared:
+            several.shard(self.model, self.device)
         self.per_epoch = order.steps_per_epoch(len(data.sequences), options.batch_size * options.accumulation)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
         self.eval_every = options.eval_every or max(1, self.total // 4)
@@ -228,6 +250,9 @@ class Run:
         method += f", from {options.adapter}" if options.adapter is not None else ""
         whole = "all weights" + (f" through {self.rounding.name}" if self.rounding is not None else "")
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
+        how = "weights in shares" if options.shard else "copies of the weights"
+        together = f", over {self.me.size} processes, {how}" if self.me.size > 1 else ""
+        alone = " of one process alone" if self.me.size > 1 and options.shard else ""
         context = self.model.args.trained_context
         longest = max(len(sample.tokens) for sequence in self.data.sequences for sample in sequence)
         beyond = f"warning    samples reach {longest} tokens, but the model is meant for {context}"
@@ -240,9 +265,9 @@ class Run:
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {options.optimizer}, lr {options.lr:g} {options.schedule}, "
                 f"warm-up {options.warmup_steps}, loss averaged over {options.loss_normalization}",
-                f"memory     {self.expected.peak / devices.MB:,.0f} MB expected at the peak of a step: {held}",
+                f"memory     {self.expected.peak / devices.MB:,.0f} MB expected at the peak of a step{alone}: {held}",
                 f"data       {self.data.summary}",
-                f"steps      {self.total} of {options.accumulation} x {options.batch_size} sequences; "
+                f"steps      {self.total} of {options.accumulation} x {options.batch_size} sequences{together}; "
                 f"an epoch has {self.per_epoch}; kept in {self.root}",
             )
         )
@@ -251,12 +276,14 @@ class Run:
 
     def begin(self) -> None:
         """Start anew: what the untrained model does, and a first snapshot, so that a full disk shows at once."""
-        self._check_disk()
-        shutil.rmtree(self.root / "snapshots", ignore_errors=True)
-        self.run_id = secrets.token_hex(8)
-        options = {"options": self.options.kept(), "places": self.options.places()}
         identity = {f"{name}_sha256": value for name, value in self._identity().items()}
-        files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, **options, **identity})
+        processes.require_same("data or model", repr(identity).encode())
+        self.run_id = secrets.token_hex(8)
+        if self.me.is_first:
+            self._check_disk()
+            shutil.rmtree(self.root / "snapshots", ignore_errors=True)
+            options = {"options": self.options.kept(), "places": self.options.places()}
+            files.replace_json(self.root / SETTINGS, {"run_id": self.run_id, **options, **identity})
         self.log.start()
         torch.manual_seed(self.options.seed)
         self.movement = Movement(self.trainer.weights)
@@ -324,22 +351,44 @@ class Run:
             "answers_before": self.answers_before,
             "figures": dataclasses.asdict(self.figures),
         }
-        snapshot.save(self.root / "snapshots", self.trainer.progress.windows, content, self.run_id, self.options.keep)
+        if self.me.is_first:
+            step = self.trainer.progress.windows
+            snapshot.save(self.root / "snapshots", step, content, self.run_id, self.options.keep)
+        processes.wait()  # for what the first one writes: it is there for all of them, or the run has ended
 
     def save_and_stop(self, stop: StopSignal) -> None:
         """Raise Stopped, when everything is kept."""
         self.save()
         done = f"after step {self.trainer.progress.windows} of {self.total}"
-        name = signal.Signals(stop.received).name
-        raise Stopped(f"stopped by {name} {done}, saved in {self.root}; resume=True continues it", stop.received)
+        received = stop.received or signal.SIGTERM  # another process may have got it
+        name = signal.Signals(received).name
+        raise Stopped(f"stopped by {name} {done}, saved in {self.root}; resume=True continues it", received)
 
     # Between the steps
 
     def window(self) -> list[batch.Batch]:
-        """The micro-batches of the next step."""
+        """The micro-batches of the next step, of all processes."""
         options = self.options
         sizes = (options.batch_size, options.accumulation, options.seed)
         return batch.window(self.data.sequences, self.trainer.progress.windows, *sizes, self.tokenizer.pad_id)
+
+    def share_out(self, window: list[batch.Batch]) -> Iterator[tuple[int, batch.Batch]]:
+        """The micro-batches of this process, with their numbers in the window."""
+        if self.me.size == 1:
+            yield from enumerate(window)
+            return
+        mine = list(several.share_out(window, self.me, self.options.shard))
+        for i, (number, part) in enumerate(mine):
+            if self.options.shard:  # add up over processes once per window
+                self.model.set_requires_gradient_sync(i + 1 == len(mine))
+            yield number, part
+
+    def sum_over_processes(self, loss: torch.Tensor | float, stop: StopSignal) -> torch.Tensor | float:
+        """Add up the gradients of a window's shares; its loss."""
+        if self.me.size > 1:
+            is_asked = stop.received is not None
+            loss, stop.agreed = several.sum_over_processes([*self.trainer.weights.values()], loss, is_asked)
+        return loss
 
     def start_clock(self) -> None:
         """A step begins."""
@@ -442,6 +491,9 @@ class Run:
     def export(self) -> list[str]:
         """Write adapter and merged models, where a run that was resumed after its end has none yet; say where."""
         options, lines, adapter = self.options, [], self.root / "adapter"
+        self._put_together()
+        if not self.me.is_first:
+            return []
         if options.lora and not adapter.exists():
             adapters.save(self.model, self.lora, adapter, self.base, str(self.directory.resolve()))
         if options.lora and options.export != "none":
@@ -460,6 +512,34 @@ class Run:
                 checkpoint.save(self.model, self.root / name, layout, self.tokenizer_file)
         names = [*["adapter"] * options.lora, *EXPORTS[options.export]]
         return lines + [f"{name:<10} {self.root / name}" for name in names]
+
+    def _put_together(self) -> None:
+        """Where each process has a share, give the first one the whole model, in main memory."""
+        trained = {name: several.whole(weight.detach()).cpu() for name, weight in self.trainer.weights.items()}
+        if not any(map(several.is_share, self.trainer.weights.values())):
+            return
+        self.model = checkpoint.load(self.directory, self.model.dtype, "cpu")
+        if self.lora is not None:
+            lora.apply(self.model, self.lora, self.options.seed)
+        with torch.no_grad():
+            for name, weight in trained.items():
+                self.model.get_parameter(name).copy_(weight)
+
+
+def require_shareable(options: TrainingOptions) -> None:
+    """Raise InputError for what several processes cannot do together."""
+    if options.lean and not options.lora:
+        raise InputError(
+            "lean=True moves all weights inside the backward pass, before processes could add up; use lora=True"
+        )
+    refused = {"lean": options.lean, "qat": options.qat, "keep_zeros": options.keep_zeros}
+    for name, value in refused.items():
+        if options.shard and value:
+            raise InputError(f"{name}={value} needs whole weights in every process; use shard=False")
+    if options.shard and options.loss_normalization != "tokens":
+        raise InputError(f"loss_normalization={options.loss_normalization} with shard=True: use tokens")
+    if options.shard and options.amp == "fp16":
+        raise InputError("amp=fp16 with shard=True: a share does not see the overflows of others; use bf16 or none")
 
 
 def rounding_of(options: TrainingOptions, args: checkpoint.ModelArgs) -> Quantization | None:

@@ -28,6 +28,7 @@ from llama.errors import InputError, NonFinite
 from llama.evaluation.intervals import LossSums
 from llama.model import Cache, Mask, Transformer, TransformerBlock
 from llama.surgery import take_over
+from llama.training import several
 from llama.training.batch import Batch
 from llama.training.lean import SGDInBackward, make_lean
 from llama.training.lean_loss import lean_cross_entropy_sum
@@ -152,7 +153,8 @@ class Trainer:
         """
         label_tokens, loss = sum(len(batch.labels) for batch in window), 0.0
         lr = self.begin(window)
-        for batch in window:
+        for number, batch in enumerate(window):
+            self.seed_dropout(number)
             per_token = self.settings.loss_normalization == "tokens"
             with self.autocast():
                 part = self.loss_sum(batch) / (label_tokens if per_token else len(batch.labels) * len(window))
@@ -180,6 +182,11 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         return lr
+
+    def seed_dropout(self, number: int) -> None:
+        """What is dropped in a window's batch follows from seed, step and its number, whichever process takes it."""
+        step = getattr(self.settings, "seed", 0) * 1_000_003 + self.progress.windows
+        torch.manual_seed((step * 65_537 + number) % (1 << 63))
 
     @property
     def keeps_gradients(self) -> bool:
@@ -221,7 +228,9 @@ class Trainer:
         """
         if not self.keeps_gradients:
             return None if self.optimizer.is_finite() else math.nan
-        return nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm or math.inf).item()
+        return several.whole(
+            nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm or math.inf)
+        ).item()
 
     def require_finite(self, window: Sequence[Batch], loss: Tensor, norm: float | None = None) -> None:
         """Raise NonFinite where the loss, or the gradient's norm, is not finite: before it reaches a weight.
@@ -280,11 +289,11 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """Everything that the rest of the training depends on. Raises NonFinite where a weight is not finite."""
         for name, weight in self.weights.items():
-            if not weight.isfinite().all():
+            if not several.whole(weight).isfinite().all():
                 raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
-        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        weights = {name: several.whole(weight.detach()).cpu() for name, weight in self.weights.items()}
         optimizer = {
-            f"{name}:{key}": value
+            f"{name}:{key}": several.whole(value).cpu()
             for name, weight in self.weights.items()
             for key, value in self.optimizer.state.get(weight, {}).items()
             if value is not None
@@ -310,7 +319,7 @@ class Trainer:
         with torch.no_grad():
             for group, tensors in (("model", self.weights), ("masks", self.masks)):
                 for name, tensor in tensors.items():
-                    tensor.copy_(found[group][name])
+                    tensor.copy_(several.share_of(found[group][name], tensor))
         self.set_random_state(found["rng"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -325,7 +334,13 @@ class Trainer:
         is_begun = bool(saved) or self.progress.steps > 0
         slots = [{key: f"{name}:{key}" for key in keys} for name in self.weights] if is_begun else []
         _require_names("optimizer", {name for slot in slots for name in slot.values()}, saved)
-        state = {i: {key: saved[name] for key, name in slot.items()} for i, slot in enumerate(slots)}
+        state = {
+            i: {
+                key: several.share_of(saved[name], weight) if key != "step" else saved[name]
+                for key, name in slot.items()
+            }
+            for i, (slot, weight) in enumerate(zip(slots, self.weights.values(), strict=False))
+        }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def random_state(self) -> dict[str, Tensor]:
@@ -351,7 +366,7 @@ class Movement:
 
     @staticmethod
     def _sample(weight: Tensor) -> Tensor:
-        flat = weight.detach().flatten()
+        flat = several.whole(weight.detach()).flatten()
         return flat[:: max(1, len(flat) // SAMPLED)].clone()
 
     def share(self) -> float:
