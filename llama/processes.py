@@ -26,6 +26,7 @@ TIMEOUT = timedelta(minutes=10)  # of waiting for another process
 TO_REPORT = timedelta(seconds=10)  # of waiting for one that says why the run ends
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 _store: dist.Store | None = None  # what all processes read and write; None: this one has not met the others
+_speaking = threading.Lock()  # never let go: a process says once why it ends
 _comparisons = itertools.count()  # of require_same, so far
 
 
@@ -115,6 +116,8 @@ def say_once(say: Callable[[], None]) -> None:
     me = world()
     if me.size == 1:
         return say()
+    if not _speaking.acquire(blocking=False):  # this process is ending already, and torchrun tells it to
+        return
     try:
         store, rank = _meet(TO_REPORT).clone(), str(me.rank)  # the store itself may be waiting for a value
         if store.compare_set("end", "", rank) == rank.encode():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import several
@@ -209,23 +210,35 @@ def test_a_run_moves_from_two_processes_to_four_to_one(tmp_path, shard):
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
+def torchrun(directory: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetuning.py"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, f"--out_dir={directory}", *flags], cwd=ROOT, **quiet)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert finish([torchrun(directory, *FLAGS)]) == ([0], "")
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_a_process_that_is_killed_ends_the_run_which_resumes(tmp_path, seed):
-    """At a random moment: the other ends by itself, and two processes resume to the bytes of an uninterrupted run."""
-    rng, running = random.Random(seed), start(2, tmp_path / "run", *FLAGS)
-    deadline = time.monotonic() + rng.uniform(2, 12)
-    while time.monotonic() < deadline and all(process.poll() is None for process in running):
+def test_a_process_that_is_killed_ends_the_run_which_resumes(tmp_path, uninterrupted, seed):
+    """At a random moment: torchrun and the other end soon, and two processes resume to the same bytes."""
+    rng, directory = random.Random(seed), tmp_path / "run"
+    running = torchrun(directory, *FLAGS)
+    while not (directory / "settings.json").exists() and running.poll() is None:
         time.sleep(0.02)
-    running[rng.randrange(2)].kill()
-    codes, error = finish(running, limit=60)
-    assert (-9 in codes and error.count("error:") <= 1) or codes == [0, 0]
-    has_snapshot = any((tmp_path / "run" / "snapshots").glob("step-*"))
-    if not (tmp_path / "run" / "summary.json").exists():
-        flags = ("--resume",) if has_snapshot else FLAGS
-        assert finish(start(2, tmp_path / "run", *flags)) == ([0, 0], "")
-    assert finish(start(2, tmp_path / "whole", *FLAGS)) == ([0, 0], "")
-    assert (tmp_path / "run" / "loss.jsonl").read_bytes() == (tmp_path / "whole" / "loss.jsonl").read_bytes()
-    assert all(
-        torch.equal(weight, adapter(tmp_path / "run")[name]) for name, weight in adapter(tmp_path / "whole").items()
-    )
+    time.sleep(rng.uniform(0, 4))
+    children = psutil.Process(running.pid).children()
+    if children:
+        rng.choice(children).kill()
+    _, error = finish([running], limit=60)
+    assert error.count("error:") <= 1 and not any(child.is_running() for child in children)
+    if not (directory / "summary.json").exists():
+        flags = ("--resume",) if any((directory / "snapshots").glob("step-*")) else FLAGS
+        assert finish([torchrun(directory, *flags)]) == ([0], "")
+    assert (directory / "loss.jsonl").read_bytes() == (uninterrupted / "loss.jsonl").read_bytes()
+    assert all(torch.equal(weight, adapter(directory)[name]) for name, weight in adapter(uninterrupted).items())
