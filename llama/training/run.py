@@ -375,13 +375,8 @@ class Run:
     def share_out(self, window: list[batch.Batch]) -> Iterator[tuple[int, batch.Batch]]:
         """The micro-batches of this process, with their numbers in the window."""
         if self.me.size == 1:
-            yield from enumerate(window)
-            return
-        mine = list(several.share_out(window, self.me, self.options.shard))
-        for i, (number, part) in enumerate(mine):
-            if self.options.shard:  # add up over processes once per window
-                self.model.set_requires_gradient_sync(i + 1 == len(mine))
-            yield number, part
+            return enumerate(window)
+        return several.share_out(window, self.me, self.options.shard)
 
     def sum_over_processes(self, loss: torch.Tensor | float, stop: StopSignal) -> torch.Tensor | float:
         """Add up the gradients of a window's shares; its loss."""
