@@ -204,7 +204,7 @@ def main(options: Options) -> None:
         converse(llama, settings, saved)
     elif options.compare:
         comparisons = show_comparison(llama, prompts, settings)
-        if options.results is not None:
+        if options.results is not None and processes.world().is_first:
             record_comparisons(Path(options.results), llama, cell_of(options, llama), comparisons, options.seed)
     elif options.keeps_cache:
         show_behind(saved, options.save_prompt, llama, prompts, settings)

@@ -171,6 +171,9 @@ class Run:
         if options.amp == "bf16" and not devices.computes_bf16(self.device):
             raise InputError("amp=bf16: this GPU has no bfloat16 arithmetic; use fp16")
         self.quantized = checkpoint.read_quantization(directory)
+        is_shared = options.shard and self.me.size > 1
+        if is_shared and self.quantized is not None:
+            raise InputError(f"shard=True: {directory} is quantized, and codes stay whole; use shard=False")
         if self.quantized is not None:
             require_adapters_alone(options, directory)
         args = checkpoint.read_args(directory)
@@ -183,7 +186,6 @@ class Run:
         self.layers = self._plan_memory(args, dtype)
         devices.return_freed_memory()
         self._baseline = devices.memory_bytes(self.device)
-        is_shared = options.shard and self.me.size > 1
         self.model = checkpoint.load(directory, dtype, "cpu" if is_shared else self.device, progress=True)
         self.base = checkpoint.fingerprint(directory)
         if options.adapter is not None:

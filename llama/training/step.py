@@ -228,9 +228,8 @@ class Trainer:
         """
         if not self.keeps_gradients:
             return None if self.optimizer.is_finite() else math.nan
-        return several.whole(
-            nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm or math.inf)
-        ).item()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm or math.inf)
+        return several.whole(norm).item()
 
     def require_finite(self, window: Sequence[Batch], loss: Tensor, norm: float | None = None) -> None:
         """Raise NonFinite where the loss, or the gradient's norm, is not finite: before it reaches a weight.
@@ -288,10 +287,10 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """Everything that the rest of the training depends on. Raises NonFinite where a weight is not finite."""
-        for name, weight in self.weights.items():
-            if not several.whole(weight).isfinite().all():
-                raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
         weights = {name: several.whole(weight.detach()).cpu() for name, weight in self.weights.items()}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
         optimizer = {
             f"{name}:{key}": several.whole(value).cpu()
             for name, weight in self.weights.items()
