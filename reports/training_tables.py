@@ -234,6 +234,7 @@ def divisions(rows: list[Row]) -> list[Table]:
     columns |= {"sent, and received (MB per step)": metric("sent_mb", ",.0f")}
     columns |= {"tokens per step": metric("tokens", ",.0f")}
     title = f"{_steps_title(rows)}: predicted for each of {size} processes"
+    rows = [row for row in rows if row.metrics]
     return line_per_row("divisions", title, rows, columns, PLANNED)
 
 
@@ -247,7 +248,7 @@ def cards(rows: list[Row]) -> list[Table]:
         return "none of up to 64" if found == OUT_OF_MEMORY else found
 
     def sending(rate: float) -> Column:
-        return lambda row: computed(f"{{}} / {rate * 1e3:,.0f}", lambda mb: mb / (rate * 1e3), ".3f", (row, "sent_mb"))
+        return lambda row: computed(f"{{}} / {rate * 1e3:.0f}", lambda mb: mb / (rate * 1e3), ".3f", (row, "sent_mb"))
 
     columns = {"model": word("model"), "configuration": _planned_label}
     columns |= {"card (GB)": lambda row: f"{row.cell['limit_gb']:g}", "cards": number}

@@ -15,7 +15,7 @@ from benchmarks.rows import Row, read_folder
 from reports import build, cells, tables
 from reports.cells import Figure, Table
 from reports.render import parts, text
-from reports.training_tables import CHANGED, SLOWER, arrow
+from reports.training_tables import CHANGED, LINKS, SLOWER, arrow
 
 ROWS = read_folder(build.RESULTS)
 PLACE = re.compile(r"([\w.-]+\.jsonl):(\d+) ([\w.]+)")
@@ -69,6 +69,8 @@ def test_no_other_number_stands_in_a_table(table):
     """What is no figure stands literally in a row, or is a batch size, a row's number or a threshold."""
     known = json.dumps([row.data for row in table.rows]) + f" {CHANGED:.0%} {SLOWER:.0%}"
     known += " 1.00 16-bit 16 bits 1 x 2 2 x 1 float32 Share 0 95 %"
+    known += "".join(f" {link} {rate:g}" for link, rate in LINKS.items()) + " none of up to 64"
+    known += "".join(f" {row.cell['limit_gb']:g}" for row in table.rows if "limit_gb" in row.cell)
     words = [part for cell in (*table.head, *table.note) for part in parts(cell) if isinstance(part, str)]
     words += [part for line in table.body for cell in line for part in parts(cell) if isinstance(part, str)]
     literal = set(re.findall(r"\d+(?:\.\d+)?", known))
