@@ -97,8 +97,9 @@ def test_who_may_read_a_checkpoint_is_what_the_umask_says(model, tmp_path, umask
 
 # A script that is in the middle of writing tensors for a minute.
 WRITING = """
-import pathlib, runpy, sys, time
+import pathlib, runpy, signal, sys, time
 import safetensors.torch
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the caller of the tests may ignore
 def save_file(tensors, path, metadata=None):
     pathlib.Path(path).write_bytes(b"half of it")
     time.sleep(60)
