@@ -512,9 +512,9 @@ class Run:
 
     def _put_together(self) -> None:
         """Where each process has a share, give the first one the whole model, in main memory."""
-        trained = {name: several.whole(weight.detach()).cpu() for name, weight in self.trainer.weights.items()}
         if not any(map(several.is_share, self.trainer.weights.values())):
             return
+        trained = {name: several.whole(weight.detach()).cpu() for name, weight in self.trainer.weights.items()}
         self.model = checkpoint.load(self.directory, self.model.dtype, "cpu")
         if self.lora is not None:
             lora.apply(self.model, self.lora, self.options.seed)
