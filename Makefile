@@ -1,4 +1,5 @@
 # make run   generate text with the embedded model and compare the KV cache on and off
+# make demo  a web page on the embedded model, at http://127.0.0.1:7860, and an API beside it (docs/demo.md)
 # make reports  from the measured rows: the tables and charts of the documents, the results page, the course reports
 # make page  the results page alone, reports/index.html
 # make model fetch a small trained model, SmolLM2-135M-Instruct, into models/
@@ -8,13 +9,16 @@
 
 PYTHON ?= python3
 
-.PHONY: run model reports page test test-slow
+.PHONY: run model demo reports page test test-slow
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
 
 model: .venv/run.stamp
 	.venv/bin/python -m data.model
+
+demo: .venv/demo.stamp
+	.venv/bin/python demo.py
 
 reports: page .venv/dev.stamp
 	.venv/bin/python -m reports.build readme
@@ -28,7 +32,7 @@ test: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
-test-slow: .venv/dev.stamp
+test-slow: .venv/dev.stamp .venv/demo.stamp
 	.venv/bin/python -m pytest -m slow
 
 .venv/bin/python:
@@ -42,4 +46,8 @@ test-slow: .venv/dev.stamp
 .venv/dev.stamp: requirements.txt requirements-dev.txt | .venv/bin/python
 	.venv/bin/python -m pip install -q -r requirements-dev.txt
 	-.venv/bin/python -m pip install -q --no-deps fairscale==0.4.13  # built here; one test is skipped without it
+	touch $@ .venv/run.stamp
+
+.venv/demo.stamp: requirements.txt requirements-demo.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements-demo.txt
 	touch $@ .venv/run.stamp

@@ -223,16 +223,19 @@ class Llama:
         stop: Sequence[str] = (),
         speculation: Speculation | None = None,
         session: Session | None = None,
+        on_drawn: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[int]:
         """Yield the tokens that `generate` would return for one prompt, each as soon as it is drawn.
 
-        session: of `start_session`; what it has in its cache of a prompt is not computed again.
+        session: of `start_session`; what it has in its cache of a prompt is not computed again. on_drawn: called with
+        each token and the logits [V] that it was drawn from, which are valid during the call, before it is yielded;
+        with a draft for all tokens of a round at once.
         """
         batch = self._batch([prompt], max_gen_len)
         sampling = self._sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         stops = self.stop_tokens if stop_tokens is None else list(stop_tokens)
         watch = TokenStop(self.tokenizer, stop) if stop else None
-        for token in self._drawn(batch, sampling, use_cache, stops, speculation, session):
+        for token in self._drawn(batch, sampling, use_cache, stops, speculation, session, on_drawn):
             if token in stops:
                 return
             yield token
@@ -247,17 +250,21 @@ class Llama:
         stops: list[int],
         speculation: Speculation | None,
         session: Session | None,
+        on_drawn: Callable[[int, Tensor], None] | None,
     ) -> Iterator[int]:
         """The tokens of a single prompt."""
         if speculation is not None:
             if session is not None:
                 raise InputError("a session keeps its cache from prompt to prompt, a draft does not; leave one out")
-            for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation):
+            for _, tokens, _ in self._rounds(batch, sampling, use_cache, stops, False, speculation, on_drawn):
                 yield from tokens
             return
         for drawn, logits in self._steps(batch, sampling, use_cache, session):
             self._require_finite(_is_finite(logits))
-            yield drawn.item()
+            token = drawn.item()
+            if on_drawn is not None:
+                on_drawn(token, logits[0])
+            yield token
 
     @contextmanager
     def start_session(self) -> Iterator[Session]:
@@ -407,8 +414,12 @@ class Llama:
         stops: list[int],
         logprobs: bool,
         speculation: Speculation,
+        on_drawn: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities."""
+        """Yield a prompt's number, its next tokens and, with `logprobs`, their log-probabilities.
+
+        on_drawn: see `stream`, whose single prompt it is for.
+        """
         if not use_cache:
             raise InputError("speculative decoding needs the KV cache; leave out the draft or use_cache=False")
         if sampling.repetition_penalty != 1:
@@ -417,6 +428,9 @@ class Llama:
         rounds = speculation.rounds(self.decoder, batch.prompts, batch.budgets, sampling, stops, logprobs)
         for tokens, values, logits in rounds:
             self._require_finite(_is_finite(logits))
+            if on_drawn is not None:
+                for token, logits_V in zip(tokens[0], logits[0], strict=False):  # fewer tokens at the end of a text
+                    on_drawn(token, logits_V)
             yield from zip(range(len(tokens)), tokens, values, strict=True)
 
     def _require_finite(self, finite: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.stem != "early"]
-PACKAGES = ("llama", "data", "benchmarks", "reports")
+PACKAGES = ("llama", "data", "benchmarks", "reports", "serving")
 OURS = [ROOT / "early.py", *SCRIPTS, *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
 
 
@@ -26,13 +27,19 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in OURS}
 A_SCRIPT = tuple(map(name_of, SCRIPTS))
 
+# What requirements-demo.txt brings, and the modules that cannot be imported without it.
+FOR_DEMO = ("gradio", "uvicorn", "h11", "fastapi")
+NEED_DEMO = ("serving.web", "serving.page")
+HAS_DEMO = all(importlib.util.find_spec(name) for name in FOR_DEMO)
+
 # What the modules of a package, or one module, never import. A name stands for all that is below it.
 NEVER = {
     **dict.fromkeys(A_SCRIPT, A_SCRIPT),
-    "reports": A_SCRIPT,
-    "benchmarks": A_SCRIPT,
-    "data": (*A_SCRIPT, "benchmarks", "reports", "llama.training"),
-    "llama": (*A_SCRIPT, "benchmarks", "reports", "data"),
+    "serving": (*A_SCRIPT, "benchmarks"),
+    "reports": (*A_SCRIPT, "serving"),
+    "benchmarks": (*A_SCRIPT, "serving"),
+    "data": (*A_SCRIPT, "benchmarks", "reports", "serving", "llama.training"),
+    "llama": (*A_SCRIPT, "benchmarks", "reports", "serving", "data", *FOR_DEMO),
     "llama.lora": ("llama.quantization", "llama.pruning"),
     "llama.quantization": ("llama.lora", "llama.pruning"),
     "llama.pruning": ("llama.lora", "llama.quantization"),
@@ -49,6 +56,7 @@ ONLY = {
     "llama.surgery": (),
     "llama.frozen": (),
     "llama.training.loss": (),
+    "serving.engine": ("llama.errors",),
 }
 REPORTS_MEASURE_NOTHING = "benchmarks.rows"  # the one module of benchmarks/ that reports/ imports: it reads files
 
@@ -78,12 +86,13 @@ def is_below(name: str, *packages: str) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
-    """scripts -> reports, benchmarks -> llama, data -> torch; the core of llama/ knows less than the rest of it."""
+    """scripts -> serving -> reports, benchmarks -> llama, data -> torch; the core of llama/ knows less."""
     imports = imports_of(MODULES[name])
     forbidden = [other for package, others in NEVER.items() if is_below(name, package) for other in others]
     assert not [module for module in imports if is_below(module, *forbidden)]
     if name in ONLY:
         assert imports & MODULES.keys() <= set(ONLY[name])
+    assert name in NEED_DEMO or not [module for module in imports if is_below(module, *FOR_DEMO)]
     if is_below(name, "reports"):
         assert {module for module in imports if is_below(module, "benchmarks")} <= {REPORTS_MEASURE_NOTHING}
 
@@ -98,7 +107,7 @@ def test_imports_have_no_circle():
 
 
 def test_the_rules_speak_of_modules_that_exist():
-    assert not {*NEVER, *ONLY, REPORTS_MEASURE_NOTHING} - MODULES.keys()
+    assert not {*NEVER, *ONLY, *NEED_DEMO, REPORTS_MEASURE_NOTHING} - MODULES.keys()
 
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)
@@ -147,6 +156,7 @@ def test_public_functions_are_typed(path):
 
 def test_nothing_happens_at_import(tmp_path):
     """No module probes a device, sets a default of torch or a thread count, opens a socket, writes or prints."""
+    modules = [name for name in MODULES if HAS_DEMO or name not in NEED_DEMO]
     program = (
         "import importlib, logging, os, socket, sys, torch\n"
         "before = dict(os.environ), torch.get_num_threads(), torch.random.get_rng_state().tolist()\n"
@@ -154,7 +164,7 @@ def test_nothing_happens_at_import(tmp_path):
         "torch.cuda.is_available = torch.cuda.get_device_capability = torch.cuda.device_count = never\n"
         "socket.socket.connect = socket.getaddrinfo = never\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"for name in {list(MODULES)}: importlib.import_module(name)\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
         "assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()\n"
         "assert before == (dict(os.environ), torch.get_num_threads(), torch.random.get_rng_state().tolist())\n"
         "assert not logging.root.handlers\n"
