@@ -4,6 +4,7 @@
     python evaluate.py --dtype=bfloat16 --against_dtype=float32             # what 16 bits cost
     python evaluate.py --cache_dtype=int8 --against=data/tiny               # what a KV cache in 8 bits costs
     python evaluate.py --adapter=runs/finetuning/adapter --against=data/tiny   # what fine-tuning changed
+    python evaluate.py --adapter=runs/finetuning/adapter --inspect          # which layers it moved, and how far
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw         # chunks of 2,048, as papers count
     python evaluate.py --ckpt_dir=Llama-3.2-1B --data=wiki.test.raw --stride=512   # sliding windows
 
@@ -32,8 +33,9 @@ from llama import device as devices
 from llama.cli import option
 from llama.decoding import CACHES
 from llama.errors import InputError
-from llama.evaluation import perplexity
+from llama.evaluation import inspection, perplexity
 from llama.evaluation.intervals import LEAST_PIECES, confidence
+from llama.model import Transformer
 from llama.tokenizer import Tokenizer, find_tokenizer, other_tokenizer
 from reports import render, tables
 
@@ -97,6 +99,11 @@ class Options(cli.Options):
         "dtype of the second model; without --against, the second is the first in this dtype",
         choices=("auto", *devices.DTYPES),
     )
+    inspect: bool = option(
+        False,
+        "what sets the model apart from its base without --adapter, or from --against: how far each matrix has moved, "
+        "activations after each block, and predictions; in place of the perplexity",
+    )
     results: str | None = option(None, "append the measured rows to this file; default: no")
 
 
@@ -116,6 +123,12 @@ def main(options: Options) -> None:
     perplexity.windows(len(ids), context, stride)  # settings that are out of range end it here, not after loading
     if options.results is not None:
         require_writable(Path(options.results))
+    if options.inspect:
+        rows = [
+            look_inside(sides, ids, target, context, {**text_cell(options.data), "tokens": len(ids)}, options.results)
+        ]
+        print(render.markdown(tables.inspection(rows)), end="")
+        return
     settings = {"context": context, "stride": stride, "batch_size": options.batch_size}
     measured = [measure(side, ids, target, **settings) for side in sides]
     cell = {**text_cell(options.data), "tokens": len(ids), **settings}
@@ -126,7 +139,11 @@ def sides_of(options: Options) -> tuple[torch.device, list[Side]]:
     """Where to compute, and the one or two models."""
     target, dtype = devices.resolve(options.device, options.dtype)
     first = Side(directory_of(options.ckpt_dir), options.adapter, dtype, options.any_base, options.cache_dtype)
+    if options.inspect and options.adapter is not None and options.against is None:
+        return target, [first, replace(first, adapter=None)]
     if options.against is None and options.against_dtype is None:
+        if options.inspect:
+            raise InputError("--inspect compares two models; give --adapter, or --against=CHECKPOINT, the original")
         return target, [first]
     other = dtype if options.against_dtype is None else devices.resolve(target, options.against_dtype)[1]
     second = replace(first, dtype=other, cache_dtype="auto")
@@ -162,11 +179,7 @@ def measure(
     devices.return_freed_memory()
     baseline = stopwatch.memory_baseline(device)
     devices.keep_freed_memory()  # new pages for every window would take as long as all that is computed
-    model = checkpoint.load(side.directory, side.dtype, device, progress=True)
-    n_bytes = hardware.weight_bytes(model)  # without an adapter's
-    if side.adapter is not None:
-        base = None if side.any_base else partial(checkpoint.fingerprint, side.directory)
-        adapters.load(model, side.adapter, base)
+    model, n_bytes = load(side, device)
     perplexity.evaluate(model, ids[:WARM_UP], WARM_UP)
     cache_type = None if side.cache_dtype == "auto" else CACHES[side.cache_dtype]
     work = partial(perplexity.evaluate, model, ids, context, stride, batch_size, True, cache_type)
@@ -183,6 +196,42 @@ def measure(
     if spent.peak_bytes is not None:
         values["peak_memory_mb"] = (spent.peak_bytes - baseline) / devices.MB
     return result, values
+
+
+def load(side: Side, device: torch.device) -> tuple[Transformer, int]:
+    """The model, and the bytes of its weights without an adapter's."""
+    model = checkpoint.load(side.directory, side.dtype, device, progress=True)
+    n_bytes = hardware.weight_bytes(model)
+    if side.adapter is not None:
+        base = None if side.any_base else partial(checkpoint.fingerprint, side.directory)
+        adapters.load(model, side.adapter, base)
+    return model, n_bytes
+
+
+def look_inside(
+    sides: list[Side], ids: list[int], device: torch.device, context: int, cell: dict[str, Any], results: str | None
+) -> Row:
+    """A row of what sets the first model apart from the second. Raises InputError where their shapes differ."""
+    shapes = [checkpoint.read_args(side.directory) for side in sides]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"--against: {sides[1].directory} has another shape than {sides[0].directory}; give its original"
+        )
+    models = [load(side, device)[0] for side in sides]
+    changes = inspection.compare(*models, ids, context)
+    values = {"divergence_nats": changes.loss, "update_x": changes.total}
+    values["same_token_x"] = changes.n_same / sum(changes.counts)
+    values |= {f"{name}_update_x": value for name, value in changes.tables.items()}
+    if len(changes.sums) >= LEAST_PIECES:
+        values["divergence_low_nats"], values["divergence_high_nats"] = confidence(changes)
+    curves = {f"{matrix}_update_x": moved for matrix, moved in changes.updates.items()}
+    curves["activation_x"] = changes.activations
+    series = {name: list(enumerate(points)) for name, points in curves.items()}
+    against = {**sides[1].cell, "dtype": sides[1].dtype_name}
+    cell = {**sides[0].cell, "against": against, **cell, "context": context}
+    runs = {name: [value] for name, value in values.items()}
+    path, dtype = results and Path(results), sides[0].dtype_name
+    return record(path, "inspection", cell, runs, device, dtype, series=series)
 
 
 def difference(ours: perplexity.Perplexity, theirs: perplexity.Perplexity, context: int) -> dict[str, float]:

@@ -6,6 +6,7 @@
     python finetuning.py --resume                      # continue where a run stopped, to the same bytes
     python finetuning.py --adapter=runs/finetuning/adapter --out_dir=runs/more    # go on from an adapter
     python finetuning.py --data=chats.jsonl            # Alpaca's records, chats, prompts with completions, plain text
+    python finetuning.py --objective=dpo --preset=learn   # on pairs of answers, of which one is preferred
     python finetuning.py --show_data=3                 # print samples, the trained tokens in brackets
     torchrun --nproc_per_node=2 finetuning.py          # two processes share each window (docs/devices.md)
 
@@ -32,7 +33,7 @@ from llama import checkpoint, cli, files, processes
 from llama.errors import InputError
 from llama.kernels.cpu import train_ops
 from llama.tokenizer import Tokenizer, find_tokenizer
-from llama.training import snapshot
+from llama.training import dpo, snapshot
 from llama.training.batch import pack
 from llama.training.options import TrainingOptions
 from llama.training.run import Data, Run, StopSignal
@@ -57,7 +58,7 @@ def train(run: Run, stop: StopSignal) -> None:
         while progress.windows < run.total and not stop():
             window = run.window()
             run.start_clock()
-            label_tokens = sum(len(batch.labels) for batch in window)
+            n_terms = sum(map(trainer.n_terms, window))  # label tokens, or pairs
             lr = trainer.begin(window)
             loss = 0.0
             for number, batch in run.share_out(window):  # all of it, or what falls to this process
@@ -66,11 +67,11 @@ def train(run: Run, stop: StopSignal) -> None:
                     return
                 trainer.seed_dropout(number)
                 with trainer.autocast():  # products in 16 bits, where amp says so
-                    cross_entropy = trainer.loss_sum(batch)  # over the label tokens of this micro-batch
+                    loss_sum = trainer.loss_sum(batch)  # cross entropy over the label tokens of this micro-batch
                 if options.loss_normalization == "tokens":  # the gradient of one large batch
-                    part = cross_entropy / label_tokens
+                    part = loss_sum / n_terms
                 else:  # the course's: mean / accumulation steps, in which a token of a short answer weighs more
-                    part = cross_entropy / (len(batch.labels) * len(window))
+                    part = loss_sum / (trainer.n_terms(batch) * len(window))
                 if not trainer.keeps_gradients:  # backward() moves the weights: look before
                     trainer.require_finite(window, part)
                 scaler.scale(part).backward()  # adds to the gradients
@@ -96,7 +97,8 @@ def main(options: TrainingOptions) -> None:
     """A whole run: from the start, or from its newest snapshot, to the exported model."""
     if options.show_data is not None:
         tokenizer = Tokenizer(tokenizer_file(options))
-        print("\n".join(dataset.show(data_file(options), tokenizer, options.max_seq_len, options.show_data)))
+        sizes = options.max_seq_len, options.show_data
+        print("\n".join(dataset.show(data_file(options), tokenizer, *sizes, options.of_pairs)))
         return
     is_first = processes.world().is_first  # which alone writes
     if not options.resume and is_first:
@@ -136,7 +138,8 @@ def tokenizer_file(options: TrainingOptions) -> Path:
 def data_file(options: TrainingOptions) -> Path:
     if options.data is not None:
         return Path(options.data).expanduser()
-    return (EMBEDDED if options.ckpt_dir is None else EMBEDDED.parent) / "alpaca_200.json"
+    name = "pairs_200.json" if options.of_pairs else "alpaca_200.json"
+    return (EMBEDDED if options.ckpt_dir is None else EMBEDDED.parent) / name
 
 
 def eval_file(options: TrainingOptions) -> Path | None:
@@ -147,16 +150,18 @@ def read_data(options: TrainingOptions) -> tuple[Tokenizer, Data]:
     """The tokenizer, and what is trained and measured on. Raises InputError where that is the same file."""
     tokenizer, path, eval_path = Tokenizer(tokenizer_file(options)), data_file(options), eval_file(options)
     sizes = options.max_seq_len, options.held_out, options.seed
-    found = dataset.load(path, tokenizer, *sizes, INSTRUCTIONS, eval_path)
+    found = dataset.load(path, tokenizer, *sizes, INSTRUCTIONS, eval_path, options.of_pairs)
     sha256, eval_sha256 = files.sha256(path), eval_path and files.sha256(eval_path)
     if sha256 == eval_sha256:
         raise InputError(f"eval_data={eval_path} is what is trained on; leave it out, and a part is held out")
-    training = found.training
-    sequences = pack(training, options.max_seq_len) if options.packing else [[sample] for sample in training]
-    count = f"{len(training)} samples"
-    count += f" in {len(sequences)} sequences" if options.packing else ""
-    summary = f"{found.what}: {count}, {len(found.held_out)} held out{found.notes}"
-    return tokenizer, Data(sequences, found.held_out, found.questions, sha256, summary, eval_sha256)
+    training, held_out = found.training, found.held_out
+    count = f"{len(training)} {'pairs' if options.of_pairs else 'samples'}"
+    if not options.of_pairs:  # of which each is a sequence
+        held_out = [[sample] for sample in held_out]
+        training = pack(training, options.max_seq_len) if options.packing else [[sample] for sample in training]
+        count += f" in {len(training)} sequences" if options.packing else ""
+    summary = f"{found.what}: {count}, {len(held_out)} held out{found.notes}"
+    return tokenizer, Data(training, held_out, found.questions, sha256, summary, eval_sha256)
 
 
 # Figures
@@ -169,6 +174,9 @@ def keep_figures(run: Run, summary: dict[str, Any]) -> None:
     if "held_out_fall_95" in summary:
         low, high = summary["held_out_fall_95"]
         runs |= {"held_out_fall_low_nats": [low], "held_out_fall_high_nats": [high]}
+    for name, unit in dpo.UNITS.items():  # each with its interval
+        for part, value in zip(("", "_low", "_high"), summary.get(f"held_out_{name}", ()), strict=False):
+            runs[f"held_out_{name}{part}_{unit}"] = [value]
     runs |= {"moved_share_x": [summary["moved_share"]], "step_s": figures.step_seconds}
     runs["samples"] = [sum(map(len, run.data.sequences))]
     runs["peak_memory_mb"] = [] if figures.peak_mb is None else [figures.peak_mb]

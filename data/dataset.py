@@ -7,21 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import records, samples, text
+from data import pairs, records, samples, text
 from data.samples import Sample
 from llama import order
 from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 
+Entry = Sample | tuple[Sample, Sample]  # what one record becomes; of a preference, chosen and rejected
 OPENING = 16  # tokens of a text that a model is given to continue
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples to train on and held out; questions, with the ids of their prompts; the format, and what was left out."""
+    """Samples, or pairs of them, to train on and held out; questions, with the ids of their prompts; the format, and
+    what was left out."""
 
-    training: list[Sample]
-    held_out: list[Sample]
+    training: list[Entry]
+    held_out: list[Entry]
     questions: dict[str, list[int]]
     what: str
     notes: str
@@ -32,7 +34,7 @@ class _Encoded:
     """A file's samples. left_out: why others are not among them; notes: that, and what was not used as it came."""
 
     found: records.Records
-    samples: list[Sample]
+    samples: list[Entry]
     left_out: str
     notes: str
 
@@ -49,18 +51,20 @@ def load(
     seed: int,
     questions: Sequence[str],
     eval_path: Path | None = None,
+    of_pairs: bool = False,
 ) -> Dataset:
     """Of records a seeded choice of n_held_out samples is held out, of texts the last blocks, a tenth at most.
 
+    of_pairs: the files hold preference pairs (pairs.py).
     With eval_path nothing of `path` is: the first n_held_out samples of that file are, of whatever format, or all that
     it has. Raises InputError as records.read does, and where there would be nothing to train or to measure on.
     """
-    data = _read(path, tokenizer, max_seq_len, "data", "trained")
+    data = _read(path, tokenizer, max_seq_len, "data", "trained", of_pairs)
     if eval_path is None:
         source, notes = data, data.notes
         training, held_out = _split(path, data, max_seq_len, n_held_out, seed)
     else:
-        source = _read(eval_path, tokenizer, max_seq_len, "eval_data", "measured")
+        source = _read(eval_path, tokenizer, max_seq_len, "eval_data", "measured", of_pairs)
         training, held_out = data.samples, source.samples[:n_held_out]
         of_all = f"the first of {len(source.samples)} samples of {eval_path}, {source.found.what}"
         notes = f"{data.notes}; held out: {of_all}{source.notes}"
@@ -73,9 +77,9 @@ def load(
     return Dataset(training, held_out, asked, data.found.what, notes)
 
 
-def _read(path: Path, tokenizer: Tokenizer, max_seq_len: int, option: str, use: str) -> _Encoded:
+def _read(path: Path, tokenizer: Tokenizer, max_seq_len: int, option: str, use: str, of_pairs: bool) -> _Encoded:
     """The samples of a file. option: what gave it; use: what is done with them, both for the error."""
-    found = records.read(path)
+    found = _records(path, of_pairs)
     encoded, cut, names = _encode(found.records, tokenizer, max_seq_len)
     left_out = _about(names, "left out")
     if not encoded:
@@ -84,9 +88,11 @@ def _read(path: Path, tokenizer: Tokenizer, max_seq_len: int, option: str, use: 
     return _Encoded(found, encoded, left_out, _notes(found, tokenizer, cut, names))
 
 
-def _split(
-    path: Path, data: _Encoded, max_seq_len: int, n_held_out: int, seed: int
-) -> tuple[list[Sample], list[Sample]]:
+def _records(path: Path, of_pairs: bool) -> records.Records:
+    return pairs.read(path) if of_pairs else records.read(path)
+
+
+def _split(path: Path, data: _Encoded, max_seq_len: int, n_held_out: int, seed: int) -> tuple[list[Entry], list[Entry]]:
     """Samples to train on, and those set aside."""
     every = data.samples
     n = min(n_held_out, max(1, len(every) // 10)) if data.is_text else n_held_out
@@ -100,9 +106,11 @@ def _split(
 
 
 def _encode(
-    entries: list[records.Record], tokenizer: Tokenizer, max_seq_len: int
-) -> tuple[list[Sample], list[str], list[str]]:
+    entries: list[records.Record] | list[pairs.Preference], tokenizer: Tokenizer, max_seq_len: int
+) -> tuple[list[Entry], list[str], list[str]]:
     """As samples.encode; of texts every block, and nothing is cut."""
+    if isinstance(entries[0], pairs.Preference):
+        return pairs.encode(tokenizer, entries, max_seq_len)
     if not isinstance(entries[0], records.Text):
         return samples.encode(tokenizer, entries, max_seq_len)
     blocks, left_out = [], []
@@ -115,15 +123,16 @@ def _encode(
     return blocks, [], left_out
 
 
-def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int) -> Iterator[str]:
+def show(path: Path, tokenizer: Tokenizer, max_seq_len: int, n_shown: int, of_pairs: bool = False) -> Iterator[str]:
     """Lines: the first samples as the model will see them, and how the file was read."""
-    found = records.read(path)
+    found = _records(path, of_pairs)
     for end in (max(1, n_shown), 20 * n_shown, len(found.records)):  # the first of them may be left out
         shown, cut, left_out = _encode(found.records[:end], tokenizer, max_seq_len)
         if len(shown) >= n_shown:
             break
-    for sample in shown[:n_shown]:
-        yield from (*samples.show(sample, tokenizer), "")
+    for entry in shown[:n_shown]:
+        for sample in entry if isinstance(entry, tuple) else (entry,):
+            yield from (*samples.show(sample, tokenizer), "")
     yield f"{len(shown[:n_shown])} samples of {path}, {found.what}{_notes(found, tokenizer, cut, left_out)}"
 
 

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,14 +117,20 @@ def read(path: str | Path) -> Records:
     container, found = entries(Path(path), FORMATS)
     if isinstance(found, str):
         return Records(container, [Text(found, has_end=False)])
+    return parse(path, container, found, FORMATS)
+
+
+def parse(path: str | Path, container: str, found: list[Any], formats: dict[tuple[str, ...], Callable]) -> Records:
+    """Entries of a file as records of the format whose fields the first one has."""
     first = require_object(f"{path}:record 1", found[0])
-    fields = next((fields for fields in FORMATS if set(fields) <= set(first)), None)
+    fields = next((fields for fields in formats if set(fields) <= set(first)), None)
     if fields is None:
-        raise InputError(f"{path}:record 1 has the fields {listed(first)}; expected {expected(FORMATS)}")
+        hint = "; pairs are trained on with objective=dpo" if {"chosen", "rejected"} <= set(first) else ""
+        raise InputError(f"{path}:record 1 has the fields {listed(first)}; expected {expected(formats)}{hint}")
     records, unused = [], set()
     for number, entry in enumerate(found, 1):
         where = f"{path}:record {number}"
-        records.append(FORMATS[fields](where, require_object(where, entry), fields))
+        records.append(formats[fields](where, require_object(where, entry), fields))
         unused |= entry.keys() - {*fields, "input"}
         for turn in entry[fields[0]] if isinstance(entry[fields[0]], list) else ():
             unused |= {f"{fields[0]}.{name}" for name in turn.keys() - {"role", "content", "from", "value"}}
@@ -275,16 +281,21 @@ def _alpaca(where: str, entry: dict[str, Any], fields: tuple[str, ...]) -> alpac
     return alpaca.Record(instruction, input, output) if instruction.strip() else alpaca.Record(input, "", output)
 
 
-def _chat(where: str, entry: dict[str, Any], fields: tuple[str, ...]) -> Chat:
+def messages_of(where: str, entry: dict[str, Any], field: str) -> tuple[Message, ...]:
+    """A field that is a list of messages. Raises InputError naming it."""
     messages: list[Message] = []
-    for number, turn in enumerate(value_of(where, entry, fields[0], list), 1):
-        place = f"{where}:{fields[0]} {number}"
+    for number, turn in enumerate(value_of(where, entry, field, list), 1):
+        place = f"{where}:{field} {number}"
         names = ("from", "value") if "from" in require_object(place, turn) else ("role", "content")
         role, content = (value_of(place, turn, name) for name in names)
         if role not in ROLES:
             raise InputError(f"{place}:{names[0]}: is {role[:40]!r}; expected {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": content})
-    return Chat(tuple(messages))
+    return tuple(messages)
+
+
+def _chat(where: str, entry: dict[str, Any], fields: tuple[str, ...]) -> Chat:
+    return Chat(messages_of(where, entry, fields[0]))
 
 
 def _pair(where: str, entry: dict[str, Any], fields: tuple[str, ...]) -> Pair:

@@ -48,26 +48,35 @@ def encode(
 ) -> tuple[list[Sample], list[str], list[str]]:
     """Samples of at most max_seq_len tokens, called "record N" from 1; those that were cut; those left out, and why.
 
-    A cut answer loses its end, so that it does not teach to stop there. A record without an answer (Alpaca has some),
-    or without room for one, is left out.
+    A record without an answer (Alpaca has some), or without room for one, is left out.
     """
     samples, cut, left_out = [], [], []
     for number, record in enumerate(records, 1):
         name = f"record {number}"
         try:
-            sample = from_parts(name, record.parts(tokenizer))
-            if sample.n_prompt >= max_seq_len:
-                raise InputError("no room for an answer")
+            whole = from_parts(name, record.parts(tokenizer))
+            sample = within(whole, max_seq_len)
         except InputError as error:
             left_out.append(f"{name}: {str(error)[:100]}")
             continue
-        if len(sample.tokens) > max_seq_len:
+        if sample is not whole:
             cut.append(name)
-            inside = [range(part.start, min(part.stop, max_seq_len)) for part in sample.answers]
-            answers = tuple(part for part in inside if part)
-            sample = Sample(name, sample.tokens[: answers[-1].stop], answers)
         samples.append(sample)
     return samples, cut, left_out
+
+
+def within(sample: Sample, max_seq_len: int) -> Sample:
+    """The sample, or what of it is within max_seq_len tokens. Raises InputError where no part of an answer is.
+
+    A cut answer loses its end, so that it does not teach to stop there.
+    """
+    if sample.n_prompt >= max_seq_len:
+        raise InputError("no room for an answer")
+    if len(sample.tokens) <= max_seq_len:
+        return sample
+    inside = [range(part.start, min(part.stop, max_seq_len)) for part in sample.answers]
+    answers = tuple(part for part in inside if part)
+    return Sample(sample.name, sample.tokens[: answers[-1].stop], answers)
 
 
 def from_parts(name: str, parts: Parts) -> Sample:

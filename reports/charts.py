@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.rows import Row, group
+from llama.lora import META_NAMES
 from reports.cells import chosen
-from reports.tables import weights_of
+from reports.tables import changed_by, weights_of
 from reports.training_tables import run_label, step_label, step_order
 
 WIDTH, HEIGHT, BAR, ENTRY = 3.7, 2.5, 0.37, 0.17  # inches: a figure, lines, a bar with its label, a legend's line
@@ -111,7 +112,8 @@ def loss(rows: list[Row]) -> Drawn:
         if series.get("loss_nats"):
             preset = run_label(row)
             about = "Training loss at every step, and held-out loss where it was measured."
-            figure, axes = _plot(f"Loss (nats per label token), {preset}", [row], about)
+            per = "pair" if row.cell.get("objective") == "dpo" else "label token"
+            figure, axes = _plot(f"Loss (nats per {per}), {preset}", [row], about)
             _draw(axes, series["loss_nats"], "training", "x-.", GREY)
             _draw(axes, series.get("held_out_loss_nats", []), "held out", "o-", BLUE)
             axes.set_xlabel("optimizer step")
@@ -221,6 +223,28 @@ def attention(rows: list[Row]) -> Drawn:
         yield f"attention-{what}", figure
 
 
+@per_setting("model", "adapter", "adapter_sha256", "weights")
+def inspection(rows: list[Row]) -> Drawn:
+    """How far each matrix has moved, as a heat map of layers, and what became of the activations."""
+    for row in rows:
+        what = changed_by(row)
+        moved = {name: [100 * value for _, value in row.data["series"][f"{name}_update_x"]] for name in META_NAMES}
+        about = "Relative change of each matrix of each layer, in percent: a heat map."
+        figure, axes = _plot(f"Change of each matrix (%), {what}", [row], about)
+        edges = [i - 0.5 for i in range(len(moved["wq"]) + 1)], [i - 0.5 for i in range(len(moved) + 1)]
+        mesh = axes.pcolormesh(*edges, list(moved.values()), cmap="cividis", vmin=0)
+        figure.colorbar(mesh, ax=axes)
+        axes.grid(False)
+        axes.set(xlabel="layer", yticks=range(len(moved)), yticklabels=list(moved))
+        axes.invert_yaxis()
+        yield f"inspection-matrices-{what}", figure
+        about = "Relative change of the activations after each block, in percent."
+        figure, axes = _plot(f"Change of the activations (%), {what}", [row], about)
+        _draw(axes, [(layer, 100 * value) for layer, value in row.data["series"]["activation_x"]], "", "o-", BLUE)
+        axes.set(xlabel="layer", ylim=(0, None))
+        yield f"inspection-activations-{what}", figure
+
+
 CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
 CHARTS |= {
     "pretraining": loss,
@@ -295,7 +319,7 @@ def _bars(
 
 def _add_legend(figure: Figure) -> None:
     """What tells several series apart, below the plot; lines come last."""
-    (axes,) = figure.axes
+    axes = figure.axes[0]  # the next would be a scale of colours
     pairs = zip(*axes.get_legend_handles_labels(), strict=True)
     entries = {label: handle for handle, label in sorted(pairs, key=lambda pair: isinstance(pair[0], Line2D))}
     if len(entries) > 1:

@@ -31,6 +31,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),
+    ("preferences", "Preferences: which of two answers", "preferences"),
     ("conversation", "Conversations: the KV cache kept from turn to turn", "conversation"),
     ("leaderboard", "Leaderboard: loss, training and generation", "leaderboard"),
     ("loading", "Loading", "loading"),
@@ -42,6 +43,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("attention", "Attention: all scores in memory, and fused", "attention"),
     ("pruning", "Pruning: size, quality and speed", "pruning"),
     ("perplexity", "Perplexity by format of the weights", "perplexity", (tables.perplexity_formats,)),
+    ("inspection", "What adapters and few bits change inside", "inspection"),
     ("embedded", "The embedded models", "tiny"),
 ]
 COLOURS = {charts.BLUE: "var(--a)", charts.RED: "var(--b)", charts.GREY: "var(--c)", "#d9d9d9": "var(--rule)"}

@@ -77,6 +77,7 @@ def gather(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[s
         for experiment in COMMANDS:
             for table in itertools.chain.from_iterable(make(here[experiment]) for make in TABLES.get(experiment, ())):
                 found.setdefault(table.name, []).append(typst(table))
+        charts = {name: CHARTS[name](here[name]) for name in CHARTS if name in here}
         return {
             "device": device or "no device",
             "model": model,
@@ -84,7 +85,7 @@ def gather(rows: dict[str, list[Row]], device: str | None, model: str) -> dict[s
             "figures": figures(here["inference"]),
             "tables": found,
             "commands": COMMANDS,
-            "charts": {name: [svg(chart) for chart in draw(here[name]).values()] for name, draw in CHARTS.items()},
+            "charts": {name: [svg(chart) for chart in drawn.values()] for name, drawn in charts.items()},
             "comparisons": comparisons(here["comparison"]),
             "log": [loss_log(row) for row in here["finetuning"]],
             "code": {f"{file}:{name}": quote(SOURCES.parent / file, name) for file, name in code},

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.rows import Row
+from llama.lora import META_NAMES
 from reports.cells import NOT_MEASURED, Cell, Figure, Table, chosen, computed, figure, newest, ratio
 from reports.columns import (
     RELATIVE,
@@ -37,6 +38,7 @@ from reports.training_tables import (
     estimates,
     held_out_answers,
     learning,
+    preferences,
     pretraining,
     step_details,
     sweep,
@@ -217,6 +219,56 @@ def perplexity_formats(rows: list[Row]) -> list[Table]:
     title = "{model}: perplexity by format of the weights, stride {stride}".format_map(lines[0].cell)
     found = line_per_row("perplexity-formats", title, lines, columns, note, *_how_counted(lines[0]))
     return [dataclasses.replace(table, rows=rows) for table in found]
+
+
+def inspection(rows: Sequence[Row]) -> list[Table]:
+    """What sets a model apart from its original: each matrix of each layer, activations, predictions."""
+    about = "Relative change in %: of a matrix, the norm of its change over its own (Frobenius); of the activations "
+    about += "after a block, the same over all tokens."
+    tables = []
+    for row in rows:
+        series = {name: f"{name}_update_x" for name in META_NAMES} | {"activations": "activation_x"}
+        layers = range(len(row.data["series"]["activation_x"]))
+        body = [[str(layer), *(_point(row, name, layer) for name in series.values())] for layer in layers]
+        note: list[Cell] = [about, _whole_change(row), _predictions(row)]
+        title = f"{row.cell['against']['model']}: what {changed_by(row)} changed"
+        tables.append(Table("inspection", title, ["layer", *series], body, note, [row]))
+    return tables
+
+
+def changed_by(row: Row) -> str:
+    """What has made a model of its original."""
+    if row.cell.get("adapter"):
+        return f"adapter {row.cell['adapter']}"
+    return ", ".join(_weights_in_words(row.cell)) or f"{row.cell['model']} in {row.data['dtype']}"
+
+
+def _point(row: Row, curve: str, layer: int) -> Figure:
+    value, source = row.data["series"][curve][layer][1], row.source(f"series.{curve}.{layer}.1")
+    return Figure(f"{100 * value:.2f}", value, source, source, 100)
+
+
+def _whole_change(row: Row) -> Cell:
+    names = {"all matrices": "update_x", "embedding": "tok_embeddings_update_x", "head": "output_update_x"}
+    parts = [(f"{what} ", figure(row, name, ".2f", 100), " %; ") for what, name in names.items() if row.has(name)]
+    return ("Change of ", *itertools.chain(*parts), "norms left out.")
+
+
+def _predictions(row: Row) -> Cell:
+    cell, interval = row.cell, ()
+    if row.has("divergence_low_nats"):
+        low, high = (figure(row, f"divergence_{end}_nats", ".4f") for end in ("low", "high"))
+        interval = (" [95 %: ", low, " to ", high, "]")
+    divergence, same = figure(row, "divergence_nats", ".4f"), figure(row, "same_token_x", ".1f", 100)
+    text = f" % of {cell['tokens']} tokens of {cell['data']}, {cell['context']} at once."
+    return (
+        "KL divergence of the predictions ",
+        divergence,
+        *interval,
+        " nats; the likeliest token is the same for ",
+        same,
+        text,
+    )
 
 
 def _verdict(row: Row) -> Cell:
@@ -578,7 +630,9 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "finetuning": (learning, answers, held_out_answers),
     "sweep": (sweep,),
     "pretraining": (pretraining,),
+    "preferences": (preferences, answers),
     "perplexity": (perplexity_formats, perplexity),
+    "inspection": (inspection,),
     "conversation": (conversation,),
     "loading": (loading,),
     "leaderboard": (leaderboard,),

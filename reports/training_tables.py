@@ -292,7 +292,8 @@ def learning(rows: list[Row]) -> list[Table]:
 def run_label(row: Row) -> str:
     """The preset of a run, and where it did more than that says."""
     cell = row.cell
-    words = [cell["preset"], *["all weights"] * (not cell.get("lora", True))]
+    words = [cell["preset"], *[cell.get("objective")] * ("objective" in cell)]
+    words += ["all weights"] * (not cell.get("lora", True))
     return ", ".join(words + [cell.get("data", "other data")] * ("data_sha256" in cell))
 
 
@@ -317,6 +318,32 @@ def pretraining(rows: list[Row]) -> list[Table]:
     note = f"Loss in nats per token on blocks of {text}, with the 95 % interval of its fall over the blocks."
     title = f"{cell['model']}: continued pre-training on {cell.get('data', 'text')}"
     return line_per_row("pretraining", title, rows, columns, note)
+
+
+@per_setting("model", dtype=False)
+def preferences(rows: list[Row]) -> list[Table]:
+    """Direct preference optimization: how often the chosen answer is the likelier one, before and after."""
+
+    def with_interval(name: str, form: str, scale: float = 1, unit: str = "x") -> Column:
+        parts = (f"held_out_{name}{part}_{unit}" for part in ("", "_low", "_high"))
+        cells = [functools.partial(figure, name=part, form=form, scale=scale) for part in parts]
+        return lambda row: (cells[0](row), " [", cells[1](row), " to ", cells[2](row), "]")
+
+    columns = {"run": run_label, "pairs": metric("samples", ",.0f"), "learning rate": lambda row: f"{row.cell['lr']:g}"}
+    columns |= {"held-out pairs": lambda row: f"{row.cell['held_out']}"}
+    columns |= {"chosen likelier before (%)": with_interval("preferred_before", ".1f", 100)}
+    columns |= {"after (%)": with_interval("preferred", ".1f", 100)}
+    columns |= {"rise (points)": with_interval("preferred_rise", ".1f", 100)}
+    columns |= {"reward accuracy (%)": with_interval("reward_accuracy", ".1f", 100)}
+    columns |= {"mean margin": with_interval("margin", ".2f", unit="nats")}
+    columns |= {"loss after": metric("held_out_loss_nats", ".3f")}
+    columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".2f")}
+    note = "On held-out pairs, with 95 % intervals over the pairs. Reward accuracy: share of pairs of which the chosen "
+    note += (
+        "answer has gained on the rejected one since the start; the margin is that gain times beta; the loss begins "
+    )
+    note += "at ln 2."
+    return line_per_row("preferences", f"{rows[0].cell['model']}: preferences before and after", rows, columns, note)
 
 
 @per_setting("model", "preset")

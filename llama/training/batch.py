@@ -30,8 +30,8 @@ class Batch:
     """Sequences of tokens and the positions whose next token is a label.
 
     tokens, pos: [B, T] int64 (pos None: 0..T-1 in every sequence). where: [N] int64, indices into the flattened
-    [B * T]. labels: [N] int64, the token that follows each of them. names: of the samples, for messages. n_tokens: of
-    the samples, without padding.
+    [B * T]. labels: [N] int64, the token that follows each of them. names: of the samples, for messages. n_labels: of
+    each sample, one after another in `labels`. n_tokens: of the samples, without padding.
     """
 
     tokens: Tensor
@@ -39,13 +39,14 @@ class Batch:
     where: Tensor
     labels: Tensor
     names: tuple[str, ...] = ()
+    n_labels: tuple[int, ...] = ()
     n_tokens: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         pos = None if self.pos is None else self.pos.to(device)
         tensors = self.tokens.to(device), pos, self.where.to(device), self.labels.to(device)
-        return Batch(*tensors, self.names, self.n_tokens)
+        return Batch(*tensors, self.names, self.n_labels, self.n_tokens)
 
 
 def collate(sequences: Sequence[Sequence[Sample]], pad_id: int = 0) -> Batch:
@@ -76,6 +77,7 @@ def collate(sequences: Sequence[Sequence[Sample]], pad_id: int = 0) -> Batch:
         torch.tensor(where),
         torch.tensor(labels),
         tuple(sample.name for sample in samples),
+        tuple(sum(map(len, sample.answers)) for sample in samples),
         sum(len(sample.tokens) for sample in samples),
     )
 

@@ -22,8 +22,8 @@ P_SCALE = 1024.0  # p of a rare token is below what fp16 can hold
 Move = Callable[[Tensor, Tensor, Tensor], None]  # weight [.., dim], a [N, ..], b [N, dim]: the gradient is a^T b
 
 
-def lean_cross_entropy_sum(h: Tensor, weight: Tensor, labels: Tensor, move: Move | None = None) -> Tensor:
-    """Sum over N positions of -log softmax(h w^T)[label], in nats, in fp32 or wider.
+def lean_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, move: Move | None = None) -> Tensor:
+    """-log softmax(h w^T)[label] at N positions [N], in nats, in fp32 or wider.
 
     h: [N, dim] in the dtype of the product. weight: [V, dim], the output table. move: called in the backward pass
     with slices of a trained table and the two factors of their gradients; the table itself gets no gradient.
@@ -32,9 +32,10 @@ def lean_cross_entropy_sum(h: Tensor, weight: Tensor, labels: Tensor, move: Move
 
 
 class _LeanCrossEntropy(Function):
-    """Sum of lse(z) - z[label] with z = h w^T. With p = softmax(z) - onehot(label): dh = p w, dw = p^T h.
+    """lse(z) - z[label] with z = h w^T. With p = softmax(z) - onehot(label): dh = p w, dw = p^T h.
 
-    dh is made in the forward pass, while the logits are there. For dw the p of all positions are kept where they are
+    dh is made in the forward pass, while the logits are there; each position's then gets its factor in the backward
+    pass. For dw the p of all positions are kept where they are
     within `KEPT_BYTES`; elsewhere each slice of the vocabulary is computed again: p_s = exp(h w_s^T - lse), whatever
     has become of the other rows of w in the meantime.
 
@@ -54,7 +55,7 @@ class _LeanCrossEntropy(Function):
         is_kept = ctx.needs_input_grad[1] and len(h) * row_bytes <= KEPT_BYTES
         fitting = LOGIT_BYTES // row_bytes
         n = len(h) if is_kept else max(1, fitting // TILE * TILE or fitting)
-        total, lse, dh = h.new_zeros((), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
+        losses, lse, dh = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide), torch.empty_like(h)
         buffer = h.new_empty(min(n, len(h)) * len(weight))
         for start in range(0, len(h), n):
             rows = slice(start, start + n)
@@ -64,7 +65,7 @@ class _LeanCrossEntropy(Function):
                 sums.append(train_ops.logsumexp(_block(z, part, weight)))
             del w  # its buffer; the next pass has its own
             lse[rows] = torch.stack(sums).logsumexp(0)
-            total += (lse[rows] - z[_label_indices(labels[rows], weight)]).sum()
+            losses[rows] = lse[rows] - z[_label_indices(labels[rows], weight)]
             if ctx.needs_input_grad[0]:
                 dh_wide = h.new_zeros(h[rows].shape, dtype=wide)
                 for part, w in _slices(weight, h.dtype):
@@ -75,12 +76,13 @@ class _LeanCrossEntropy(Function):
                 dh[rows] = dh_wide / P_SCALE
         ctx.save_for_backward(h, labels, lse, dh, buffer if is_kept else None)
         ctx.weight, ctx.move = weight, move
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, labels, lse, dh, p = ctx.saved_tensors
+        grad = grad[:, None]
         if ctx.needs_input_grad[1]:
             scaled = (h * (grad / P_SCALE)).to(h.dtype)
             for part, w in _slices(ctx.weight.detach(), h.dtype):

@@ -24,6 +24,7 @@ from llama.lora import LoRAConfig
 AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = ("constant", "linear", "cosine")
 NORMALIZATIONS = ("tokens", "microbatch")
+OBJECTIVES = ("answers", "dpo")
 PRESETS: dict[str, dict[str, Any]] = {
     "course": {},  # the defaults
     "learn": {
@@ -56,6 +57,13 @@ MAY_CHANGE += PLACES
 class Settings(cli.Options):
     """What one optimizer step depends on. Raises InputError naming the field where a value is impossible."""
 
+    objective: str = option(
+        "answers",
+        "answers: each token of the answers is learned; dpo: of two answers, which one is preferred (direct preference "
+        "optimization)",
+        choices=OBJECTIVES,
+    )
+    beta: float = option(0.1, "of dpo: how strongly the model is held to where it started", above=0)
     optimizer: str = option("sgd", "sgd or adamw", choices=("sgd", "adamw"))
     lr: float = option(1e-5, "peak learning rate", least=0)
     momentum: float = option(0.0, "of sgd, below 1", least=0)
@@ -65,8 +73,8 @@ class Settings(cli.Options):
     clip_norm: float | None = option(None, "largest allowed L2 norm of the whole gradient; default: no limit", above=0)
     loss_normalization: str = option(
         "tokens",
-        "tokens weighs all label tokens of a step alike; microbatch averages the mean losses of its batches, as the "
-        "course does: a token of a short answer weighs more",
+        "tokens weighs all label tokens of a step alike, dpo all its pairs; microbatch averages the mean losses of its "
+        "batches, as the course does: a token of a short answer weighs more",
         choices=NORMALIZATIONS,
     )
     amp: str = option("none", "autocast: none, fp16 (with loss scaling) or bf16", choices=AMP)
@@ -82,6 +90,8 @@ class Settings(cli.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.objective != "dpo" and self.beta != 0.1:
+            raise InputError(f"beta={self.beta} is of objective=dpo; leave it out")
         if self.qat is not None and self.lean:
             raise InputError(
                 f"qat={self.qat} with lean=True: lean parts compute with unrounded weights; use lean=False"
@@ -111,9 +121,9 @@ class TrainingOptions(Settings):
     tokenizer_path: str | None = option(None, cli.TOKENIZER_PATH)
     data: str | None = option(
         None,
-        "Alpaca records, chats, prompts with completions or texts, in JSON, JSON lines or CSV; or plain text; default: "
-        "data/alpaca_200.json, and for the embedded model records of the small world that it knows, "
-        "data/tiny/alpaca_200.json",
+        "Alpaca records, chats, prompts with completions or texts, in JSON, JSON lines or CSV; or plain text; for dpo, "
+        "prompts with a chosen and a rejected answer; default: data/alpaca_200.json, for dpo data/pairs_200.json, and "
+        "for the embedded model those of the small world that it knows, in data/tiny",
     )
     eval_data: str | None = option(
         None,
@@ -199,6 +209,8 @@ class TrainingOptions(Settings):
             raise InputError(f"qat_start={self.qat_start} is where qat=4 or 8 starts; leave it out, or say which")
         if self.lean and not self.lora:
             require_plain_sgd(self)
+        if self.of_pairs and self.packing:
+            raise InputError("packing=True with objective=dpo: a pair is a sequence already; use batch_size")
         if self.checkpoint_budget_gb is not None and self.checkpointing != "none":
             raise InputError(
                 f"checkpoint_budget_gb={self.checkpoint_budget_gb} chooses the layers; leave out "
@@ -223,6 +235,11 @@ class TrainingOptions(Settings):
     @property
     def lora_config(self) -> LoRAConfig:
         return LoRAConfig(self.r, self.alpha, self.dropout, tuple(self.targets.split(",")))
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether the data are pairs of answers."""
+        return self.objective == "dpo"
 
     @property
     def root(self) -> Path:

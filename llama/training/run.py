@@ -31,7 +31,7 @@ from llama import device as devices
 from llama.errors import EnvironmentFailure, InputError, NonFinite, Stopped
 from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.quantization import Quantization
-from llama.training import batch, memory, qat, several, snapshot, verdict
+from llama.training import batch, dpo, memory, qat, several, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
 from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
 
@@ -139,13 +139,13 @@ class Figures:
 class Data:
     """What a run trains on, and what it is measured by.
 
-    sequences: of one sample each, or of several where they are packed. questions: ids of the prompt, by instruction; of
-    the first held-out samples, the prompts are asked, too. sha256: of the file; eval_sha256: of that of the held-out
-    samples, where they have one of their own. summary: for people.
+    sequences, held_out: of one sample each; of several where they are packed; of a pair's chosen and rejected sample.
+    questions: ids of the prompt, by instruction; of the first held-out samples, the prompts are asked, too. sha256: of
+    the file; eval_sha256: of that of the held-out samples, where they have one of their own. summary: for people.
     """
 
     sequences: Sequence[Sequence[batch.Sample]]
-    held_out: Sequence[batch.Sample]
+    held_out: Sequence[Sequence[batch.Sample]]
     questions: dict[str, list[int]]
     sha256: str
     summary: str
@@ -207,13 +207,19 @@ class Run:
         self.per_epoch = order.steps_per_epoch(len(data.sequences), options.batch_size * options.accumulation)
         self.total = min(self.per_epoch * options.epochs, options.max_steps or math.inf)
         self.eval_every = options.eval_every or max(1, self.total // 4)
-        self.trainer = Trainer(self.model, options, self.total)
+        self.trainer = self._make_trainer()
         max_seq_len = options.max_seq_len + verdict.ANSWER_LEN
         self.llama = Llama(self.model, tokenizer, max_seq_len=max_seq_len, decoding="eager")
-        asked = [(sample.tokens, sample.answers[0]) for sample in data.held_out]
+        asked = [(sequence[0].tokens, sequence[0].answers[0]) for sequence in data.held_out]
         asked = [(tokens, answer) for tokens, answer in asked if answer.start > 1][:MAX_ASKED]  # texts ask nothing
         self.prompts = [*data.questions.values(), *(list(tokens[: answer.start]) for tokens, answer in asked)]
         self.references = [tokenizer.decode(tokens[answer.start : answer.stop - 1]).strip() for tokens, answer in asked]
+
+    def _make_trainer(self) -> Trainer:
+        settings = self.model, self.options, self.total
+        if not self.options.of_pairs:
+            return Trainer(*settings)
+        return dpo.PreferenceTrainer(*settings, [sample.name for pair in self.data.sequences for sample in pair])
 
     def _take_over(self, adapter: str, args: checkpoint.ModelArgs) -> None:
         """Make rank, alpha and targets of the adapter to go on from those of this run; dropout is the run's own."""
@@ -254,6 +260,9 @@ class Run:
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         how = "weights in shares" if options.shard else "copies of the weights"
         together = f", over {self.me.size} processes, {how}" if self.me.size > 1 else ""
+        averaged = options.loss_normalization
+        if options.of_pairs:
+            averaged = f"{averaged.replace('tokens', 'pairs')}, of dpo with beta {options.beta:g}"
         alone = " of one process alone" if self.me.size > 1 and options.shard else ""
         context = self.model.args.trained_context
         longest = max(len(sample.tokens) for sequence in self.data.sequences for sample in sequence)
@@ -266,7 +275,7 @@ class Run:
                 f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' * options.lean}",
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {options.optimizer}, lr {options.lr:g} {options.schedule}, "
-                f"warm-up {options.warmup_steps}, loss averaged over {options.loss_normalization}",
+                f"warm-up {options.warmup_steps}, loss averaged over {averaged}",
                 f"memory     {self.expected.peak / devices.MB:,.0f} MB expected at the peak of a step{alone}: {held}",
                 f"data       {self.data.summary}",
                 f"steps      {self.total} of {options.accumulation} x {options.batch_size} sequences{together}; "
@@ -289,7 +298,10 @@ class Run:
         self.log.start()
         torch.manual_seed(self.options.seed)
         self.movement = Movement(self.trainer.weights)
+        self.before = None
         self.before = self.evaluate()
+        if self.options.of_pairs:
+            dpo.begin(self.trainer, _one_by_one(self.data.sequences))
         self.answers_before = verdict.answer(self.llama, self.prompts)
         self.save()
 
@@ -336,7 +348,7 @@ class Run:
         self.trainer.restore(saved)
         self.movement = Movement(self.trainer.weights)
         self.movement.start = {name: tensor.to(self.device) for name, tensor in saved.tensors["start"].items()}
-        self.before = Evaluation(**saved.state["before"])
+        self.before = (dpo.Preferences if self.options.of_pairs else Evaluation)(**saved.state["before"])
         self.answers_before = saved.state["answers_before"]
         done = self.trainer.progress.windows
         self.figures = Figures(**saved.state.get("figures", {"steps_before": done}))  # older snapshots have none
@@ -409,6 +421,7 @@ class Run:
             "label_tokens": report.label_tokens,
             "skipped": report.skipped,
             "samples": names,
+            **report.figures,
         }
         self.log.append(line)
         first = progress.steps == 1 and not report.skipped
@@ -431,9 +444,12 @@ class Run:
         for question, answer in zip(self.data.questions, answers, strict=True):
             bar.write(f"step {step}: {question} -> {' '.join(answer['text'].split())}")
 
-    def evaluate(self) -> Evaluation:
-        """The loss of the held-out samples, each by itself."""
-        return evaluate(self.trainer, [batch.collate([[sample]]) for sample in self.data.held_out])
+    def evaluate(self) -> Evaluation | dpo.Preferences:
+        """The loss of the held-out samples or pairs, each by itself."""
+        held_out = _one_by_one(self.data.held_out)
+        if self.options.of_pairs:
+            return dpo.evaluate(self.trainer, held_out, self.before)
+        return evaluate(self.trainer, held_out)
 
     # The end
 
@@ -441,15 +457,19 @@ class Run:
         """Compare before and after, say whether it learned, and write what the run was for; return its summary."""
         options, figures, progress = self.options, self.figures, self.trainer.progress
         after, answers = self.evaluate(), verdict.answer(self.llama, self.prompts)
+        has_enough = options.of_pairs and len(after.counts) >= LEAST_PIECES
+        preferences = dpo.figures(self.before, after, options.beta) if has_enough else {}
         print(verdict.compared(list(self.data.questions), self.references, self.answers_before, answers))
         lines = verdict.verdict(options, self.model.args.vocab_size, self.before, after, self.movement.share())
+        if preferences:
+            lines += dpo.describe(preferences, len(after.counts))
         if progress.skipped:
             lines.append(f"{progress.skipped} of {self.total} steps overflowed in fp16 and were skipped.")
         peak = "is not measurable here" if figures.peak_mb is None else f"{figures.peak_mb:,.0f} MB"
         lines.append(f"Peak memory of a step {peak}; {self.expected.peak / devices.MB:,.0f} MB were expected.")
         if figures.steps_before:
             lines.append(f"Time and memory of the first {figures.steps_before} steps are not known: no row is kept.")
-        summary = self._summary(after, answers)
+        summary = self._summary(after, answers) | preferences
         print("\n".join([*lines, *self.export()]))
         return summary
 
@@ -521,6 +541,10 @@ class Run:
         with torch.no_grad():
             for name, weight in trained.items():
                 self.model.get_parameter(name).copy_(weight)
+
+
+def _one_by_one(sequences: Sequence[Sequence[batch.Sample]]) -> list[batch.Batch]:
+    return [batch.collate([sequence]) for sequence in sequences]
 
 
 def require_shareable(options: TrainingOptions) -> None:

@@ -13,14 +13,14 @@ the numbers are those of one process, up to the order of sums. One process alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.processes import World
+from llama.processes import ALONE, World, world
 from llama.training.batch import Batch
 
 MESSAGE = 1 << 28  # bytes of gradients that are copied together
@@ -56,6 +56,18 @@ def sum_over_processes(weights: Sequence[Tensor], loss: Tensor | float, is_stopp
         message.append(gradient)
     _add_up(message)
     return told[0], bool(told[1])
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def dividing(weights: Iterable[Tensor]) -> World:
+    """Who this process is among those that can divide forward passes; alone where each has a share of the weights."""
+    return ALONE if not dist.is_initialized() or any(map(is_share, weights)) else world()
 
 
 def _add_up(parts: list[Tensor]) -> None:

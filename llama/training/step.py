@@ -31,8 +31,8 @@ from llama.surgery import take_over
 from llama.training import several
 from llama.training.batch import Batch
 from llama.training.lean import SGDInBackward, make_lean
-from llama.training.lean_loss import lean_cross_entropy_sum
-from llama.training.loss import cross_entropy_sum
+from llama.training.lean_loss import lean_cross_entropy
+from llama.training.loss import cross_entropy
 from llama.training.options import AMP, Settings, require_plain_sgd
 from llama.training.snapshot import Snapshot
 
@@ -56,7 +56,7 @@ class Report:
     """What one step did. loss: nats per label token (by the normalization in use); grad_norm: before clipping.
 
     grad_norm is None where SGD happened inside the backward pass: the gradient was never there as a whole. tokens:
-    prompts included, padding not.
+    prompts included, padding not. figures: what else there is to log, by name.
     """
 
     loss: float
@@ -65,6 +65,7 @@ class Report:
     label_tokens: int
     tokens: int
     skipped: bool
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class CheckpointedBlock(TransformerBlock):
@@ -151,13 +152,13 @@ class Trainer:
         It is a turn of the loop in finetuning.py, which is written out there to be read and also logs, saves and stops.
         This is for those who need steps alone: pruning, benchmarks, tests. A test compares the two bit by bit.
         """
-        label_tokens, loss = sum(len(batch.labels) for batch in window), 0.0
+        n_terms, loss = sum(map(self.n_terms, window)), 0.0
         lr = self.begin(window)
         for number, batch in enumerate(window):
             self.seed_dropout(number)
             per_token = self.settings.loss_normalization == "tokens"
             with self.autocast():
-                part = self.loss_sum(batch) / (label_tokens if per_token else len(batch.labels) * len(window))
+                part = self.loss_sum(batch) / (n_terms if per_token else self.n_terms(batch) * len(window))
             if not self.keeps_gradients:
                 self.require_finite(window, part)
             self.scaler.scale(part).backward()
@@ -197,22 +198,26 @@ class Trainer:
         amp = AMP[self.settings.amp]
         return torch.autocast(self.device.type, amp, enabled=amp is not None)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Summed cross entropy of a batch in nats."""
-        return self.loss_sums(batch, batch.labels)[0]
+    def n_terms(self, batch: Batch) -> int:
+        """What the loss of a batch is a sum over: its label tokens."""
+        return len(batch.labels)
 
-    def loss_sums(self, batch: Batch, *labellings: Tensor) -> list[Tensor]:
-        """The same for several choices of labels [N], from one pass through the network."""
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Summed loss of a batch: cross entropy in nats."""
+        return self.losses(batch, batch.labels)[0].sum()
+
+    def losses(self, batch: Batch, *labellings: Tensor) -> list[Tensor]:
+        """Cross entropy of each label [N] for several choices of labels [N], from one pass through the network."""
         batch = batch.to(self.device)
         h = self.model.hidden(batch.tokens, batch.pos).flatten(0, 1)[batch.where]
-        return [self._cross_entropy_sum(h, labels.to(self.device)) for labels in labellings]
+        return [self._cross_entropy(h, labels.to(self.device)) for labels in labellings]
 
-    def _cross_entropy_sum(self, h: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, h: Tensor, labels: Tensor) -> Tensor:
         head = self.model.tok_embeddings if self.model.output is None else self.model.output
         if not self.settings.lean or not head.weight.is_floating_point():  # codes have no slices to multiply
-            return cross_entropy_sum(self.model.logits, h, labels)
+            return cross_entropy(self.model.logits, h, labels)
         move = None if self.keeps_gradients else self.optimizer.move_product
-        return lean_cross_entropy_sum(h, head.weight, labels, move)
+        return lean_cross_entropy(h, head.weight, labels, move)
 
     def back_propagate(self, batch: Batch, share: float = 1) -> Tensor:
         """Forward and backward pass of loss_sum / share, to be measured: nothing is checked, so tensors may be fake."""
@@ -398,9 +403,9 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> Evaluation:
     for batch in batches:
         itself = batch.tokens.flatten()[batch.where]
         with trainer.autocast():
-            loss, copied = trainer.loss_sums(batch, batch.labels, itself)
-        result.sums.append(loss.item())
-        result.copied.append(copied.item())
+            losses, copied = trainer.losses(batch, batch.labels, itself)
+        result.sums.append(losses.sum().item())
+        result.copied.append(copied.sum().item())
         result.counts.append(len(batch.labels))
     return result
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama import Llama, cli
-from llama.evaluation.intervals import LEAST_PIECES, confidence
+from llama.evaluation.intervals import LEAST_PIECES, LossSums, confidence
 from llama.training.options import TrainingOptions
 from llama.training.step import Evaluation
 
@@ -43,10 +43,8 @@ def compared(questions: Sequence[str], references: Sequence[str], before: list[A
     return "\n".join(lines)
 
 
-def verdict(
-    options: TrainingOptions, vocab_size: int, before: Evaluation, after: Evaluation, moved: float
-) -> list[str]:
-    """Whether it learned. moved: share of the trained values that changed."""
+def verdict(options: TrainingOptions, vocab_size: int, before: LossSums, after: LossSums, moved: float) -> list[str]:
+    """Whether it learned. before, after: of samples, or of pairs. moved: share of the trained values that changed."""
     lines = [f"{moved:.1%} of the trained values (sampled) are no longer what they were."]
     if not before.counts:
         return [*lines, "No records were held out (held_out=0), so nothing can be said about learning."]
@@ -57,7 +55,8 @@ def verdict(
             "The weights do not fit the tokenizer, or the labels are wrong."
         )
     # Random weights may start that way; what matters is what training has made better.
-    if after.copy_loss < after.loss and before.copy_loss - after.copy_loss > before.loss - after.loss + 0.1:
+    is_copying = isinstance(after, Evaluation) and after.copy_loss < after.loss
+    if is_copying and before.copy_loss - after.copy_loss > before.loss - after.loss + 0.1:
         lines.append(
             f"ALARM: the model is better at repeating the token that it was given (loss {after.copy_loss:.2f}) than at "
             f"the next one ({after.loss:.2f}): it was trained on labels that are not shifted."

@@ -181,7 +181,7 @@ def test_loss(monkeypatch, held, kept, is_trained):
         start = (part.data_ptr() - weight.data_ptr()) // (64 * 8)
         moved[start : start + len(part)] += a.t() @ b
 
-    found = lean_loss.lean_cross_entropy_sum(h, weight, labels, move)
+    found = lean_loss.lean_cross_entropy(h, weight, labels, move).sum()
     (found / 7).backward()
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(h.grad, wanted["h"], rtol=1e-9, atol=1e-12)
@@ -192,7 +192,7 @@ def test_loss(monkeypatch, held, kept, is_trained):
 def test_loss_survives_confident_and_hopeless_logits():
     h = torch.tensor([[200.0], [-200.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]])
-    found = lean_loss.lean_cross_entropy_sum(h, weight, torch.tensor([0, 0]))
+    found = lean_loss.lean_cross_entropy(h, weight, torch.tensor([0, 0])).sum()
     found.backward()
     assert found.item() == 400.0 and h.grad.isfinite().all()
 

@@ -275,8 +275,8 @@ MUTATIONS = {
     "a tail takes the full count": (
         finetuning,
         "train",
-        "cross_entropy / label",
-        "cross_entropy / max(60, label_tokens) # ",
+        "loss_sum / n_terms",
+        "loss_sum / max(60, n_terms)",
     ),
 }
 
