@@ -13,17 +13,22 @@ import early  # noqa: F401 (first of all: a start that fails ends in one line)
 import importlib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
-from data.tiny import directory_of, name_of
-from llama import Llama, adapters, checkpoint, cli, memory
+from data.tiny import EMBEDDED, directory_of, name_of
+from llama import Llama, Transformer, checkpoint, cli, memory
 from llama import device as devices
+from llama.checkpoint import fingerprint
 from llama.cli import option
 from llama.decoding import CACHES
+from llama.device import dtype_name
 from llama.errors import EnvironmentFailure, InputError
+from llama.quantization import quantization_of
 from llama.tokenizer import find_tokenizer
 from serving.api import Api
 from serving.engine import Engine
+from serving.room import Room, with_adapter
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ def main(options: Options) -> None:
         raise InputError("api_key must have visible ASCII characters")
     listening = web.listen(options.host, options.port)
     pages = packaged("serving.page")
-    llama = load(options)
-    name = name_of(directory_of(options.ckpt_dir))
+    directory = directory_of(options.ckpt_dir)
+    base, adapted = load(options)
+    most, name = min(options.max_gen_len, options.max_seq_len - 1), name_of(directory)
     engine = Engine(options.streams, options.waiting)
-    api = Api(llama, engine, name, min(options.max_gen_len, options.max_seq_len - 1), options.api_key, log)
-    page = pages.application(pages.page(name), options.api_key)
+    room = Room(base, engine, adapted, small_draft(directory, base))
+    api = Api(room.llama, engine, name, most, options.api_key, log)
+    page = pages.application(pages.page(room, describe(name, base), most, log), options.api_key)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = web.server(web.Site(api, page, web.is_loopback(options.host)))
@@ -79,8 +86,8 @@ def packaged(name: str) -> ModuleType:
         raise EnvironmentFailure(f"the package {error.name} is not installed; {remedy}") from None
 
 
-def load(options: Options) -> Llama:
-    """The model. Raises EnvironmentFailure where the machine lacks the memory for it and all streams."""
+def load(options: Options) -> tuple[Llama, Llama | None]:
+    """The model, and the same with the adapter. Raises EnvironmentFailure where there is no memory for all streams."""
     directory = directory_of(options.ckpt_dir)
     source = checkpoint.open_source(directory)
     device, dtype = devices.resolve(options.device, options.dtype)
@@ -90,11 +97,24 @@ def load(options: Options) -> Llama:
     settings = {name: getattr(options, name) for name in names}
     tokenizer = find_tokenizer(directory, options.tokenizer_path)
     llama = Llama.build(source, tokenizer, max_batch_size=1, progress=True, **settings)
-    if options.adapter is not None:
-        base = None if options.any_base else partial(checkpoint.fingerprint, source)
-        adapters.load(llama.model, options.adapter, base)
-        llama.model.eval()
-    return llama
+    if options.adapter is None:
+        return llama, None
+    return llama, with_adapter(llama, options.adapter, None if options.any_base else partial(fingerprint, source))
+
+
+def small_draft(directory: Path, base: Llama) -> Transformer | None:
+    """The draft model that ships with the embedded one."""
+    if directory.resolve() != EMBEDDED.resolve():
+        return None
+    return checkpoint.load(EMBEDDED / "draft", base.model.dtype, base.device)
+
+
+def describe(name: str, llama: Llama) -> str:
+    """The model in a line."""
+    config = quantization_of(llama.model)
+    weights = dtype_name(llama.model.dtype) + (f" over {config.name} weights" if config is not None else "")
+    n = llama.model.args.n_params()
+    return f"{name}: {n:,} parameters, {weights}, {devices.device_name(llama.device)}, {llama.decoder.name} decoding"
 
 
 def log(line: str) -> None:

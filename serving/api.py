@@ -146,7 +146,7 @@ class Api:
             raise Refused(415, "the body must be application/json")  # which no page of another site can send
         if header(scope, "content-encoding").lower() not in ("", "identity"):
             raise Refused(415, "compressed bodies are not supported")
-        body = await _body(receive, header(scope, "content-length"))
+        body = await body_of(receive, header(scope, "content-length"))
         ask = await asyncio.to_thread(read, json_of(body), FORMS[path], self.model, self.llama, self.most_tokens)
         work = pieces(self.llama, ask.ids, top=ask.top, **ask.settings)
         with self.engine.run(work) as job, _ended_by_leaving(job, receive):
@@ -242,7 +242,7 @@ class _Form:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-async def _body(receive: Receive, length: str) -> bytes:
+async def body_of(receive: Receive, length: str) -> bytes:
     """A request's body. Raises Refused for one that is too large, too slow or cut off."""
     body, n = bytearray(), 0
     is_over = length.isdecimal() and int(length[:20]) > MOST_DISCARDED  # not worth to read

@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama.errors import InputError
-from serving.api import MOST_BYTES, Api, Receive, Reply, Scope, Send, header
+from serving.api import Api, Receive, Reply, Scope, Send, body_of, header
 from serving.fields import Refused
 
 ARRIVAL_SECONDS = 15.0  # from a request's first byte, or the connection, to its last
@@ -49,27 +49,34 @@ class Site:
             return await self.page(scope, receive, send)
         is_api = scope["path"] == "/v1" or scope["path"].startswith("/v1/")
         try:
-            self._check(scope, is_api)
+            self._check(scope)
+            if not is_api and scope["method"] not in ("GET", "HEAD"):
+                receive = _replayed(await body_of(receive, header(scope, "content-length")), receive)
         except Refused as error:
             path = scope["raw_path"][:80].decode("ascii", "replace")
             self.api.log(f"{scope['client'][0]} {scope['method'][:10]} {path} {error.status} {error}")
             return await Reply(send).json(error.status, error.content)
         await (self.api(scope, receive, send) if is_api else self.page(scope, receive, _with_policy(send)))
 
-    def _check(self, scope: Scope, is_api: bool) -> None:
+    def _check(self, scope: Scope) -> None:
         """Raises Refused."""
         host, origin = header(scope, "host"), header(scope, "origin")
         if self.is_local and re.sub(r":\d+$", "", host).lower() not in LOCAL:
             raise Refused(403, f"the host {host[:60]!r} is not this machine's; use 127.0.0.1")
         if origin and origin.partition("://")[2].lower() != host.lower():
             raise Refused(403, f"pages of {origin[:60]!r} may not use this server")
-        if is_api:
-            return  # counts what it reads
         if scope["path"].startswith(NOT_SERVED):
             raise Refused(404, "files are not taken or given here")
-        length = header(scope, "content-length")
-        if scope["method"] not in ("GET", "HEAD") and (not length.isdecimal() or int(length[:20]) > MOST_BYTES):
-            raise Refused(413, f"a body needs a content-length, of at most {MOST_BYTES:,} bytes")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that has been read, for whoever reads it next."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> dict[str, Any]:
+        return parts.pop() if parts else await receive()
+
+    return receive_again
 
 
 def _with_policy(send: Send) -> Send:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -49,3 +51,27 @@ def wait_until(is_true, seconds: float = 5.0) -> None:
     while not is_true():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.01)
+
+
+def ask(site, method="POST", path="/v1/completions", body=None, read=True, **headers) -> tuple[int, dict, dict]:
+    """Status, headers and content of a request as it is written here: bytes of a body as they are, else as JSON."""
+    body = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    lines = {"Host": f"127.0.0.1:{site.port}", "Content-Type": "application/json", "Content-Length": str(len(body))}
+    lines |= {name.replace("_", "-").title(): value for name, value in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value is not None)
+    return raw(site, f"{method} {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode() + body)
+
+
+def raw(site, data: bytes) -> tuple[int, dict, dict]:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection:
+        connection.sendall(data)
+        answer = connection.makefile("rb").read()
+    head, _, content = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    if "chunked" in headers.get("transfer-encoding", ""):
+        content = b"".join(part.partition(b"\r\n")[2] for part in content.split(b"\r\n0\r\n\r\n"))
+    try:
+        return int(status.split()[1]), headers, json.loads(content)
+    except ValueError:
+        return int(status.split()[1]), headers, {"text": content.decode("latin-1")}

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from conftest import ROOT
-from server import serve, wait_until
+from server import ask, raw, serve, wait_until
 
 from serving import api
 from serving.engine import Engine
@@ -37,30 +37,6 @@ def site(tiny):
 def client(site):
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key="any", max_retries=0) as found:
         yield found
-
-
-def ask(site, method="POST", path="/v1/completions", body=None, read=True, **headers) -> tuple[int, dict, dict]:
-    """Status, headers and content of a request as it is written here: bytes of a body as they are, else as JSON."""
-    body = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    lines = {"Host": f"127.0.0.1:{site.port}", "Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines |= {name.replace("_", "-").title(): value for name, value in headers.items()}
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value is not None)
-    return raw(site, f"{method} {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode() + body)
-
-
-def raw(site, data: bytes) -> tuple[int, dict, dict]:
-    with socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection:
-        connection.sendall(data)
-        answer = connection.makefile("rb").read()
-    head, _, content = answer.partition(b"\r\n\r\n")
-    status, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-    if "chunked" in headers.get("transfer-encoding", ""):
-        content = b"".join(part.partition(b"\r\n")[2] for part in content.split(b"\r\n0\r\n\r\n"))
-    try:
-        return int(status.split()[1]), headers, json.loads(content)
-    except ValueError:
-        return int(status.split()[1]), headers, {"text": content.decode("latin-1")}
 
 
 def test_completion(client, tiny):
