@@ -374,12 +374,15 @@ class ConvertOptions(cli.Options):
         "of the weights: f32, f16, bf16, or for gguf q8_0; default: as stored, bf16 for a quantized GGUF file",
         choices=tuple(CONVERTED),
     )
+    shards: int = option(1, "files of the weights, for meta: one for each of so many parallel processes", least=1)
     out_dir: str | None = option(
         None, "directory, for gguf the file's name, ending in .gguf; must be new; default: runs/converted"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shards > 1 and self.to != "meta":
+            raise InputError(f"--shards={self.shards}: needs --to=meta; {self.to} does not have them")
         if self.type == "q8_0" and self.to != "gguf":
             raise InputError(f"--type=q8_0: needs --to=gguf; {self.to} has f32, f16 and bf16")
         if self.out_dir is not None:
@@ -403,9 +406,8 @@ def convert(options: ConvertOptions) -> None:
             gguf_files.convert(source, scratch, tokenizer, options.type)
     else:
         files.require_new(target)
-        checkpoint.save(
-            checkpoint.load(source, CONVERTED.get(options.type), progress=True), target, options.to, tokenizer
-        )
+        model = checkpoint.load(source, CONVERTED.get(options.type), progress=True)
+        checkpoint.save(model, target, options.to, tokenizer, options.shards)
     size = sum(path.stat().st_size for path in (target, *target.rglob("*")) if path.is_file())
     print(f"{shown(directory)}: {source.args.n_params():,} parameters, {size / devices.MB:,.2f} MB now, in {target}")
 

@@ -92,7 +92,7 @@ def record(
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "seed": seed,
         "command": _command(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -175,7 +175,7 @@ def _command() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else [name]), *flags])
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checked-out commit, marked where files other than rows differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:

@@ -97,7 +97,12 @@ def part_of(args: ModelArgs, size: int) -> ModelArgs:
 
 def shard(name: str, whole: Tensor, me: World) -> Tensor:
     """This process's part of the weight of that name, or of its scales or offsets."""
-    return _cut(whole, SPLIT.get(name.split(".")[-2]), me)
+    return _cut(whole, axis_of(name), me)
+
+
+def axis_of(name: str) -> int | None:
+    """The dimension along which the weight of that name is cut; None where every process has it whole."""
+    return SPLIT.get(name.split(".")[-2])
 
 
 def _cut(whole: Tensor, axis: int | None, me: World) -> Tensor:

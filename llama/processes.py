@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,6 +95,20 @@ def require_same(what: str, value: bytes) -> None:
         _store.set(key, digest)
     elif _store.get(key) != digest:
         raise InputError(f"process {me.rank} of {me.size} has other {what} than process 0; give all of them the same")
+
+
+def from_first(value: str | None) -> str:
+    """What the first process gives here, in all of them."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def to_first(value: Any) -> list[Any]:
+    """What each process gives here, in the first; in others an empty list."""
+    told = [None] * world().size if world().is_first else None
+    dist.gather_object(value, told, dst=0)
+    return told or []
 
 
 def wait() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import several
 import torch
 from conftest import ROOT, TINY
 
@@ -26,6 +28,15 @@ UNEQUAL = re.compile(r"\[\d+ tokens.*|\[draft.*|embedded model.*|memory.*|  (tim
 def start(n: int, script: str | Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, *TORCHRUN, f"--nproc_per_node={n}", str(script), *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_on_two_hosts(script: str, *flags: str) -> list[subprocess.Popen]:
+    """Two torchruns that meet over the loopback, as in docs/devices.md."""
+    port = several.environments(1)[0]["MASTER_PORT"]
+    meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    each = [[sys.executable, "-m", "torch.distributed.run", f"--node_rank={i}", *meeting, script] for i in (0, 1)]
+    return [subprocess.Popen([*command, *flags], cwd=ROOT, **pipes) for command in each]
 
 
 def errors(process: subprocess.Popen, limit: float = 240) -> list[str]:
@@ -54,6 +65,42 @@ def test_several_processes_write_what_one_writes(flags):
     alone = subprocess.run([sys.executable, "inference.py", *flags], cwd=ROOT, capture_output=True, text=True).stdout
     texts, expected = ([x for x in o.splitlines() if not UNEQUAL.fullmatch(x)] for o in (out, alone))
     assert texts == expected and any(line.startswith("> ") or "] > " in line for line in texts)
+
+
+def test_two_hosts_write_what_one_process_writes(tmp_path):
+    flags = ("--max_gen_len=24", "--dtype=float32", "--device=cpu", "--prompt=Once upon a time")
+    hosts = start_on_two_hosts("inference.py", *flags)
+    (out, _), (nothing, _) = (host.communicate(timeout=240) for host in hosts)
+    assert [host.returncode for host in hosts] == [0, 0] and nothing == "" and "float32 in 2 processes" in out
+    alone = subprocess.run([sys.executable, "inference.py", *flags], cwd=ROOT, capture_output=True, text=True).stdout
+    texts, expected = ([x for x in o.splitlines() if not UNEQUAL.fullmatch(x)] for o in (out, alone))
+    assert texts == expected and any(line.startswith("> ") for line in texts)
+
+
+def test_two_hosts_train_what_one_process_trains(tmp_path):
+    flags = ("--max_steps=3", "--accumulation=3", "--held_out=2", "--export=none", "--lr=0.01", "--device=cpu")
+    hosts = start_on_two_hosts("finetuning.py", f"--out_dir={tmp_path / 'two'}", "--shard", *flags)
+    texts = [host.communicate(timeout=240) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], texts
+    command = [sys.executable, "finetuning.py", f"--out_dir={tmp_path / 'one'}", *flags]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "loss.jsonl").open() if '"loss"' in line]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_host_is_lost_the_other_ends(rank):
+    flags = ("--stream", "--device=cpu", "--max_gen_len=4000", "--prompt=Once")
+    hosts = start_on_two_hosts("inference.py", *flags)
+    assert any(line.startswith("> Once") for line in hosts[0].stdout)
+    end_all(hosts[rank])
+    since = time.monotonic()
+    said = errors(hosts[1 - rank], 90)
+    assert time.monotonic() - since < 60 and len(said) == 1
+    hosts[rank].communicate()
 
 
 def test_bfloat16_takes_the_eager_step():

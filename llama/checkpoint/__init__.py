@@ -72,10 +72,9 @@ def load(
         total=len(names), desc="loading weights", unit="tensor", disable=None if progress else True, leave=False
     ) as bar:
         for block in by_block(names):
-            with source.open() as read:
+            with source.open_part(me) as read:
                 for name in block:
-                    stored = parallel.shard(name, read(name), me)
-                    _assign(model, name, _convert(stored, source, name, dtype, device))
+                    _assign(model, name, _convert(read(name), source, name, dtype, device))
                     bar.update()
     _check_codes(model, source, dtype)
     stored = {weight.dtype for name, weight in model.named_parameters() if name not in source.codes}
@@ -103,20 +102,25 @@ def save(
     directory: str | Path,
     layout: Literal["meta", "hf", "gguf"] = "meta",
     tokenizer_path: Path | None = None,
+    shards: int = 1,
 ) -> None:
     """Write a model as a new checkpoint directory in Meta's or Hugging Face's ("hf") layout, with its tokenizer if any.
 
-    "gguf" is a file, which gets the name `directory`. A quantized model is written in the layout of quantized.py. What
-    is written appears under its name only when complete. Raises InputError where there is something already or a
-    quantized model should get a foreign layout, EnvironmentFailure where it cannot be written.
+    "gguf" is a file, which gets the name `directory`. Meta's has a file for each of `shards` parallel processes. A
+    quantized model is written in the layout of quantized.py. What is written appears under its name only when complete.
+    Raises InputError where there is something already or a quantized model should get a foreign layout or shards,
+    EnvironmentFailure where it cannot be written.
     """
     chosen = LAYOUTS[layout]
     if quantization.quantization_of(model) is not None:
         if layout != "meta":
             raise InputError(f"a quantized model cannot be written as {layout}; write that of the original")
         chosen = LAYOUTS["quantized"]
+    if shards > 1 and chosen is not LAYOUTS["meta"]:
+        raise InputError(f"shards={shards}: only weights in Meta's layout are written in several")
+    more = () if shards == 1 else (shards,)
     with (files.new_directory if chosen.weights else files.new_file)(directory) as scratch:
-        chosen.write(model, scratch, tokenizer_path)
+        chosen.write(model, scratch, tokenizer_path, *more)
 
 
 def fingerprint(ckpt_dir: str | Path | Source) -> str:

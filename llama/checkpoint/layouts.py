@@ -11,7 +11,6 @@ from llama.checkpoint import gguf, gguf_files, hf, hf_files, meta, quantized
 from llama.checkpoint.locate import is_gguf, locate, remedy
 from llama.checkpoint.source import Source
 from llama.errors import InputError
-from llama.model import Transformer
 
 
 class Layout(NamedTuple):
@@ -19,7 +18,7 @@ class Layout(NamedTuple):
 
     is_here: Callable[[Path], bool]
     open: Callable[[Path], Source]
-    write: Callable[[Transformer, Path, Path | None], None]  # model, directory, tokenizer file or None
+    write: Callable[..., None]  # model, directory, tokenizer file or None; Meta's: number of shards
     marker: str  # what is_here goes by, for messages
     weights: tuple[str, ...] = ()  # patterns of the names of its files; none: the path is the file
 

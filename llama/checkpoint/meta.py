@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama import files
+from llama import files, parallel
 from llama.checkpoint import tokenizer_files
 from llama.checkpoint.source import EMBEDDING, HEAD, Source, naming, unwrapped
 from llama.config import ModelArgs
 from llama.errors import EnvironmentFailure, InputError
 from llama.model import Transformer
+from llama.processes import World
 
 PARAMS = "params.json"
 WEIGHTS = ("consolidated.*.pth",)
@@ -93,6 +94,21 @@ class MetaSource(Source):
 
         yield read
 
+    @contextmanager
+    def open_part(self, me: World) -> Iterator[Callable[[str], Tensor]]:
+        """Straight from the shard of process `me`, where there is one for each and both are cut alike."""
+        mine = _read_shard(self.paths[me.rank]) if me.size == len(self.paths) else {}
+
+        with super().open_part(me) as cut:
+
+            def read(name: str) -> Tensor:
+                is_mine = mine and parallel.axis_of(name) is not None
+                if is_mine and parallel.axis_of(name) == self._axis(name, tuple(mine[name].shape)):
+                    return mine[name]
+                return cut(name)
+
+            yield read
+
 
 def _shard_paths(directory: Path) -> list[Path]:
     paths = sorted(directory.glob("consolidated.*.pth"))
@@ -147,14 +163,23 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def write(model: Transformer, directory: Path, tokenizer_path: Path | None) -> None:
-    """One shard, with the head under its own name even where it is the table: Meta's code needs the key."""
+def write(model: Transformer, directory: Path, tokenizer_path: Path | None, shards: int = 1) -> None:
+    """One shard for each of so many processes, cut as in Llama 3.
+
+    The head is there under its own name even where it is the table: Meta's code needs the key. Raises InputError where
+    the model has no so many equal parts.
+    """
+    parallel.part_of(model.args, shards)
     state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     if model.args.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]  # torch.save stores shared memory once
     files.write_json(directory / PARAMS, model.args.to_params())
     try:
-        torch.save(state, directory / "consolidated.00.pth")
+        for rank in range(shards):
+            parts = {name: parallel.shard(name, weight, World(rank, shards)) for name, weight in state.items()}
+            if shards > 1:  # a part of a tensor would be stored with all of it
+                parts = {name: part.clone() for name, part in parts.items()}
+            torch.save(parts, directory / f"consolidated.{rank:02d}.pth")
     except RuntimeError as error:  # how torch's writer reports that a write failed
         raise OSError(str(error)) from error
     tokenizer_files.copy(tokenizer_path, directory)

@@ -14,10 +14,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from llama import files, quantization
+from llama import files, parallel, quantization
 from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.model import Transformer
+from llama.processes import World
 from llama.quantization import Quantization
 
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "ffn_dim")  # of a file that is not Meta's
@@ -43,6 +44,12 @@ class Source:
     def open(self) -> AbstractContextManager[Callable[[str], Tensor]]:
         """Map the files for a while; gives a function that reads a tensor. What was read goes when it closes."""
         raise NotImplementedError
+
+    @contextmanager
+    def open_part(self, me: World) -> Iterator[Callable[[str], Tensor]]:
+        """Like `open`; of each matrix, what process `me` of several has."""
+        with self.open() as read:
+            yield lambda name: parallel.shard(name, read(name), me)
 
     def place(self, name: str) -> str:
         """Where a weight is, for messages."""

@@ -365,9 +365,8 @@ class Run:
             "answers_before": self.answers_before,
             "figures": dataclasses.asdict(self.figures),
         }
-        if self.me.is_first:
-            step = self.trainer.progress.windows
-            snapshot.save(self.root / "snapshots", step, content, self.run_id, self.options.keep)
+        step = self.trainer.progress.windows
+        snapshot.save(self.root / "snapshots", step, content, self.run_id, self.options.keep)
         processes.wait()  # for what the first one writes: it is there for all of them, or the run has ended
 
     def save_and_stop(self, stop: StopSignal) -> None:
@@ -534,7 +533,13 @@ class Run:
         """Where each process has a share, give the first one the whole model, in main memory."""
         if not any(map(several.is_share, self.trainer.weights.values())):
             return
-        trained = {name: several.whole(weight.detach()).cpu() for name, weight in self.trainer.weights.items()}
+        trained = {}
+        for name, weight in self.trainer.weights.items():
+            whole = several.whole(weight.detach())  # all of them ask for it, and one keeps it
+            if self.me.is_first:
+                trained[name] = whole.cpu()
+        if not self.me.is_first:
+            return
         self.model = checkpoint.load(self.directory, self.model.dtype, "cpu")
         if self.lora is not None:
             lora.apply(self.model, self.lora, self.options.seed)

@@ -96,6 +96,16 @@ def is_share(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+Groups = dict[str, dict[str, Tensor]]
+
+
+def apart(groups: Groups) -> tuple[Groups, Groups]:
+    """What every process has, and this process's shares: copies in main memory, by group and name."""
+    copies = {group: {n: t.cpu() for n, t in named.items() if not is_share(t)} for group, named in groups.items()}
+    rows = {n: {m: t.to_local().cpu() for m, t in named.items() if is_share(t)} for n, named in groups.items()}
+    return copies, {group: named for group, named in rows.items() if named}
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which every process has a share, put together; all of them must ask for it."""
     return tensor.full_tensor() if is_share(tensor) else tensor

@@ -7,6 +7,10 @@ holds the sha256 of each file and of each tensor. A process killed at any moment
 before it untouched. What does not match its manifest is not a snapshot: `latest` passes over it and says so, `load`
 refuses it and names file and tensor. safetensors alone would load most flipped bits without a word.
 
+Where processes have shares of the weights (several.py), each writes its own, model.0-of-2.safetensors and so on, into
+the same hidden directory; the first writes the rest and the manifest, and renames it when all have written. Any number
+of processes reads them: shares are put together tensor by tensor, as each is asked for.
+
 Left out on purpose: what the tensors mean (step.py, run.py).
 """
 
@@ -17,9 +21,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +33,107 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from llama import files
+from llama import files, processes
 from llama.errors import EnvironmentFailure, InputError
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8})")
+SHARE = re.compile(r"(.+)\.(\d+)-of-(\d+)")  # the stem of a file of shares
 STATE, MANIFEST = "state.json", "MANIFEST.json"
 
 
 @dataclass
 class Snapshot:
-    """What is kept: groups of named tensors, one file each, and what JSON can say."""
+    """What is kept: groups of named tensors, one file each, and what JSON can say.
 
-    tensors: dict[str, dict[str, Tensor]]
+    shares: groups of what this process alone has, its rows of each tensor; of all other things the first process has
+    as much as any.
+    """
+
+    tensors: dict[str, Mapping[str, Tensor]]
     state: dict[str, Any]
+    shares: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class Joined(Mapping[str, Tensor]):
+    """Tensors of which each file holds some rows; one is put together whenever it is asked for."""
+
+    def __init__(self, parts: dict[str, list[Tensor]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.parts[name]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 def save(root: Path, step: int, snapshot: Snapshot, run_id: str, keep: int) -> Path:
     """Write `root`/step-NNNNNNNN, then delete this run's snapshots of later steps and all but the newest `keep`.
 
-    One of a later step is left over where the run was resumed from an earlier one. Raises EnvironmentFailure where it
-    cannot be written; what was there before is then still there.
+    One of a later step is left over where the run was resumed from an earlier one. Of several processes all call it.
+    Raises EnvironmentFailure where it cannot be written; what was there before is then still there.
     """
-    target = root / f"step-{step:08d}"
-    if target.exists() and _is_whole(target, run_id):
+    me, target = processes.world(), root / f"step-{step:08d}"
+    if not me.is_first:
+        if snapshot.shares and (scratch := processes.from_first(None)):
+            processes.to_first(_write_shares(Path(scratch), snapshot.shares))
+        return target
+    is_there = target.exists() and _is_whole(target, run_id)
+    if is_there:
+        if snapshot.shares:
+            processes.from_first("")
         return target
     with files.new_directory(target) as scratch:
-        manifest = {"format": FORMAT, "run_id": run_id, "step": step, "torch": torch.__version__, "files": {}}
-        tensor_hashes: dict[str, dict[str, str]] = {}
+        written = {}
+        if snapshot.shares:
+            processes.from_first(str(scratch.resolve()))
+            for listing in processes.to_first(_write_shares(scratch, snapshot.shares)):
+                written |= listing
         for group, tensors in snapshot.tensors.items():
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            tensor_hashes[f"{group}.safetensors"] = {name: _hash(tensor) for name, tensor in plain.items()}
-            safetensors.torch.save_file(plain, scratch / f"{group}.safetensors")
+            written |= _write(scratch / f"{group}.safetensors", tensors)
         files.write_json(scratch / STATE, snapshot.state)
-        for path in sorted(scratch.iterdir()):
-            manifest["files"][path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": files.sha256(path),
-                "tensors": tensor_hashes.get(path.name, {}),
-            }
-        files.write_json(scratch / MANIFEST, manifest)
+        written |= _entry(scratch / STATE, {})
+        manifest = {"format": FORMAT, "run_id": run_id, "step": step, "torch": torch.__version__}
+        files.write_json(scratch / MANIFEST, manifest | {"files": dict(sorted(written.items()))})
     ours = [path for path in listed(root) if _run_of(path) == run_id]
     place = ours.index(target)
     for path in ours[: max(0, place + 1 - keep)] + ours[place + 1 :]:
         _discard(path)
     return target
+
+
+def _write_shares(directory: Path, shares: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """A file for each group of this process; what the manifest says of them."""
+    me, written = processes.world(), {}
+    if not directory.is_dir():
+        raise InputError(
+            f"process {me.rank} of {me.size} does not see {directory.parent.parent}; choose an out_dir on a disk that "
+            "all hosts share"
+        )
+    try:
+        for group, tensors in shares.items():
+            path = directory / f"{group}.{me.rank}-of-{me.size}.safetensors"
+            written |= _write(path, tensors)
+            files.sync(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise files.cannot_write(directory, error) from error
+    return written
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, path)
+    return _entry(path, {name: _hash(tensor) for name, tensor in plain.items()})
+
+
+def _entry(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path), "tensors": hashes}}
 
 
 def listed(root: Path) -> list[Path]:
@@ -107,8 +167,8 @@ def load(path: Path) -> Snapshot:
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
     for name in sorted(manifest["files"].keys() ^ present):
         raise InputError(f"{path / name}: {'is missing' if name not in present else 'is not in ' + MANIFEST}")
-    tensors = {}
-    for name, entry in manifest["files"].items():
+    groups: dict[str, dict[str, list[Tensor]]] = {}
+    for name, entry in sorted(manifest["files"].items(), key=lambda item: _place(item[0])):
         file = path / name
         try:
             whole = file.stat().st_size == entry["bytes"] and files.sha256(file) == entry["sha256"]
@@ -118,8 +178,17 @@ def load(path: Path) -> Snapshot:
         if not whole:
             raise InputError(f"{file}: {_damage(content, entry['tensors'])}; resume from another snapshot")
         if content is not None:
-            tensors[file.stem] = content
-    return Snapshot(tensors, files.read_json(path / STATE))
+            group = groups.setdefault(_place(name)[0], {})
+            for tensor, rows in content.items():
+                group.setdefault(tensor, []).append(rows)
+    return Snapshot({name: Joined(parts) for name, parts in groups.items()}, files.read_json(path / STATE))
+
+
+def _place(name: str) -> tuple[str, int]:
+    """The group of a file, and which share of it."""
+    stem = Path(name).stem
+    share = SHARE.fullmatch(stem)
+    return (share[1], int(share[2])) if share else (stem, 0)
 
 
 @contextmanager

@@ -292,18 +292,19 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """Everything that the rest of the training depends on. Raises NonFinite where a weight is not finite."""
-        weights = {name: several.whole(weight.detach()).cpu() for name, weight in self.weights.items()}
-        for name, weight in weights.items():
-            if not weight.isfinite().all():
-                raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
-        optimizer = {
-            f"{name}:{key}": several.whole(value).cpu()
+        groups = {"model": {name: weight.detach() for name, weight in self.weights.items()}}
+        groups["optimizer"] = {
+            f"{name}:{key}": value
             for name, weight in self.weights.items()
             for key, value in self.optimizer.state.get(weight, {}).items()
             if value is not None
         }
-        tensors = {"model": weights, "optimizer": optimizer, "rng": self.random_state()}
-        return Snapshot(tensors | ({"masks": self.masks} if self.masks else {}), self._state())
+        whole, shares = several.apart(groups)
+        for name, weight in [*whole["model"].items(), *shares.get("model", {}).items()]:
+            if not weight.isfinite().all():
+                raise NonFinite(f"{name} is not finite after step {self.progress.steps}; nothing was saved")
+        whole |= {"rng": self.random_state()} | ({"masks": self.masks} if self.masks else {})
+        return Snapshot(whole, self._state(), shares)
 
     def _state(self) -> dict[str, dict[str, Any]]:
         return {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}

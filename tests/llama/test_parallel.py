@@ -257,6 +257,21 @@ def test_metas_shards_are_cut_for_any_number_of_processes(tmp_path, n, n_shards,
     assert_parts_make_the_whole(model, parts_of(tmp_path / "shards", n))
 
 
+def test_a_process_reads_its_own_shard_alone(tmp_path, monkeypatch):
+    """Of Llama 3's shards nothing is put together where there is one for each process."""
+    write_shards(random_model(GROUPED), tmp_path / "shards", 2, 0)
+    source = checkpoint.open_source(tmp_path / "shards")
+    with source.open_part(World(1, 2)) as read, monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", None)
+        for name in source.shapes:
+            own = torch.load(tmp_path / "shards" / "consolidated.01.pth", weights_only=True)[name]
+            assert torch.equal(read(name), own)
+    with source.open_part(World(1, 4)) as read, monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", None)
+        with pytest.raises(TypeError):
+            read("tok_embeddings.weight")
+
+
 @pytest.mark.parametrize(
     ("n", "args", "named"),
     [

@@ -159,6 +159,23 @@ def test_shards_merge(tmp_path, args, embedding_axis, n):
     assert same_weights(model, checkpoint.load(tmp_path / "mp"))
 
 
+@pytest.mark.parametrize("args", [SMALL, UNTIED])
+def test_shards_are_written_as_meta_cuts_them(tmp_path, args):
+    model = random_model(args)
+    write_shards(model, tmp_path / "theirs", 2, 0)
+    checkpoint.save(model, tmp_path / "ours", shards=2)
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        ours, theirs = (torch.load(tmp_path / d / name, weights_only=True) for d in ("ours", "theirs"))
+        theirs.setdefault("output.weight", theirs["tok_embeddings.weight"])  # Meta's code needs the key
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert (tmp_path / "ours" / name).stat().st_size < 1.1 * sum(weight.nbytes for weight in ours.values()) + 9999
+    assert same_weights(model, checkpoint.load(tmp_path / "ours"))
+    for shards, layout, reason in ((3, "meta", "3 processes cannot share"), (2, "hf", "only weights in Meta's layout")):
+        with pytest.raises(InputError, match=reason):
+            checkpoint.save(model, tmp_path / "bad", layout, shards=shards)
+    assert not (tmp_path / "bad").exists()
+
+
 def test_shards_of_several_models_are_refused(tmp_path):
     write_shards(random_model(), tmp_path / "mp", 2, 0)
     second = tmp_path / "mp" / "consolidated.01.pth"

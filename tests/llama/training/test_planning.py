@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
+import several as processes_of_tests
 import torch
 import torch.distributed as dist
 from conftest import SMALL, random_model
@@ -12,11 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama import Transformer, lora, parallel
+from llama import ModelArgs, Transformer, lora, parallel, processes
+from llama import device as devices
 from llama.errors import InputError
 from llama.lora import LoRAConfig
 from llama.processes import World
-from llama.training import memory
+from llama.training import memory, several
 from llama.training.memory import Shape
 from llama.training.options import Settings
 from llama.training.planning import Division, Plan, Step, divisions, fewest, plan, plans
@@ -186,3 +189,45 @@ def test_state_of_the_optimizer_counts_from_the_beginning():
     trainer, window = Trainer(model, Settings(optimizer="adamw"), 1), Shape(4, 200, 800).window()
     first, second = (memory.track_step(trainer, window).footprint() for _ in range(2))
     assert first.peak == second.peak and first.at_peak["optimizer"] == second.at_peak["optimizer"] > 0
+
+
+LARGE = dataclasses.replace(ARGS, dim=512, n_layers=8, n_heads=8, head_dim=64, vocab_size=8192)
+
+
+def measured_peak(args: ModelArgs, is_sharded: bool) -> int:
+    """Of two steps of this process among others, over what it held before."""
+    me, device = processes.start(), torch.device("cpu")
+    batch = Shape(1, 64, 64).window()[0]
+
+    def work() -> None:
+        model = Transformer.random(args, torch.float32, device, 0).requires_grad_(True)
+        if is_sharded:
+            several.shard(model, device)
+        trainer = Trainer(model, Settings(optimizer="adamw"), 2)
+        devices.return_freed_memory()
+        devices.reset_peak_memory(device)
+        for _ in range(2):
+            for _, part in several.share_out([batch] * me.size, me, is_sharded):
+                (trainer.loss_sum(part) / (me.size * 64)).backward()
+            several.sum_over_processes(list(trainer.weights.values()), 0.0, False)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+
+    with torch.enable_grad():
+        work()
+        gc.collect()
+        devices.return_freed_memory()
+        before = devices.memory_bytes(device)
+        work()
+    return devices.peak_memory_bytes(device) - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["copies", "shares"])
+def test_plans_are_what_real_processes_take(n, is_sharded):
+    step = Step(LARGE, torch.float32, None, Settings(optimizer="adamw"), Shape(1, 64, 64))
+    planned = plan(step, Division(shards=n) if is_sharded else Division(replicas=n)).footprint
+    measured = processes_of_tests.run(n, measured_peak, LARGE, is_sharded)
+    print(planned, measured)
+    assert max(measured) == pytest.approx(planned.peak, rel=0.1)

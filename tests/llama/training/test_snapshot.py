@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import several
 import torch
 from conftest import ROOT
 
-from llama import files
+from llama import files, processes
 from llama.errors import EnvironmentFailure, InputError
 from llama.training import snapshot
 from llama.training.snapshot import Snapshot
@@ -94,6 +95,51 @@ def test_saving_the_same_step_again_keeps_what_is_there(tmp_path):
     path = snapshot.save(tmp_path, 3, content(3), "run", keep=1)
     before = path.stat().st_ino
     assert snapshot.save(tmp_path, 3, content(3), "run", keep=1) == path and path.stat().st_ino == before
+
+
+def save_shares(root: Path, trouble: str = "") -> None:
+    """Two processes, which have 3 and 2 rows of a matrix; the first has a step count, too."""
+    me = processes.start()
+    rows = torch.arange(10.0).view(5, 2)[3 * me.rank : 3 + 2 * me.rank]
+    whole = {"model": {}, "optimizer": {"a:step": torch.tensor(4.0)}, "rng": {}} if me.is_first else {}
+    content = Snapshot(whole, {"step": 4}, {"model": {"a": rows}, "optimizer": {"a:exp_avg": -rows}})
+    if trouble == "disk" and not me.is_first:
+        snapshot._write = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    if trouble == "elsewhere" and not me.is_first:
+        processes.from_first = lambda value, usual=processes.from_first: usual(value) + "x"
+    try:
+        for _ in range(2):  # the second time it is there already
+            assert snapshot.save(root, 4, content, "run", keep=1).name == "step-00000004"
+    except (EnvironmentFailure, InputError) as error:
+        assert trouble and not me.is_first
+        (root / "said").write_text(str(error))
+        sys.exit(1)
+
+
+def test_each_process_writes_its_share_and_any_number_reads_them(tmp_path):
+    several.run(2, save_shares, tmp_path)
+    path = tmp_path / "step-00000004"
+    names = {f"{group}.{i}-of-2.safetensors" for group in ("model", "optimizer") for i in (0, 1)}
+    whole = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "MANIFEST.json"}
+    assert {p.name for p in path.iterdir()} == names | whole
+    found = snapshot.load(path).tensors
+    assert torch.equal(found["model"]["a"], torch.arange(10.0).view(5, 2)) and len(found["model"]) == 1
+    assert torch.equal(found["optimizer"]["a:exp_avg"], -found["model"]["a"])
+    assert found["optimizer"]["a:step"] == 4 and found["rng"] == {}
+    flip(path / "model.1-of-2.safetensors", 8 * (path / "model.1-of-2.safetensors").stat().st_size - 1)
+    with pytest.raises(InputError, match=r"model\.1-of-2\.safetensors: tensor a is not what was saved"):
+        snapshot.load(path)
+    (path / "model.1-of-2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.1-of-2\.safetensors: is missing"):
+        snapshot.load(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trouble", "said"), [("disk", "No space left"), ("elsewhere", "that all hosts share")])
+def test_where_one_process_cannot_write_there_is_no_snapshot(tmp_path, trouble, said):
+    with pytest.raises(AssertionError, match="ended with 1"):
+        several.run(2, save_shares, tmp_path, trouble)
+    assert said in (tmp_path / "said").read_text() and not (tmp_path / "step-00000004").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rng.safetensors", "state.json", "MANIFEST.json"])
