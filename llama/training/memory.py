@@ -232,7 +232,8 @@ class Tracker(TorchDispatchMode):
         """Bytes that sharded processes have whole from each place in the events on.
 
         Of the root (embedding, last norm, output head) the weights from the beginning, and from the loss on their
-        gradients, too; of one block at a time the weights while it runs, and in its backward pass their gradients.
+        gradients, too; of one block at a time the weights while it runs, and in its backward pass their gradients. Both
+        travel in one flat buffer: that of the next block's weights is there meanwhile, and a copy of what is summed.
         """
         blocks = [sizes_of(block, itemsize) for block in self._model.layers]
         root_weights, root_gradients = (
@@ -245,9 +246,12 @@ class Tracker(TorchDispatchMode):
                 continue
             moment, i = name
             weights, gradients = blocks[i]
-            found[place] = root_weights + {"forward": weights, "after": 0, "backward": weights + gradients}[moment]
+            of_block = {"forward": 2 * weights, "after": 0, "backward": 2 * (weights + gradients)}[moment]
+            found[place] = root_weights + of_block
             if name == ("after", len(blocks) - 1) or moment == "backward":
                 found[place] += root_gradients
+            if name == ("backward", 0):  # those of the root are summed last
+                found[place] = max(found[place], root_weights + 2 * root_gradients)
         return found
 
     def moments(self) -> dict[Any, tuple[int, int]]:

@@ -5,7 +5,8 @@
         plan(step, division)                        # footprint, bytes sent; InputError where there is no such division
     fewest(step, limit=80e9, most=64)               # the least number of processes that have so much memory each
 
-DDP: every process has the whole model and batches of its own; once per step the gradients are summed.
+DDP: every process has the whole model and batches of its own; once per step the gradients are summed, a copy of 268 MB
+of them at a time.
 FSDP2: each has 1 / n of weights, gradients and optimizer state, and batches of its own. For each batch the weights of a
 block are gathered twice, forward and backward, those of the root (embedding, last norm, output head) once, and the
 gradients are summed where they are kept; all that in 16 bits in mixed precision, which is FSDP2's own then.
@@ -35,6 +36,7 @@ from llama.parallel import SPLIT, part_of
 from llama.training import memory
 from llama.training.memory import Footprint, Shape, Tracker
 from llama.training.options import Settings
+from llama.training.several import MESSAGE
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def plan(step: Step, division: Division) -> Plan:
         )
     tracker, sizes = _part(step, division.tensor)
     footprint = tracker.footprint(division.shards, _gathered_itemsize(step))
+    if division.replicas > 1:
+        footprint = _with_message(footprint, min(sizes.trained, MESSAGE))
     shape = step.shape
     tokens = shape.batch_size * shape.tokens * shape.accumulation * division.shards * division.replicas
     return Plan(division, footprint, _sent(step, division, sizes), tokens)
@@ -127,6 +131,13 @@ class _Sizes:
     partial: int
     gathered: int
     summed: int
+
+
+def _with_message(footprint: Footprint, message: int) -> Footprint:
+    """The peak, unless it comes between the last backward pass and the update, when gradients are copied and sent."""
+    sent = dict.fromkeys(footprint.at_peak, 0)
+    sent |= {name: footprint.largest[name] for name in ("weights", "optimizer", "gradients")} | {"temporary": message}
+    return Footprint(sent, footprint.largest) if sum(sent.values()) > footprint.peak else footprint
 
 
 def _gathered_itemsize(step: Step) -> int:

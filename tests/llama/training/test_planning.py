@@ -51,7 +51,9 @@ def test_one_process_is_the_estimate_of_one(step):
     assert (found.footprint, found.sent, found.tokens) == (alone, 0, 48)
     assert divisions(1) == [Division()] and str(Division()) == "one process"
     copied = plan(step, Division(replicas=4))
-    assert (copied.footprint, copied.tokens) == (alone, 4 * 48)
+    trained = alone.largest["gradients"]
+    sending = alone.largest["weights"] + alone.largest["optimizer"] + 2 * trained  # a copy of the gradients travels
+    assert (copied.footprint.peak, copied.tokens) == (max(alone.peak, sending), 4 * 48)
 
 
 @STEPS
@@ -76,21 +78,22 @@ def test_shards_are_divided_and_a_block_and_the_root_are_whole_at_a_time():
     root = everything - 2 * block
     for n in (2, 4):
         found = plan(FULL, Division(shards=n)).footprint
-        assert found.largest["gathered"] == 2 * (root + block)  # weights and gradients
+        # Weights and gradients, and of a block each once more in a flat buffer; at last only the root's, so too.
+        assert found.largest["gathered"] == max(2 * root + 4 * block, 3 * root)
         for name in ("weights", "gradients", "optimizer"):
             assert found.largest[name] == pytest.approx(alone[name] / n, rel=1e-3)
         assert found.largest["activations"] == alone["activations"] and found.at_peak["optimizer"] > 0
     half = plan(AMP, Division(shards=2)).footprint.largest
-    assert half["gathered"] == root + block and half["copies"] == 0  # the same in 16 bits
+    assert half["gathered"] == max(root + 2 * block, 3 * root // 2) and half["copies"] == 0  # the same in 16 bits
     frozen = plan(dataclasses.replace(ADAPTED, layers=()), Division(shards=2)).footprint.largest
     adapters = lora.apply(model.to(torch.bfloat16), ADAPTERS) and n_bytes(lora.state_dict(model).values())
-    assert frozen["gathered"] == (root + block) // 2 + adapters  # of one block of two, weights and gradients
+    assert frozen["gathered"] == root // 2 + block + 2 * adapters  # of one block of two, weights and gradients twice
 
 
 @STEPS
 def test_more_processes_never_need_more_each(step):
     families = [[Division(shards=n) for n in (2, 4, 8)], [Division(tensor=n) for n in (1, 2, 4)]]
-    families += [[Division(tensor=2, shards=n) for n in (2, 4)], [Division(replicas=n) for n in (1, 2, 4)]]
+    families += [[Division(tensor=2, shards=n) for n in (2, 4)], [Division(replicas=n) for n in (2, 4, 8)]]
     for family in families:
         peaks = [plan(step, division).footprint.peak for division in family]
         assert peaks == sorted(peaks, reverse=True)
@@ -229,5 +232,4 @@ def test_plans_are_what_real_processes_take(n, is_sharded):
     step = Step(LARGE, torch.float32, None, Settings(optimizer="adamw"), Shape(1, 64, 64))
     planned = plan(step, Division(shards=n) if is_sharded else Division(replicas=n)).footprint
     measured = processes_of_tests.run(n, measured_peak, LARGE, is_sharded)
-    print(planned, measured)
     assert max(measured) == pytest.approx(planned.peak, rel=0.1)
