@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
+from llama import device as devices
 from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native
 
@@ -86,7 +86,7 @@ def look(places: list[Path]) -> Machine:
         compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
         no_kernels="" if decode_step.library() is not None else native.why_not.get("decode_step", NO_AVX512),
         cpus=torch.get_num_threads(),
-        ram=psutil.virtual_memory().available,
+        ram=devices.free_bytes(torch.device("cpu")),
         disk=shutil.disk_usage(Path.cwd()).free,
         weights=tuple(place for place in places if _is_checkpoint(place)),
     )
