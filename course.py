@@ -71,17 +71,18 @@ def main(options: Options) -> None:
 
 def parts(options: Options, quality: str | None, device_type: str) -> list[Part]:
     """What is measured, what matters most first. quality: weights that say something, None for the embedded model's."""
-    on = f"--device={options.device}"
-    speed = (f"--model={options.model}", on) if options.ckpt_dir is None else (f"--ckpt_dir={options.ckpt_dir}", on)
+    on = () if options.device == "auto" else (f"--device={options.device}",)
+    weights = f"--model={options.model}" if options.ckpt_dir is None else f"--ckpt_dir={options.ckpt_dir}"
+    speed = (weights, *on)
     if options.memory_limit_gb is not None and device_type == "cuda":
         speed += (f"--memory_limit_gb={options.memory_limit_gb:g}",)
-    real = (on,) if quality is None else (f"--ckpt_dir={quality}", on)
+    real = on if quality is None else (f"--ckpt_dir={quality}", *on)
     peer = ("--against=transformers",) if importlib.util.find_spec("transformers") else ()
     peers = ("--against=peers",) if peer and importlib.util.find_spec("peft") else ()
     steps = ("benchmark_finetuning.py", *speed, *("--seq_len=128",) * (options.model == "tiny"))
     table_1 = ("benchmark_inference.py", *speed, *peer)
     found = [
-        Part("equality", ("-m", "benchmarks.equality", on)),
+        Part("equality", ("-m", "benchmarks.equality", *on)),
         Part("texts", ("inference.py", *real, "--compare", "--max_gen_len=48")),
         Part("Table 1, batch 1", (*table_1, "--batch_sizes=1"), "repeated", True),
         Part("fine-tuning, course", ("finetuning.py", *real, "--export=none"), "training"),
@@ -92,8 +93,8 @@ def parts(options: Options, quality: str | None, device_type: str) -> list[Part]
         Part("Table 1, batch 16", (*table_1, "--batch_sizes=16"), "repeated", True),
         Part("lean steps and peers", (*steps, "--cells=lean,half", *peers), "repeated", True),
         Part("replay", ("-m", "benchmarks.replay", *real)),
-        Part("ladder", ("-m", "benchmarks.ladder", f"--model={options.model}", on), "repeated", True),
-        Part("kernels", ("-m", "benchmarks.kernels", f"--model={options.model}", on), "repeated"),
+        Part("ladder", ("-m", "benchmarks.ladder", f"--model={options.model}", *on), "repeated", True),
+        Part("kernels", ("-m", "benchmarks.kernels", f"--model={options.model}", *on), "repeated"),
     ]
     if quality is None or options.text is not None:
         text = (f"--data={options.text}",) if options.text is not None else ()

@@ -113,7 +113,7 @@ def _version(package: str) -> str | None:
 
 
 def _is_checkpoint(place: Path) -> bool:
-    return place.is_file() or any((place / name).is_file() for name in ("params.json", "config.json"))
+    return place.is_file() or any(any(place.glob(name)) for name in ("params.json", "config.json", "*.gguf"))
 
 
 def has_kernels(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
