@@ -49,9 +49,9 @@ from llama.config import PRESETS
 from llama.decoding import EagerStep, record
 from llama.errors import InputError, InternalError
 from llama.kernels import gpu
-from llama.kernels.cpu import decode_step, train_ops
+from llama.kernels.cpu import decode_step, prefill, prefill_attention, train_ops
 from llama.lora import LoRAConfig
-from llama.model import RMSNorm, apply_rope, rope_frequencies, rope_table
+from llama.model import RMSNorm, apply_rope, attend, rope_frequencies, rope_table
 from llama.training import lean_loss
 from reports import tables
 
@@ -314,7 +314,7 @@ def products(weights: str, model: Transformer, batch_size: int, draw: Draw) -> O
 
 
 def prefill_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operation]:
-    """RMSNorm, the rotation of keys on their way into the cache, and SwiGLU, which has features first."""
+    """RMSNorm, the rotation of keys on their way into the cache, SwiGLU, which has features first; and attention."""
     library = decode_step.library()
     dim, K, D, slots = args.dim, args.n_kv_heads, args.head_dim, T + 1
     norm = RMSNorm(dim, args.norm_eps).to(BF16)
@@ -346,6 +346,25 @@ def prefill_operations(args: ModelArgs, T: int, draw: Draw) -> Iterator[Operatio
     ):
         about = named("prefill", name, shape, "test_native_prefill_is_as_exact_as_the_eager_one")
         yield compared(about, kernel if library else None, plain, operands)
+    if not prefill.needs_mask(D):  # else PyTorch's is what runs
+        yield attention_of_prompt(args, T, draw)
+
+
+def attention_of_prompt(args: ModelArgs, T: int, draw: Draw) -> Operation:
+    """T queries behind three times as many keys, beside PyTorch's flash attention, which takes a mask."""
+    H, K, D, start = args.n_heads, args.n_kv_heads, args.head_dim, 3 * T
+    mask = torch.zeros(T, 4 * T, dtype=BF16)
+    mask.masked_fill_(torch.arange(4 * T) > torch.arange(start, 4 * T)[:, None], -torch.inf)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask[None, None]).transpose(1, 2)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefill_attention.attention(q, k, v, start)
+
+    about = named("prefill", "attention", f"q [{H}, {T}, {D}], {4 * T} keys", "test_it_is_as_exact_as_pytorchs")
+    operands = draw(1, H, T, D), draw(1, K, 4 * T, D), draw(1, K, 4 * T, D)
+    return compared(about, kernel, plain, operands)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ DECODING = ("auto", "eager", "compiled")
 CACHES = {"auto": KVCache, "int8": Int8Cache}  # "auto": in the dtype of the activations
 # Tokens of prompts that go through the network at once: the activations of this many, ACTIVATIONS values per token and
 # unit of the feed-forward's hidden size, are what generation needs beyond weights and cache. Far into a long text there
-# are fewer: what each may attend to is a mask of as many values as the text has positions, MASK_VALUES of them at once.
+# are fewer, where a kernel needs it: what each may attend to is a mask of as many values as the text has positions,
+# MASK_VALUES of them at once.
 PREFILL_TOKENS, ACTIVATIONS = 1024, 5
 MASK_VALUES = 1 << 23
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -152,7 +153,9 @@ class Generation:
     def _hidden_in_parts(self, tokens: Tensor, last: Tensor, cache: KVCache | None, start: int) -> Tensor:
         """Of several sequences, or of one in parts."""
         T, part_hidden = tokens.shape[1], prefill.last_hidden if self.is_native else _last_hidden
-        size = T if cache is None else max(1, min(PREFILL_TOKENS, MASK_VALUES // (start + T)))
+        has_mask = not self.is_native or prefill.needs_mask(self.model.args.head_dim)
+        most = MASK_VALUES // (start + T) if has_mask else PREFILL_TOKENS
+        size = T if cache is None else max(1, min(PREFILL_TOKENS, most))
         for first in range(0, T, size):
             part = tokens[:, first : first + size]
             held = cache and cache.part(0, len(tokens), start + first + part.shape[1])

@@ -134,15 +134,16 @@ def say_once(say: Callable[[], None]) -> None:
     if not _speaking.acquire(blocking=False):  # this process is ending already, and torchrun tells it to
         return
     try:
-        store, rank = _meet(TO_REPORT).clone(), str(me.rank)  # the store itself may be waiting for a value
+        met, rank = _meet(TO_REPORT), str(me.rank)
+        met.set_timeout(TO_REPORT)  # else the next line would wait for a lost host as long as for a slow process
+        store = met.clone()  # the store itself may be waiting for a value
         if store.compare_set("end", "", rank) == rank.encode():
             say()
             store.set("said", "")
         else:
             store.wait(["said"], TO_REPORT)
-    except (RuntimeError, ValueError, OSError):  # the store has gone with the others
-        if me.is_first:
-            say()
+    except (RuntimeError, ValueError, OSError):  # the store has gone, with the host of the first process
+        say()
 
 
 def when_terminated(end: Callable[[], int]) -> None:
@@ -168,7 +169,8 @@ def when_terminated(end: Callable[[], int]) -> None:
 
 def is_loss(error: Exception) -> bool:
     """Whether an error says that another process has ended."""
-    return dist.is_initialized() and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+    said = isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST)
+    return dist.is_initialized() and isinstance(error, RuntimeError) and said
 
 
 def leave() -> None:

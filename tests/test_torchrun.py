@@ -93,8 +93,9 @@ def test_two_hosts_train_what_one_process_trains(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_a_host_is_lost_the_other_ends(rank):
-    flags = ("--stream", "--device=cpu", "--max_gen_len=4000", "--prompt=Once")
+def test_when_a_host_is_lost_the_other_ends(tmp_path, rank):
+    (tmp_path / "prompts").write_text("Once upon a time\n" * 999)
+    flags = ("--stream", "--device=cpu", f"--prompt_file={tmp_path / 'prompts'}")
     hosts = start_on_two_hosts("inference.py", *flags)
     assert any(line.startswith("> Once") for line in hosts[0].stdout)
     end_all(hosts[rank])

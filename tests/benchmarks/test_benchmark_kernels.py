@@ -21,7 +21,7 @@ from llama import cli
 from llama.config import PRESETS
 from llama.errors import InputError, InternalError
 from llama.kernels import gpu
-from llama.kernels.cpu import decode_step, train_ops
+from llama.kernels.cpu import decode_step, prefill, prefill_attention, train_ops
 from reports import render, tables
 
 TINY = PRESETS["tiny"]
@@ -70,7 +70,8 @@ def test_every_kernel_is_measured_beside_what_it_equals(run):
     assert called[train_ops] >= set(train_ops.SIGNATURES)
     assert called[decode_step] >= {"decode_step", "rms_norm", "rotate_heads", "silu_mul", "read_all"}
     cells = [row.cell for row in rows]
-    expected = [("prefill", name) for name in PREFILL] + [("train", name) for name in TRAIN]
+    own = [] if prefill.needs_mask(PRESETS["tiny"].head_dim) else ["attention"]
+    expected = [("prefill", name) for name in PREFILL + own] + [("train", name) for name in TRAIN]
     both = [(*one, engine) for one in expected for engine in ("kernel", "plain")]
     assert [(c["part"], c["operation"], c["engine"]) for c in cells if c["part"] != "decode"] == both
     kinds = [(c["rows"], c["weights"], c["engine"]) for c in cells if c["part"] == "decode"]
@@ -107,6 +108,7 @@ def test_bytes_are_those_of_operands_results_and_weights(run):
 def test_a_machine_without_kernels_measures_the_plain_twins(tmp_path, capsys, monkeypatch):
     for module in (train_ops, decode_step):
         monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setattr(prefill_attention, "library", lambda: None)
     rows = measure(tmp_path / "rows.jsonl", "--model=tiny-draft")
     assert {row.cell["engine"] for row in rows} == {"plain"} and len(rows) == 6 + len(PREFILL) + len(TRAIN)
     out = capsys.readouterr().out

@@ -9,6 +9,7 @@ For prompts, and for every step without the KV cache. What makes it faster than 
   all positions, and everything else for that one.
 - Intel's CPUs multiply fp32 faster than bfloat16 where they have no AMX, a Xeon 1.7 times as fast. There some rows
   of a matrix at a time become fp32, and so do some heads of keys and values; what is kept is bfloat16 all the same.
+- Where there is neither AMX nor faster fp32, attention is a kernel of our own (prefill_attention.py).
 - Of an int8 cache some heads at a time become bfloat16, not a layer: 134 MB of 65,536 positions of Llama 3.2 1B.
 - Of quantized matrices some rows at a time become bfloat16 and are multiplied while the cache holds them, which takes
   no longer than with weights that are bfloat16 in memory. This rounds each weight once more, by 2^-9 of itself at most;
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.cache import Int8Cache, KVCache
+from llama.kernels.cpu import prefill_attention
 from llama.kernels.cpu.decode_step import Matrix, library
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, apply_rope, attend, rope_table
 
@@ -38,6 +40,11 @@ def fp32_is_faster() -> bool:
     """Whether this CPU multiplies fp32 in less time than bfloat16."""
     about = Path("/proc/cpuinfo")
     return not torch.cpu._is_amx_tile_supported() and about.exists() and "GenuineIntel" in about.read_text()
+
+
+def needs_mask(head_dim: int) -> bool:
+    """Whether tokens behind others take a mask [T, start + T]; PyTorch's kernels do, our own does not."""
+    return fp32_is_faster() or not prefill_attention.is_faster(head_dim)
 
 
 @torch.no_grad()
@@ -83,7 +90,8 @@ class _Run:
         self.freqs_cis = rope_table(pos[None], model.rope_freqs)[0, :, 0].contiguous()  # [T, P, 2]
         self.dtype = torch.float32 if fp32_is_faster() and B * T >= FEWEST_WIDE else torch.bfloat16
         self.mask = None  # the first tokens need none; else [1, 1, T, start + T], to be added to the scores
-        if start > 0:
+        self.is_own = not needs_mask(self.head_dim)
+        if start > 0 and not self.is_own:
             hidden = torch.arange(start + T) > pos[:, None]
             self.mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)[None, None]
         self.gate, self.up = torch.empty(2, model.args.ffn_dim, B * T, dtype=torch.bfloat16)
@@ -107,6 +115,9 @@ class _Run:
         q = self._heads(q, q.new_empty(self.B, q.shape[-1] // self.head_dim, self.T, self.head_dim))
         parts = []
         for heads, keys, values in self._stored(cache, layer, q):
+            if self.is_own:
+                parts.append(prefill_attention.attention(q[:, heads], keys, values, self.start))
+                continue
             out = attend(q[:, heads].to(self.dtype), keys.to(self.dtype), values.to(self.dtype), self.mask)
             parts.append(out.transpose(1, 2).to(h.dtype))
         return torch.cat(parts, 2).view(len(h), -1)
