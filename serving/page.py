@@ -162,8 +162,8 @@ class Compare(Tab):
 
     async def run(self, prompt: str, what: str, n: int, as_chat: bool, request: gr.Request) -> Shown:
         """Both columns, until both texts have ended."""
-        sides, found = self.room.comparisons[what], ([], [])
         try:
+            sides, found = self.room.comparisons[what], ([], [])
             ids = self.encode(prompt or "", as_chat)
             with ExitStack() as stack:
                 works = [side.start(ids, int(n), TOP) for side in sides]
@@ -172,7 +172,7 @@ class Compare(Tab):
                     yield self.shown(sides, found, len(ids))
             yield self.shown(sides, found, len(ids), have_ended=True)
         except Exception as error:
-            yield (self.explain(error), *self.shown(sides, found, 0)[1:])
+            yield self.explain(error), gr.skip(), gr.skip(), gr.skip()
 
     def shown(
         self, sides: Sequence[Side], found: Sequence[list[Marked]], n_prompt: int, have_ended: bool = False
@@ -226,22 +226,22 @@ class Chat(Tab):
         request: gr.Request,
     ) -> Shown:
         """The answer as it comes; what the model sees is what the page shows."""
-        stop = tuple(end for end in (ends or "").split(",") if end)
-        settings = {"temperature": temperature, "top_p": top_p, "stop": stop, "max_gen_len": self.most_tokens}
-        dialog = [{"role": "system", "content": system}] * bool((system or "").strip()) + turns(history)
-        asked, said = [*turns(history), {"role": "user", "content": message or ""}], []
         try:
+            stop = tuple(end for end in (ends or "").split(",") if end)
+            settings = {"temperature": temperature, "top_p": top_p, "stop": stop, "max_gen_len": self.most_tokens}
+            dialog = [{"role": "system", "content": system}] * bool((system or "").strip()) + turns(history)
+            asked, said = [*turns(history), {"role": "user", "content": message or ""}], []
             talk = self.room.conversation(request.session_hash)
-            before = talk.session.n_computed
+            n_before = talk.session.n_computed
             with self.room.engine.run(answer(talk, dialog, message or "", settings), self.owner(request)) as job:
                 async for _ in reading((job, said)):
                     yield [*asked, {"role": "assistant", "content": "".join(said)}], "", ""
-            computed, held = talk.session.n_computed - before, len(talk.session.tokens)
+            computed, held = talk.session.n_computed - n_before, len(talk.session.tokens)
             words = f"{talk.n_drawn} tokens; {held - computed} of the {held} in the conversation were in the cache"
             words += "; it is full: begin a new one" if talk.is_full else ""
             yield [*asked, {"role": "assistant", "content": "".join(said)}], "", show.note(words)
         except Exception as error:
-            yield turns(history), message, self.explain(error)
+            yield gr.skip(), message, self.explain(error)
 
 
 def answer(talk: Conversation, dialog: list[Message], message: str, settings: dict[str, Any]) -> Iterator[str]:
@@ -302,16 +302,15 @@ class Tokens(Tab):
 
     async def run(self, text: str, draft: str, temperature: float, n: int, request: gr.Request) -> Shown:
         """The tokens as they come."""
-        found: list[Marked] = []
-        side = Side("", lambda: self.room.llama, draft=self.room.drafts.get(draft))
         try:
+            found, side = [], Side("", lambda: self.room.llama, draft=self.room.drafts.get(draft))
             work = side.start(self.encode(text or "", as_chat=False), int(n), TOP, temperature=temperature)
             with self.room.engine.run(work, self.owner(request)) as job:
                 async for _ in reading((job, found)):
                     words = f"{sum(one.is_accepted for one in found)} of {len(found)} tokens are the draft's"
                     yield show.note(words if side.draft else ""), show.likely(self.tokenizer, found)
         except Exception as error:
-            yield self.explain(error), show.likely(self.tokenizer, found)
+            yield self.explain(error), gr.skip()
 
 
 async def reading(*jobs: tuple[Job[Any], list[Any]]) -> AsyncIterator[None]:

@@ -24,7 +24,7 @@ from serving.fields import Refused
 
 ARRIVAL_SECONDS = 15.0  # from a request's first byte, or the connection, to its last
 STALLED_SECONDS = 30.0  # that a client may leave its answer unread, once the system's buffers are full
-CONNECTIONS = 256
+REQUESTS = 256  # at once; more are refused in form, and beyond twice as many without form
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 NOT_SERVED = ("/gradio_api/upload", "/gradio_api/proxy", "/gradio_api/file", "/gradio_api/stream", "/gradio_api/deep")
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; form-action 'self'"
@@ -42,12 +42,19 @@ class Site:
     """The ASGI application. page: the one for every path outside of /v1. is_local: bound to this machine alone."""
 
     def __init__(self, api: Api, page: Any, is_local: bool) -> None:
-        self.api, self.page, self.is_local = api, page, is_local
+        self.api, self.page, self.is_local, self.n_open = api, page, is_local, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # start and end of the server
             return await self.page(scope, receive, send)
         is_api = scope["path"] == "/v1" or scope["path"].startswith("/v1/")
+        self.n_open += 1
+        try:
+            await self._answer(scope, receive, send, is_api)
+        finally:
+            self.n_open -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, is_api: bool) -> None:
         try:
             self._check(scope)
             if not is_api and scope["method"] not in ("GET", "HEAD"):
@@ -60,6 +67,8 @@ class Site:
 
     def _check(self, scope: Scope) -> None:
         """Raises Refused."""
+        if self.n_open > REQUESTS:
+            raise Refused(503, f"{REQUESTS} requests are being answered; try again later", code="overloaded")
         host, origin = header(scope, "host"), header(scope, "origin")
         if self.is_local and re.sub(r":\d+$", "", host).lower() not in LOCAL:
             raise Refused(403, f"the host {host[:60]!r} is not this machine's; use 127.0.0.1")
@@ -157,7 +166,7 @@ def server(site: Site) -> Server:
         log_level="error",
         access_log=False,
         lifespan="on",
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=2 * REQUESTS,
         timeout_graceful_shutdown=3,
         server_header=False,
     )
