@@ -28,7 +28,7 @@ from llama.quantization import quantization_of
 from llama.tokenizer import find_tokenizer
 from serving.api import Api
 from serving.engine import Engine
-from serving.room import Room, with_adapter
+from serving.room import CONVERSATIONS, Room, with_adapter
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def packaged(name: str) -> ModuleType:
 
 
 def load(options: Options) -> tuple[Llama, Llama | None]:
-    """The model, and the same with the adapter. Raises EnvironmentFailure where there is no memory for all streams."""
+    """The model, and the same with the adapter. Raises EnvironmentFailure where memory lacks for all caches."""
     directory = directory_of(options.ckpt_dir)
     source = checkpoint.open_source(directory)
     device, dtype = devices.resolve(options.device, options.dtype)
-    needed = memory.estimate(source, dtype, options.cache_dtype, options.streams, options.max_seq_len)
+    needed = memory.estimate(source, dtype, options.cache_dtype, options.streams + CONVERSATIONS, options.max_seq_len)
     memory.require(needed, source, dtype, options.cache_dtype, device)
     names = ("max_seq_len", "device", "dtype", "decoding", "cache_dtype")
     settings = {name: getattr(options, name) for name in names}

@@ -109,9 +109,9 @@ class Api:
             refused, note = self._explained(error)
             counts.append(note)
             if reply.status is None:
-                more = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "1"}}.get(refused.status, {})
-                more |= {"allow": refused.param} if refused.status == 405 else {}
-                await reply.json(refused.status, refused.content, **more)
+                allow = "POST" if scope["path"] in FORMS else "GET"
+                more = {401: {"www_authenticate": "Bearer"}, 405: {"allow": allow}, 503: {"retry_after": "1"}}
+                await reply.json(refused.status, refused.content, **more.get(refused.status, {}))
             else:
                 await reply.event(refused.content)
                 await reply.event(None)
@@ -138,7 +138,7 @@ class Api:
             known = ", ".join(("/v1/models", *FORMS))
             raise Refused(404, f"there is nothing at {path[:80]!r}; this server has {known}", code="not_found")
         if scope["method"] != method:
-            raise Refused(405, f"{path} takes {method}", method)
+            raise Refused(405, f"{path} takes {method}")
         if method == "GET":
             is_list = path == "/v1/models"
             return await reply.json(200, {"object": "list", "data": [about]} if is_list else about)

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -68,6 +68,7 @@ class Engine:
     def __init__(self, n_active: int = 4, n_waiting: int = 32) -> None:
         self.n_active, self.n_waiting = n_active, n_waiting
         self._jobs: list[Job[Any]] = []  # in order of arrival; the first n_active are active
+        self._errands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -94,6 +95,12 @@ class Engine:
                 if job.owner == owner:
                     job.cancel()
 
+    def soon(self, errand: Callable[[], None]) -> None:
+        """Let the worker do something short between two turns: what touches the models belongs to its thread."""
+        with self._changed:
+            self._errands.append(errand)
+            self._changed.notify()
+
     def close(self) -> None:
         """End everything; returns when the worker has."""
         with self._changed:
@@ -109,31 +116,41 @@ class Engine:
         return len(self._jobs)
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            began = time.perf_counter()
-            try:
-                if job.is_cancelled:
-                    self._end(job)
-                else:
-                    job.put(next(job.work))
-            except StopIteration:
-                self._end(job)
-            except Exception as error:
-                job.put(error)
-                self._end(job)
-            job.seconds = (job.seconds or 0.0) + time.perf_counter() - began
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._errands or self._is_closed)
+                errands, self._errands = self._errands, []
+                job = self._next()
+            for errand in errands:
+                errand()
+            if job is not None:
+                self._advance(job)
+            elif self._is_closed:
+                return
 
     def _next(self) -> Job[Any] | None:
-        """Whose turn it is, once there is somebody; None: the engine is closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_closed)
-            if cancelled := [job for job in self._jobs if job.is_cancelled]:
-                return cancelled[0]
-            active = self._jobs[: self.n_active]
-            least = min((job.seconds for job in active if job.seconds is not None), default=0.0)
-            for job in active:
-                job.seconds = least if job.seconds is None else job.seconds
-            return min(active, key=lambda job: job.seconds, default=None)
+        """Whose turn it is, if anybody is there."""
+        if cancelled := [job for job in self._jobs if job.is_cancelled]:
+            return cancelled[0]
+        active = self._jobs[: self.n_active]
+        least = min((job.seconds for job in active if job.seconds is not None), default=0.0)
+        for job in active:
+            job.seconds = least if job.seconds is None else job.seconds
+        return min(active, key=lambda job: job.seconds, default=None)
+
+    def _advance(self, job: Job[Any]) -> None:
+        began = time.perf_counter()
+        try:
+            if job.is_cancelled:
+                self._end(job)
+            else:
+                job.put(next(job.work))
+        except StopIteration:
+            self._end(job)
+        except Exception as error:
+            job.put(error)
+            self._end(job)
+        job.seconds = (job.seconds or 0.0) + time.perf_counter() - began
 
     def _end(self, job: Job[Any]) -> None:
         with contextlib.suppress(Exception):  # of what the iterator does at its end; its visitor has left

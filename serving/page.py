@@ -25,7 +25,6 @@ from data.tiny import has_tokenizer
 from data.tiny.corpus import SAMPLE_PROMPTS
 from llama import cli
 from llama.chat import Message
-from llama.conversation import Conversation
 from llama.errors import InputError
 from reports import page as results_page
 from serving import show
@@ -231,23 +230,26 @@ class Chat(Tab):
             settings = {"temperature": temperature, "top_p": top_p, "stop": stop, "max_gen_len": self.most_tokens}
             dialog = [{"role": "system", "content": system}] * bool((system or "").strip()) + turns(history)
             asked, said = [*turns(history), {"role": "user", "content": message or ""}], []
-            talk = self.room.conversation(request.session_hash)
-            n_before = talk.session.n_computed
-            with self.room.engine.run(answer(talk, dialog, message or "", settings), self.owner(request)) as job:
+            work = self.answer(request.session_hash, dialog, message or "", settings, note := [])
+            with self.room.engine.run(work, self.owner(request)) as job:
                 async for _ in reading((job, said)):
                     yield [*asked, {"role": "assistant", "content": "".join(said)}], "", ""
-            computed, held = talk.session.n_computed - n_before, len(talk.session.tokens)
-            words = f"{talk.n_drawn} tokens; {held - computed} of the {held} in the conversation were in the cache"
-            words += "; it is full: begin a new one" if talk.is_full else ""
-            yield [*asked, {"role": "assistant", "content": "".join(said)}], "", show.note(words)
+            yield [*asked, {"role": "assistant", "content": "".join(said)}], "", show.note("".join(note))
         except Exception as error:
             yield gr.skip(), message, self.explain(error)
 
-
-def answer(talk: Conversation, dialog: list[Message], message: str, settings: dict[str, Any]) -> Iterator[str]:
-    """The worker's part of a turn: all of it, so that turns never mix."""
-    talk.messages, talk.settings = dialog, settings
-    yield from talk.answer(message)
+    def answer(
+        self, visitor: str, dialog: list[Message], message: str, settings: dict[str, Any], note: list[str]
+    ) -> Iterator[str]:
+        """The worker's part of a turn. note: gets what to say at its end, wherever that is."""
+        talk = self.room.conversation(visitor)
+        talk.messages, talk.settings, before = dialog, settings, talk.session.n_computed
+        try:
+            yield from talk.answer(message)
+        finally:
+            computed, held = talk.session.n_computed - before, len(talk.session.tokens)
+            note.append(f"{talk.n_drawn} tokens; {held - computed} of the {held} in the conversation were in the cache")
+            note.append("; it is full: begin a new one" if talk.is_full else "")
 
 
 def turns(history: list[dict[str, Any]]) -> list[Message]:

@@ -7,7 +7,6 @@ first asks for it. All generations of all visitors go through one engine.
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -131,7 +130,6 @@ class Room:
         self.llama = adapted or base
         self._made: dict[int, Llama] = {}
         self._conversations: OrderedDict[str, Kept] = OrderedDict()
-        self._lock = threading.Lock()
 
     @property
     def can_chat(self) -> bool:
@@ -174,23 +172,20 @@ class Room:
         return quantization_of(self.base.model) is None
 
     def form(self, bits: int) -> Llama:
-        """The base quantized, made once. Called by the worker alone, for it may take a while."""
-        with self._lock:
-            if bits not in self._made:
-                self._made[bits] = like(self.base, quantized_copy(self.base.model, FORMS[bits]))
-            return self._made[bits]
+        """The base quantized, made once, which may take a while. For the worker."""
+        if bits not in self._made:
+            self._made[bits] = like(self.base, quantized_copy(self.base.model, FORMS[bits]))
+        return self._made[bits]
 
     def conversation(self, visitor: str) -> Conversation:
-        """A visitor's, with the cache that his last turn left; a new one where that has had to make place."""
-        with self._lock:
-            found = self._conversations[visitor] = self._conversations.pop(visitor, None) or Kept(self.llama)
-            while len(self._conversations) > CONVERSATIONS:
-                self._conversations.popitem(last=False)
-            return found
+        """A visitor's, with the cache that his last turn left; or a new one. For the worker."""
+        found = self._conversations[visitor] = self._conversations.pop(visitor, None) or Kept(self.llama)
+        while len(self._conversations) > CONVERSATIONS:
+            self._conversations.popitem(last=False)
+        return found
 
     def forget(self, visitor: str) -> None:
         """A visitor has left: end what he has running, and free his cache."""
         for kind in KINDS:
             self.engine.cancel(f"{visitor} {kind}")
-        with self._lock:
-            self._conversations.pop(visitor, None)
+        self.engine.soon(lambda: self._conversations.pop(visitor, None))

@@ -143,6 +143,21 @@ def test_cancelling_a_visitor_ends_all_of_his_and_nothing_else(engine):
     asyncio.run(run())
 
 
+def test_an_errand_is_done_between_turns_by_the_worker(engine):
+    async def run():
+        threads, seen = [], []
+        engine.soon(lambda: threads.append(threading.current_thread().name))
+        await until(lambda: threads)
+        with engine.run(steps(10_000, 0.001, seen)) as job:
+            await until(lambda: seen)
+            engine.soon(lambda: threads.append(threading.current_thread().name))
+            await until(lambda: len(threads) == 2)
+            assert not job.is_cancelled
+        assert threads == ["engine"] * 2
+
+    asyncio.run(run())
+
+
 def test_closing_ends_everything():
     async def run():
         engine, seen = Engine(1, 5), []

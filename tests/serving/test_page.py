@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 
 import pytest
 from conftest import TINY
@@ -33,12 +34,16 @@ def browser():
 def site(tiny):
     """The page over the embedded model, as demo.py puts it together."""
     pages = pytest.importorskip("serving.page", reason="needs the packages of demo.py: make .venv/demo.stamp")
-    engine, said = Engine(4, 8), []
+    engine, said, reached = Engine(4, 8), [], []
+    patch, connect = pytest.MonkeyPatch(), socket.socket.connect
+    patch.setattr(socket.socket, "connect", lambda self, place: reached.append(place) or connect(self, place))
     room = Room(tiny, engine, draft=checkpoint.load(TINY / "draft", tiny.model.dtype, tiny.device))
     page = pages.application(pages.page(room, "tiny", 400, said.append))
     with serve(tiny, page=page, engine=engine) as found:
         found.room, found.said = room, said
         yield found
+    patch.undo()
+    assert all(host == "127.0.0.1" for host, *_ in reached)  # the server asks nothing of anybody either
 
 
 @pytest.fixture
