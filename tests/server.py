@@ -46,7 +46,7 @@ def serve(llama, page=no_page, api_key=None, is_local=True, engine=None):
         listening.close()
 
 
-def wait_until(is_true, seconds: float = 5.0) -> None:
+def wait_until(is_true, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, "it took too long"

@@ -247,8 +247,9 @@ def test_who_leaves_ends_his_generation(site, monkeypatch):
     connection = stream(site, 400)
     wait_until(lambda: site.engine.n_jobs == 1)
     connection.close()
-    wait_until(lambda: site.engine.n_jobs == 0, 1.0)
+    wait_until(lambda: site.engine.n_jobs == 0)
     wait_until(lambda: "client left" in site.lines[-1])
+    assert int(re.search(r"\+(\d+) tokens", site.lines[-1])[1]) < 400
 
 
 def test_who_does_not_read_is_cut_off_and_holds_nobody_up(site, monkeypatch):
@@ -257,7 +258,7 @@ def test_who_does_not_read_is_cut_off_and_holds_nobody_up(site, monkeypatch):
     n, connection = len(site.lines), stream(site)
     assert ask(site, body=WORK)[0] == 200
     with connection:
-        wait_until(lambda: len(site.lines) == n + 2, 10)
+        wait_until(lambda: len(site.lines) == n + 2)
         wait_until(lambda: site.engine.n_jobs == 0)
         assert any("client left" in line for line in site.lines[n:])
 

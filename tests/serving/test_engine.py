@@ -38,7 +38,7 @@ async def results(engine: Engine, work) -> list:
 
 
 async def until(is_true) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not is_true():
             await asyncio.sleep(0.002)
 
@@ -68,12 +68,13 @@ def test_an_error_ends_its_own_work_alone(engine):
 
 def test_two_share_the_time_and_the_faster_gets_further(engine):
     async def run():
-        with engine.run(steps(1000, 0.008)) as slow, engine.run(steps(30, 0.001)) as fast:
+        with engine.run(steps(1000, 0.03)) as slow, engine.run(steps(30, 0.001)) as fast:
             n_fast = len([item async for item in fast])
-            return n_fast, slow._items.qsize()
+            return n_fast, slow._items.qsize(), slow.seconds - fast.seconds
 
-    n_fast, n_slow = asyncio.run(run())
-    assert n_fast == 30 and 1 <= n_slow <= 12  # 30 ms each; turn by turn it would be 30
+    n_fast, n_slow, more = asyncio.run(run())
+    assert n_fast == 30 and 1 <= n_slow < 20  # turn by turn it would be 30
+    assert more < 0.5  # seconds, at most a step
 
 
 def test_one_that_comes_late_does_not_get_the_time_that_others_had(engine):
@@ -84,7 +85,7 @@ def test_one_that_comes_late_does_not_get_the_time_that_others_had(engine):
             await results(engine, steps(20, 0.001))
             return first._items.qsize() - before
 
-    assert asyncio.run(run()) >= 10
+    assert asyncio.run(run()) >= 4
 
 
 def test_no_more_than_the_active_ones_begin_and_a_full_queue_refuses(engine):

@@ -73,7 +73,7 @@ def visit(browser, site, capfd):
 
 
 def wait(page, expression: str) -> None:
-    page.wait_for_function(expression, timeout=20_000)
+    page.wait_for_function(expression, timeout=60_000)  # a busy machine takes its time
 
 
 def text(page, selector: str) -> str:
@@ -208,7 +208,7 @@ def test_tokens_shows_pieces_what_was_likely_and_what_a_draft_proposed(visit, ti
 def test_results_shows_the_measured_tables_and_charts(visit):
     page = visit("Results")
     frame = page.frame_locator("#results iframe")
-    frame.locator("table").first.wait_for(timeout=20_000)
+    frame.locator("table").first.wait_for(timeout=60_000)
     assert frame.locator("table").count() > 20 and frame.locator("figure svg").count() > 5
     assert "what was measured" in frame.locator("h1").inner_text()
 
@@ -218,11 +218,12 @@ def test_two_visitors_at_once_each_get_their_own_text(visit, tiny):
     one, two = visit(), visit()
     two.fill("#compare-prompt textarea", "The little mouse")
     for page in (one, two):
+        set_tokens(page, 48)
         page.click("#compare-run")
     expected = {}
     for page, prompt in ((one, PROMPT), (two, "The little mouse")):
         wait(page, "document.querySelector('#compare-note').innerText.startsWith('equal: ')")
-        tokens, _ = tiny.generate([tiny.encode_prompt(prompt)], 96, temperature=0)
+        tokens, _ = tiny.generate([tiny.encode_prompt(prompt)], 48, temperature=0)
         expected[page] = tiny.tokenizer.decode(tokens[0]).strip()
     for page, said in expected.items():
         assert {text(page, f"#compare-{side} .text").strip() for side in ("left", "right")} == {said}
@@ -252,8 +253,10 @@ def test_a_closed_page_ends_its_generation_and_frees_its_cache(visit, site):
     set_tokens(page, 400)
     page.click("#compare-run")
     wait_until(lambda: site.engine.n_jobs == 2)
+    jobs = list(site.engine._jobs)
     page.close()
-    wait_until(lambda: site.engine.n_jobs == 0, 3.0)
+    wait_until(lambda: site.engine.n_jobs == 0)
+    assert all(job.is_cancelled for job in jobs)
     page = visit("Chat")
     send(page, "What do cows eat?")
     wait(page, "document.querySelector('#chat-note').innerText.includes('in the cache')")
