@@ -169,6 +169,8 @@ class Api:
                 text, tokens = "", []
         n_prompt = len(ask.ids)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": shown.n, "total_tokens": n_prompt + shown.n}
+        if self.engine.is_closed and finish is None:
+            raise Refused(503, "the server has been told to end")
         if job.is_cancelled or finish is None:
             return ["client left", f"{n_prompt}+{shown.n} tokens"]
         if ask.stream:

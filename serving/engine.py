@@ -70,7 +70,7 @@ class Engine:
         self._jobs: list[Job[Any]] = []  # in order of arrival; the first n_active are active
         self._errands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
-        self._is_closed = False
+        self.is_closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -78,7 +78,7 @@ class Engine:
     def run(self, work: Iterator[Item], owner: str = "") -> Iterator[Job[Item]]:
         """Give work to the worker; it ends with the block at the latest. Raises Busy where the queue is full."""
         with self._changed:
-            if self._is_closed or len(self._jobs) >= self.n_active + self.n_waiting:
+            if self.is_closed or len(self._jobs) >= self.n_active + self.n_waiting:
                 raise Busy(f"{len(self._jobs)} generations are running or waiting; try again later")
             job = Job(work, owner)
             self._jobs.append(job)
@@ -104,7 +104,7 @@ class Engine:
     def close(self) -> None:
         """End everything; returns when the worker has."""
         with self._changed:
-            self._is_closed = True
+            self.is_closed = True
             for job in self._jobs:
                 job.cancel()
             self._changed.notify()
@@ -118,14 +118,14 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._errands or self._is_closed)
+                self._changed.wait_for(lambda: self._jobs or self._errands or self.is_closed)
                 errands, self._errands = self._errands, []
                 job = self._next()
             for errand in errands:
                 errand()
             if job is not None:
                 self._advance(job)
-            elif self._is_closed:
+            elif self.is_closed:
                 return
 
     def _next(self) -> Job[Any] | None:

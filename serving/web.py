@@ -147,14 +147,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says when it has begun to answer."""
+    """uvicorn, which says when it has begun to answer, and ends all generations when it is told to end."""
 
+    site: Site
     on_start: Callable[[], None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.on_start is not None:
             self.on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.site.api.engine.close()
+        await super().shutdown(sockets)
 
 
 def server(site: Site) -> Server:
@@ -170,4 +175,6 @@ def server(site: Site) -> Server:
         timeout_graceful_shutdown=3,
         server_header=False,
     )
-    return Server(config)
+    found = Server(config)
+    found.site = site
+    return found

@@ -237,7 +237,7 @@ def stream(site, max_tokens: int = 64) -> socket.socket:
     body = json.dumps({**WORK, "max_tokens": max_tokens, "stream": True, "logprobs": 5}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", site.port), timeout=20)
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert connection.recv(12) == b"HTTP/1.1 200"
     return connection
 
@@ -250,6 +250,16 @@ def test_who_leaves_ends_his_generation(site, monkeypatch):
     wait_until(lambda: site.engine.n_jobs == 0)
     wait_until(lambda: "client left" in site.lines[-1])
     assert int(re.search(r"\+(\d+) tokens", site.lines[-1])[1]) < 400
+
+
+def test_a_server_that_ends_says_so_to_those_that_it_serves(tiny):
+    with serve(tiny) as site:
+        site.api.most_tokens = 400
+        with stream(site, 400) as connection:
+            site.engine.close()
+            rest = connection.makefile("rb").read()
+        assert b"told to end" in rest and rest.split(b"data: ")[-1].startswith(b"[DONE]")
+        assert ask(site, body=WORK)[0] == 503
 
 
 def test_who_does_not_read_is_cut_off_and_holds_nobody_up(site, monkeypatch):
