@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as PatchPath
 
 from benchmarks.rows import Row, group
 from llama.lora import META_NAMES
@@ -31,6 +35,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 7, "axe
 STYLE |= {"axes.titlecolor": GREY, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 STYLE |= {"axes.grid": True, "grid.color": "#d9d9d9", "grid.linewidth": 0.6, "lines.linewidth": 1.4}
 STYLE |= {"lines.markersize": 4, "legend.frameon": False, "legend.handlelength": 3.2, "hatch.linewidth": 0.8}
+SHADES, BOX = 8, [PatchPath.MOVETO, *[PatchPath.LINETO] * 3, PatchPath.CLOSEPOLY]  # of a heat map, its cells
 MANY = 20  # points; beyond, they stand too close for markers
 CATEGORIES = {"weights": "", "optimizer": "..", "gradients": "////", "copies": "----"}  # of training/memory.py
 CATEGORIES |= {"activations": "xxxx", "temporary": "||||"}
@@ -226,21 +231,18 @@ def attention(rows: list[Row]) -> Drawn:
 @per_setting("model", "adapter", "adapter_sha256", "weights")
 def inspection(rows: list[Row]) -> Drawn:
     """How far each matrix has moved, as a heat map of layers, and what became of the activations."""
-    for row in rows:
+    for row in (row for row in rows if row.metrics):
         what = changed_by(row)
         moved = {name: [100 * value for _, value in row.data["series"][f"{name}_update_x"]] for name in META_NAMES}
         about = "Relative change of each matrix of each layer, in percent: a heat map."
         figure, axes = _plot(f"Change of each matrix (%), {what}", [row], about)
-        edges = [i - 0.5 for i in range(len(moved["wq"]) + 1)], [i - 0.5 for i in range(len(moved) + 1)]
-        mesh = axes.pcolormesh(*edges, list(moved.values()), cmap="cividis", vmin=0)
-        figure.colorbar(mesh, ax=axes)
-        axes.grid(False)
+        _heat_map(axes, list(moved.values()))
         axes.set(xlabel="layer", yticks=range(len(moved)), yticklabels=list(moved))
-        axes.invert_yaxis()
         yield f"inspection-matrices-{what}", figure
         about = "Relative change of the activations after each block, in percent."
         figure, axes = _plot(f"Change of the activations (%), {what}", [row], about)
-        _draw(axes, [(layer, 100 * value) for layer, value in row.data["series"]["activation_x"]], "", "o-", BLUE)
+        points = [(layer, 100 * value) for layer, value in row.data["series"]["activation_x"]]
+        _draw(axes, points, "activations", "o-", BLUE)
         axes.set(xlabel="layer", ylim=(0, None))
         yield f"inspection-activations-{what}", figure
 
@@ -248,8 +250,10 @@ def inspection(rows: list[Row]) -> Drawn:
 CHARTS = {"inference": generation, "benchmark_finetuning": steps, "finetuning": loss}
 CHARTS |= {
     "pretraining": loss,
+    "preferences": loss,
     "ladder": ladder,
     "pruning": pruning,
+    "inspection": inspection,
     "attention": attention,
     "context": context,
 }  # by the experiment whose rows they take
@@ -315,6 +319,23 @@ def _bars(
     axes.set(yticks=[], ylim=(len(measured) - 0.6, -0.75))
     axes.grid(visible=False, axis="y")
     return figure
+
+
+def _heat_map(axes: Axes, lines: Sequence[Sequence[float]]) -> None:
+    """Values from 0 in shades, line below line, with a scale. Cells of a shade are one path: the page stays small."""
+    shades, top = matplotlib.colormaps["cividis"].resampled(SHADES), max(map(max, lines)) or 1.0
+    boxes: dict[int, list[PatchPath]] = {}
+    for y, line in enumerate(lines):
+        right = -0.5
+        for shade, run in itertools.groupby(min(SHADES - 1, int(SHADES * value / top)) for value in line):
+            left, right = right, right + len(list(run))
+            corners = [(left, y - 0.5), (right, y - 0.5), (right, y + 0.5), (left, y + 0.5), (left, y - 0.5)]
+            boxes.setdefault(shade, []).append(PatchPath(corners, BOX))
+    for shade, paths in sorted(boxes.items()):
+        axes.add_patch(PathPatch(PatchPath.make_compound_path(*paths), facecolor=shades(shade), linewidth=0))
+    axes.set(xlim=(-0.5, len(lines[0]) - 0.5), ylim=(len(lines) - 0.5, -0.5))
+    axes.grid(False)
+    axes.figure.colorbar(ScalarMappable(Normalize(0, top), shades), ax=axes)
 
 
 def _add_legend(figure: Figure) -> None:

@@ -31,7 +31,7 @@ SECTIONS: list[tuple[Any, ...]] = [
     ("fine-tuning", "Fine-tuning: does it learn", "finetuning"),
     ("sweep", "Where the learning rate of the preset learn comes from", "sweep"),
     ("pre-training", "Continued pre-training", "pretraining"),
-    ("preferences", "Preferences: which of two answers", "preferences"),
+    ("choices", "Preferences: which of two answers", "preferences"),
     ("conversation", "Conversations: the KV cache kept from turn to turn", "conversation"),
     ("leaderboard", "Leaderboard: loss, training and generation", "leaderboard"),
     ("loading", "Loading", "loading"),
@@ -67,7 +67,9 @@ def section(rows: dict[str, list[Row]], experiment: str, make: Sequence[Tables] 
     found = rows.get(experiment, [])
     first, *others = (html(function(found)) for function in make or tables.TABLES[experiment])
     drawn = {} if tables.table_2 in make or experiment not in charts.CHARTS else charts.CHARTS[experiment](found)
-    short = experiment[:3]  # the names of charts are long, and stand before each of their ids
+    short = (
+        experiment[0] + experiment[3]
+    )  # no other two are alike; the names of charts are long, and stand before each of their ids
     figures = [inline(f"{short}{number}", chart) for number, chart in enumerate(drawn.values(), 1)]
     return template("section.html", first=first, figures=figures, others=others) if found else ""
 

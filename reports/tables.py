@@ -226,7 +226,7 @@ def inspection(rows: Sequence[Row]) -> list[Table]:
     about = "Relative change in %: of a matrix, the norm of its change over its own (Frobenius); of the activations "
     about += "after a block, the same over all tokens."
     tables = []
-    for row in rows:
+    for row in (row for row in rows if row.metrics):
         series = {name: f"{name}_update_x" for name in META_NAMES} | {"activations": "activation_x"}
         layers = range(len(row.data["series"]["activation_x"]))
         body = [[str(layer), *(_point(row, name, layer) for name in series.values())] for layer in layers]

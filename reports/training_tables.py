@@ -329,7 +329,10 @@ def preferences(rows: list[Row]) -> list[Table]:
         cells = [functools.partial(figure, name=part, form=form, scale=scale) for part in parts]
         return lambda row: (cells[0](row), " [", cells[1](row), " to ", cells[2](row), "]")
 
-    columns = {"run": run_label, "pairs": metric("samples", ",.0f"), "learning rate": lambda row: f"{row.cell['lr']:g}"}
+    columns: dict[str, Column] = {"run": run_label}
+    # Of a pair both samples are counted.
+    columns |= {"pairs": lambda row: computed("{} / 2", lambda n: n / 2, ",.0f", (row, "samples"))}
+    columns |= {"learning rate": lambda row: f"{row.cell['lr']:g}"}
     columns |= {"held-out pairs": lambda row: f"{row.cell['held_out']}"}
     columns |= {"chosen likelier before (%)": with_interval("preferred_before", ".1f", 100)}
     columns |= {"after (%)": with_interval("preferred", ".1f", 100)}
@@ -337,7 +340,7 @@ def preferences(rows: list[Row]) -> list[Table]:
     columns |= {"reward accuracy (%)": with_interval("reward_accuracy", ".1f", 100)}
     columns |= {"mean margin": with_interval("margin", ".2f", unit="nats")}
     columns |= {"loss after": metric("held_out_loss_nats", ".3f")}
-    columns |= {"steps": metric("step_s", ",.0f", stat="n"), "time per step (s)": metric("step_s", ".2f")}
+    columns |= {"steps": metric("step_s", ",.0f", stat="n")}
     note = "On held-out pairs, with 95 % intervals over the pairs. Reward accuracy: share of pairs of which the chosen "
     note += (
         "answer has gained on the rejected one since the start; the margin is that gain times beta; the loss begins "

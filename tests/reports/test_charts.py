@@ -159,7 +159,7 @@ def test_attention_draws_time_and_memory_of_every_form():
 def test_series_differ_without_colour(chart, experiment):
     """In dash, marker or its filling, or hatch; and each chart says what it shows."""
     for figure in chart(ROWS[experiment]).values():
-        (axes,) = figure.axes
+        axes = figure.axes[0]  # beside a heat map stands its scale
         lines = [line for line in axes.lines if line.get_label()[0] != "_"]
         looks = {
             (line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white"): line.get_label()
