@@ -44,10 +44,10 @@ def test_changed_code_marks_the_commit_and_measured_rows_do_not(tmp_path, monkey
     git("init"), git("add", "-A"), git("commit", "-m", "one")
     monkeypatch.setattr(rows, "__file__", str(code))
     commit = git("rev-parse", "--short=12", "HEAD")
-    assert len(commit) == 12 and rows._commit() == commit
+    assert len(commit) == 12 and rows.commit() == commit
     results.write_text("2\n")
-    assert rows._commit() == commit
+    assert rows.commit() == commit
     code.write_text("2\n")
-    assert rows._commit() == f"{commit}-dirty"
+    assert rows.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")
-    assert rows._commit() == "unknown"
+    assert rows.commit() == "unknown"
