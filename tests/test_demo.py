@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -28,7 +29,9 @@ needs_packages = pytest.mark.skipif(
 def demo(*flags: str):
     """A running server: its process and its address."""
     command = [sys.executable, "-u", "demo.py", "--port=0", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in a shell's background
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipes) as process:
         try:
             url = re.search(r"http://[^,]+", process.stdout.readline())[0]
             yield process, url

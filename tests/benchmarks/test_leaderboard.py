@@ -115,7 +115,7 @@ def test_throughput_is_of_whole_steps_and_of_generated_tokens(measured):
         count = {LOSS: 600 - 3, GENERATION: (row.cell["batch_size"] or 0) * 5}  # of three windows, one token each
         tokens = count.get(row.cell["work"], 2 * (row.cell["batch_size"] or 0) * 9)
         runs = {LOSS: 1}.get(row.cell["work"], 2)
-        assert row.metrics["runtime_s"]["n"] == runs and row.median("peak_memory_mb") > 0
+        assert row.metrics["runtime_s"]["n"] == runs and row.has("peak_memory_mb")
         slowest, fastest = (row.metrics["tokens_per_s"][end] for end in ("min", "max"))
         assert slowest == pytest.approx(tokens / row.metrics["runtime_s"]["max"])
         assert fastest == pytest.approx(tokens / row.metrics["runtime_s"]["min"])
