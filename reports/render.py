@@ -121,7 +121,7 @@ def svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "llama", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     plain = re.sub(r"(?s)^.*?(?=<svg)| *<metadata>.*?</metadata>\n", "", text.getvalue())
-    plain = re.sub(r'<g id="[^"]*">', "<g>", plain)  # nothing refers to these
+    plain = re.sub(r'<g id="(?![^"]*tick_)[^"]*">', "<g>", plain)  # a tick tells that its number was not measured
     plain = re.sub(r"(?m)^ +| transform=\"rotate\(-0 [^\"]*\"", "", plain)
     places = re.compile(r"(?<=\.\d\d)\d+")  # a hundredth of a point is enough; words are outside of tags
     return re.sub(r"<[^>]*>", lambda tag: places.sub("", tag[0]), plain)
