@@ -334,10 +334,10 @@ def preferences(rows: list[Row]) -> list[Table]:
     columns |= {"pairs": lambda row: computed("{} / 2", lambda n: n / 2, ",.0f", (row, "samples"))}
     columns |= {"learning rate": lambda row: f"{row.cell['lr']:g}"}
     columns |= {"held-out pairs": lambda row: f"{row.cell['held_out']}"}
-    columns |= {"chosen likelier before (%)": with_interval("preferred_before", ".1f", 100)}
-    columns |= {"after (%)": with_interval("preferred", ".1f", 100)}
-    columns |= {"rise (points)": with_interval("preferred_rise", ".1f", 100)}
-    columns |= {"reward accuracy (%)": with_interval("reward_accuracy", ".1f", 100)}
+    columns |= {"chosen likelier before (%)": with_interval("preferred_before", ".0f", 100)}
+    columns |= {"after (%)": with_interval("preferred", ".0f", 100)}
+    columns |= {"rise (points)": with_interval("preferred_rise", ".0f", 100)}
+    columns |= {"reward accuracy (%)": with_interval("reward_accuracy", ".0f", 100)}
     columns |= {"mean margin": with_interval("margin", ".2f", unit="nats")}
     columns |= {"loss after": metric("held_out_loss_nats", ".3f")}
     columns |= {"steps": metric("step_s", ",.0f", stat="n")}
