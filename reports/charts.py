@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
@@ -262,7 +263,7 @@ CHARTS |= {
 def _plot(title: str, rows: Sequence[Row], about: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     """An empty plot with its title and what its rows, all of one model and device, were measured on."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none", label=about)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 50), x=0.01, ha="left", fontsize=9, fontweight="bold")
     dtypes = " and ".join(dict.fromkeys(row.data["dtype"] for row in rows))
     axes = figure.subplots()
     axes.set(facecolor="none", title=f"{rows[0].cell['model']}, {dtypes}, {rows[0].device_name}")
