@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,17 +101,19 @@ class Parts:
         if part.kind == "training":
             training = self.out / "trainings" / part.file
             flags.append(f"--out_dir={training}")
+            if (training / "summary.json").exists():  # it had ended, and was stopped before its row was kept
+                shutil.rmtree(training)
             if any(training.glob("snapshots/step-*")):
                 command = (command[0], "--resume")
         try:
             if (reason := self.call(part.file, (*command, *flags), limit)) is not None:
                 return reason
+            if not (scratch.exists() and rows.read_file(scratch)):
+                return f"it left no rows; see {self.out / 'logs' / part.file}.txt"
             for older in self.out.glob(f"rows/{part.file.partition('.')[0]}.*"):
                 older.unlink()
             files.sync(scratch)
             scratch.replace(self.out / "rows" / f"{part.file}.jsonl")
-        except FileNotFoundError:
-            return f"it left no rows; see {self.out / 'logs' / part.file}.txt"
         finally:
             scratch.unlink(missing_ok=True)
         return None

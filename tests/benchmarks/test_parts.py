@@ -77,6 +77,27 @@ def test_a_part_that_fails_ends_no_other_and_is_tried_again(tmp_path, script):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_training_that_had_ended_without_its_row_begins_anew(tmp_path, script):
+    """As a kill leaves it between the end of the training and the row's name: resumed, it would keep none."""
+    ends = "if '--resume' in sys.argv: open(flags['results'], 'a'), sys.exit(0)\nn = int(flags"
+    script.write_text(
+        script.read_text()
+        .replace("in sys.argv[1:])", "in sys.argv[1:] if '=' in arg)")
+        .replace("n = int(flags", ends)
+        .replace('flags["name"]', '"a"')
+    )
+    wanted = Part("a", (str(script), "--name=a"), "training")
+    found = course(tmp_path)
+    training = tmp_path / "out" / "trainings" / wanted.file
+    (training / "snapshots" / "step-00000001").mkdir(parents=True)
+    found.measure([wanted])
+    assert "it left no rows" in found.state["a"] and not list((tmp_path / "out" / "rows").iterdir())
+    (training / "summary.json").write_text("{}")
+    found = course(tmp_path)
+    found.measure([wanted])
+    assert found.state["a"] == "one run" and found.has(wanted, 1) and not training.exists()
+
+
 def test_other_weights_another_commit_or_device_are_measured_anew(tmp_path, script):
     for wanted in (part(script, "a"), part(script, "a", seed=2)):
         course(tmp_path).measure([wanted])
@@ -127,7 +148,7 @@ def test_the_small_course_is_the_same_however_often_it_is_killed(tmp_path):
     rng, kept = random.Random(0), {}
     for _ in range(5):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        time.sleep(rng.uniform(5, 60))
+        time.sleep(rng.uniform(5, 30))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         folder = tmp_path / "out" / "rows"
@@ -136,6 +157,7 @@ def test_the_small_course_is_the_same_however_often_it_is_killed(tmp_path):
         kept = now
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert all(rows.read_file(path) for path in folder.glob("*.jsonl"))
     summary = (tmp_path / "out" / "measured.md").read_text()
     assert "not m" not in summary and summary in done.stdout
     assert {path.name for path in (tmp_path / "out").glob("*.pdf")} == {f"phase_{i}.pdf" for i in (1, 2, 3)}
