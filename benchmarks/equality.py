@@ -113,7 +113,7 @@ def codes(config: Quantization) -> Callable[[Transformer], float]:
         form, errors = quantization.quantized_copy(model, config), []
         x = torch.randn(SEQUENCES, ARGS.ffn_dim, device=model.norm.weight.device, dtype=model.dtype)
         for module in form.modules():
-            if isinstance(module, Quantized) and hasattr(module, "forward") and module.in_features == ARGS.ffn_dim:
+            if isinstance(module, Quantized) and module.in_features == ARGS.ffn_dim:
                 whole = module.widen(slice(0, module.out_features), x.new_empty(module.out_features, ARGS.ffn_dim))
                 errors.append(difference(module(x), F.linear(x, whole)))
         return max(errors)
