@@ -164,6 +164,8 @@ def run(main: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
         if debug:
             raise
         code = _report(*explain(error))
+    if code:
+        processes.abandon(code)
     sys.exit(code)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from llama.errors import EnvironmentFailure, InputError
 
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process
 TO_REPORT = timedelta(seconds=10)  # of waiting for one that says why the run ends
+TO_LEAVE = 1.0  # seconds between saying so and the end of the first process
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 _store: dist.Store | None = None  # what all processes read and write; None: this one has not met the others
 _speaking = threading.Lock()  # never let go: a process says once why it ends
@@ -177,3 +179,18 @@ def leave() -> None:
     """Part from the others at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon(code: int) -> None:
+    """End one of several processes at once, with this exit code; alone it does nothing.
+
+    Threads of torch's that are left in the middle of an exchange may abort a process that ends in the usual way. The
+    first stays for a moment, with the store in which others that fail now see that it has been said why.
+    """
+    if dist.is_initialized():
+        if world().is_first:
+            time.sleep(TO_LEAVE)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader has gone
+                stream.flush()
+        os._exit(code)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL, random_model, write_shards
 
-from llama import KVCache, Llama, ModelArgs, Transformer, checkpoint, memory, parallel, processes, quantization
+from llama import KVCache, Llama, ModelArgs, Transformer, checkpoint, cli, memory, parallel, processes, quantization
 from llama.errors import InputError
 from llama.processes import World
 from llama.quantization import Quantization
@@ -301,3 +304,26 @@ def test_a_model_with_fewer_heads_is_no_form_of_a_part(tmp_path):
     fewer = random_model(dataclasses.replace(GROUPED, n_heads=4, n_kv_heads=2, head_dim=16))
     fewer.load_state_dict({k: w for k, w in part.state_dict().items() if k.endswith("norm.weight")}, strict=False)
     assert fewer.args.n_kv_heads == part.args.n_kv_heads and not is_form_of(fewer, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(cli.Options):
+    """Of a script that several processes may run."""
+
+    ON_SEVERAL = True
+
+
+def fail(options: Nothing) -> None:
+    atexit.register(os.abort)  # as torch's own threads may, where an exchange has not ended
+    raise InputError("the text that one process says")
+
+
+def run_and_fail() -> None:
+    sys.argv = ["script.py"]
+    cli.run(fail)
+
+
+def test_a_run_that_fails_keeps_its_exit_code_and_its_line_whatever_torch_does_at_the_end():
+    with pytest.raises(AssertionError, match="ended with 2") as error:
+        several.run(2, run_and_fail)
+    assert "ended with -6" not in str(error.value) and str(error.value).count("the text that one") == 1

@@ -113,7 +113,7 @@ def save_shares(root: Path, trouble: str = "") -> None:
     except (EnvironmentFailure, InputError) as error:
         assert trouble and not me.is_first
         (root / "said").write_text(str(error))
-        sys.exit(1)
+        processes.abandon(1)
 
 
 def test_each_process_writes_its_share_and_any_number_reads_them(tmp_path):
