@@ -86,7 +86,11 @@ def test_two_hosts_train_what_one_process_trains(tmp_path):
     command = [sys.executable, "finetuning.py", f"--out_dir={tmp_path / 'one'}", *flags]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "loss.jsonl").open() if '"loss"' in line]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "loss.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
         for name in ("one", "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 3

@@ -205,7 +205,8 @@ def test_a_run_moves_from_two_processes_to_four_to_one(tmp_path, shard):
     for name, weight in adapter(whole).items():
         assert torch.allclose(weight, adapter(moved)[name], rtol=0, atol=1e-6), name
     logs = [
-        [json.loads(line)["loss"] for line in (d / "loss.jsonl").open() if '"loss"' in line] for d in (whole, moved)
+        [json.loads(line)["loss"] for line in (d / "loss.jsonl").read_text().splitlines() if '"loss"' in line]
+        for d in (whole, moved)
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
