@@ -533,6 +533,13 @@ def test_resuming_at_any_step_gives_the_same_bytes(base, reference, tmp_path, st
     assert crash.digest(tmp_path / "run") == reference
 
 
+def test_the_last_step_is_saved_whatever_its_number(base, tmp_path):
+    """Also by a run that was stopped and resumed in between."""
+    run_to(base, tmp_path / "run", 1, save_every=3)
+    run_to(base, tmp_path / "run", resume=True, save_every=3)
+    assert snapshot.latest(tmp_path / "run" / "snapshots")[0].name == "step-00000004"
+
+
 def test_resuming_after_every_step_gives_the_same_bytes(base, reference, tmp_path):
     run_to(base, tmp_path / "run", 1)
     for step in (2, 3):
@@ -638,6 +645,8 @@ def test_a_longer_log_is_cut_back_and_a_shorter_one_refused(base, reference, tmp
     with (root / "loss.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1')
     run_to(base, root, 3, resume=True)
+    lines = [json.loads(line) for line in (root / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     (root / "loss.jsonl").write_text("")
     with pytest.raises(InputError, match=r"loss\.jsonl has 0 bytes"):
         run_to(base, root, resume=True)

@@ -84,6 +84,48 @@ def test_windows_which_opens_no_directory_and_replaces_none(tmp_path, monkeypatc
         assert (tmp_path / name / "file").read_text() == "x"
 
 
+def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    """For a power cut: files, then the directory that lists them, then its name, then the list that the name is in."""
+    events, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda at: (events.append(Path(os.readlink(f"/proc/self/fd/{at}")).name), sync(at))
+    )
+    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("renamed"), replace(path, to)))
+    with files.new_directory(tmp_path / "out") as scratch:
+        for name in ("a", "b"):
+            (scratch / name).write_text("x")
+    assert sorted(events[:2]) == ["a", "b"] and events[2:] == [scratch.name, "renamed", tmp_path.name]
+
+
+def test_a_file_that_is_replaced_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    def full(path, _):
+        path.write_text('{"half":')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    files.replace_json(tmp_path / "a.json", {"n": 1})
+    with monkeypatch.context() as context, pytest.raises(EnvironmentFailure, match="is the disk full"):
+        context.setattr(files, "write_json", full)
+        files.replace_json(tmp_path / "a.json", {"n": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and files.read_json(tmp_path / "a.json") == {"n": 1}
+    files.replace_json(tmp_path / "a.json", {"n": 3})
+    assert files.read_json(tmp_path / "a.json") == {"n": 3}
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "text").write_bytes("naïve 日本語".encode())
+    program = "import sys, pathlib; from llama import files; print(ascii(files.read_text(pathlib.Path(sys.argv[1]))))"
+    command = [sys.executable, "-c", program, str(tmp_path / "text")]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout == ascii("naïve 日本語") + "\n", run.stderr
+
+
+@pytest.mark.parametrize("new", [files.new_directory, files.new_file])
+def test_two_that_write_the_same_do_not_share_a_scratch_name(tmp_path, new):
+    with new(tmp_path / "out") as one, new(tmp_path / "out") as other:
+        assert one != other
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 @pytest.mark.parametrize("layout", ["meta", "hf"])
 def test_who_may_read_a_checkpoint_is_what_the_umask_says(model, tmp_path, umask, layout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import random
 import subprocess
 import sys
@@ -312,6 +313,23 @@ def test_calls_are_independent(llama):
             assert llama.generate([(a, b)[which]], 8, 0)[0] == fresh[which]
             with pytest.raises(InputError):
                 llama.generate([[99_999]], 8)
+
+
+def test_a_generation_leaves_no_cache_behind():
+    """One that ends, one that is refused and one that nobody reads to its end."""
+    llama = Llama(random_model(PRESETS["tiny-draft"]), TOKENIZER, 64, 4)
+
+    def n_caches() -> int:
+        gc.collect()
+        return sum(type(thing) is KVCache for thing in gc.get_objects())
+
+    before = n_caches()
+    for _ in range(3):
+        llama.generate([[1, 2, 3], [4]], 5, 0)
+        next(llama.stream([1, 2, 3], 5))
+        with pytest.raises(InputError):
+            llama.generate([[99_999]], 5)
+    assert n_caches() == before
 
 
 def test_generating_between_training_steps_changes_nothing():

@@ -64,6 +64,11 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.encode(text, bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
 
 
+def test_a_prompt_begins_once(tokenizer):
+    ids = tokenizer.encode_prompt("Hi")
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("Hi", bos=False, eos=False)]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_round_trips_and_stays_ordinary(text):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -64,6 +67,30 @@ def test_an_error_ends_its_own_work_alone(engine):
         assert seen == [1] and await other == list(range(20))
 
     asyncio.run(run())
+
+
+def test_an_error_that_was_seen_holds_nothing_of_its_work(engine):
+    """Its traceback has the frames of what it ended, and with them a cache: who keeps it keeps the memory."""
+
+    class Cache:
+        pass
+
+    alive = []
+
+    def fails():
+        cache = Cache()
+        alive.append(weakref.ref(cache))
+        yield 1
+        raise MemoryError
+
+    async def run():
+        with contextlib.suppress(MemoryError):
+            await results(engine, fails())
+        await results(engine, steps(1))  # the worker has gone on
+
+    asyncio.run(run())
+    gc.collect()
+    assert alive[0]() is None
 
 
 def test_two_share_the_time_and_the_faster_gets_further(engine):

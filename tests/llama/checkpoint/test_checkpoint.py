@@ -356,6 +356,14 @@ def test_damaged_meta_directory(tmp_path, model, monkeypatch, name):
     assert not (tmp_path / "canary").exists()
 
 
+def test_a_torch_that_can_be_made_to_run_code_is_refused(tmp_path, model, monkeypatch):
+    """weights_only=True keeps its promise from 2.10 on."""
+    checkpoint.save(model, tmp_path / "m")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu126")
+    with pytest.raises(EnvironmentFailure, match=r"torch 2\.9\.1\S* can be made to run code.*install torch >= 2\.10"):
+        checkpoint.load(tmp_path / "m")
+
+
 def edit_config(directory, **changes):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, **changes}))

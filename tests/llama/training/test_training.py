@@ -566,6 +566,14 @@ def test_amp_computes_in_16_bits_and_keeps_fp32_weights():
         assert {w.dtype for w in trainer.model.parameters()} == {torch.float32}
 
 
+def test_autocast_ends_with_each_forward_pass():
+    """It keeps 16-bit copies of the weights until it ends: they would outlive the step that changes the weights."""
+    trainer, inside = Trainer(lora_model(), Settings(amp="bf16"), 2), []
+    trainer.model.norm.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    trainer.step(batches([[sample] for sample in samples(2)]))
+    assert inside == [True, True] and not torch.is_autocast_enabled("cpu")
+
+
 def test_frozen_embeddings_do_not_stop_the_gradient():
     """The reentrant kind of checkpointing gives adapters none, and only warns."""
     model = lora_model()
@@ -675,6 +683,16 @@ def test_restoring_continues_to_the_same_bits(options):
         assert hopping.step(window) == report
     assert digest(hopping) == digest(straight) and hopping.progress == straight.progress
     assert hopping.scaler.state_dict() == straight.scaler.state_dict()
+
+
+def test_restoring_brings_the_random_state_back():
+    """What draws from torch's own generator goes on where it was."""
+    trainer = Trainer(lora_model(), Settings(), 6)
+    torch.manual_seed(7)
+    saved, expected = trainer.snapshot(), torch.rand(3)
+    torch.manual_seed(8)
+    trainer.restore(saved)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_restoring_takes_nothing_but_the_whole():
