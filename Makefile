@@ -6,11 +6,12 @@
 # make model fetch a small trained model, SmolLM2-135M-Instruct, into models/
 # make test  lint, check formatting, run the tests
 # make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
+# make audit  look all installed packages up in the package index's list of vulnerabilities
 # Each sets up a virtual environment in .venv first; delete it to start over.
 
 PYTHON ?= python3
 
-.PHONY: run model demo course reports page test test-slow
+.PHONY: run model demo course reports page test test-slow audit
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
@@ -38,6 +39,10 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp .venv/demo.stamp
 	.venv/bin/python -m pytest -m slow
+
+audit: .venv/dev.stamp .venv/demo.stamp
+	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --strict --path $$(echo .venv/lib/python*/site-packages)
 
 .venv/bin/python:
 	@$(PYTHON) early.py

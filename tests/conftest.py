@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, one thread each, before torch is imported
 
 import pytest
 import torch
+from offline import sitecustomize  # noqa: F401 (no connection leaves this machine)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the GPU's kernels run on the CPU
@@ -58,6 +61,16 @@ def write_shards(model: Transformer, directory: Path, n: int, embedding_axis: in
             axis = embedding_axis if name.startswith("tok_embeddings") else axis
             shard[name] = weight if weight.dim() == 1 else weight.chunk(n, axis)[rank].clone()
         torch.save(shard, directory / f"consolidated.{rank:02d}.pth")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing connects to another machine; who tried to is told at the end."""
+    log = tmp_path_factory.mktemp("offline") / "log"
+    log.touch()
+    os.environ["OFFLINE_LOG"] = str(log)
+    yield
+    assert not log.read_text(), "these tried to leave this machine"
 
 
 @pytest.fixture

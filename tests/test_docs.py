@@ -110,7 +110,7 @@ def test_slow_commands_run(block, tmp_path):
     for command in commands(block):
         _, *words = shlex.split(command)
         script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-        path = {**os.environ, "PYTHONPATH": str(ROOT)}
+        path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
         run = subprocess.run([sys.executable, *script], cwd=tmp_path, env=path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert_prints(run.stdout, command)

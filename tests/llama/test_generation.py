@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -486,5 +487,6 @@ def test_a_script_written_for_metas_package_runs(tmp_path):
         "fire.Fire(main)\n"
     )
     command = [sys.executable, script, "--ckpt_dir", TINY, "--tokenizer_path", TINY / "tokenizer.model"]
-    run = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.count(">") >= 2 and "Assistant" in run.stdout
