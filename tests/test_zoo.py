@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,18 +171,26 @@ def record() -> None:
 
     from benchmarks import rows
 
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_tree(Path(folder))
-        noticed = [plant for plant in PLANTS if is_noticed(run_planted(plant, tree))]
+    def noticed_of(plants: list[Plant]) -> list[Plant]:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = copy_tree(Path(folder))
+            return [plant for plant in plants if is_noticed(run_planted(plant, tree))]
+
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(noticed_of, [PLANTS[i :: os.cpu_count()] for i in range(os.cpu_count())])
+        noticed = [plant for part in parts for plant in part]
+    lost = [plant for plant in PLANTS if plant not in noticed]
     runs = {
-        "failures_n": [len({plant.kind for plant in noticed if plant.id.startswith("F")})],
-        "cases_n": [len({plant.kind for plant in noticed if not plant.id.startswith("F")})],
-        "planted_n": [len(PLANTS)],
+        "failures_planted_n": [len(FAILURES)],
+        "failures_noticed_n": [len(set(FAILURES) - {plant.kind for plant in lost})],
+        "cases_planted_n": [len(CASES)],
+        "cases_noticed_n": [len(CASES) - sum(plant.kind not in FAILURES for plant in lost)],
+        "plants_n": [len(PLANTS)],
         "noticed_n": [len(noticed)],
     }
     path = ROOT / "reports" / "results" / "trust.jsonl"
     rows.record(path, "trust", {"kind": "zoo"}, runs, torch.device("cpu"), "float32")
-    print("not noticed:", ", ".join(plant.id for plant in PLANTS if plant not in noticed) or "none")
+    print("not noticed:", ", ".join(plant.id for plant in lost) or "none")
 
 
 if __name__ == "__main__":

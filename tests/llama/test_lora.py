@@ -116,6 +116,16 @@ def test_merging_into_16_bits_says_what_it_loses():
         assert least <= lora.merge(model) <= most
 
 
+def test_merging_into_16_bits_rounds_once():
+    model = adapted().to(torch.bfloat16)
+    exact = {}
+    for name, module in lora.layers(model).items():
+        module.lora_A.data, module.lora_B.data = module.lora_A.data.float(), module.lora_B.data.float()
+        exact[name] = (module.weight.float() + module.update()).bfloat16()
+    lora.merge(model)
+    assert all(torch.equal(module.weight, exact[name]) for name, module in lora.layers(model).items())
+
+
 def test_a_merge_that_is_not_finite_changes_nothing():
     model = adapted()
     before = bytes_of(model)
