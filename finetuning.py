@@ -109,6 +109,8 @@ def main(options: TrainingOptions) -> None:
     print(run.describe())
     lock = snapshot.lock(options.root) if is_first else contextlib.nullcontext()
     with lock, StopSignal().caught() as stop:  # nothing was written until here
+        if not options.resume and is_first:
+            require_free(options.root)  # again: another run may have come and gone meanwhile
         run.restore() if options.resume else run.begin()
         train(run, stop)
         if run.trainer.progress.windows < run.total:

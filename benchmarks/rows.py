@@ -2,7 +2,8 @@
 
 A row says what was measured, on what, with which code and by which command; tables and charts are made from rows only.
 One that is not what `record` writes ends the reading with the file and the line: a page that left it out would say less
-than what was measured, and one that guessed would say more.
+than what was measured, and one that guessed would say more. A last line without an end is no row yet: whoever was
+writing it was killed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 
 from llama import adapters, files
 from llama.device import device_name
-from llama.errors import InputError
+from llama.errors import InputError, Notice
 from llama.quantization import CALIBRATED, TRAINED, Quantization
 
 OUTPUT_FLAGS = ("--results", "--figures", "--out_dir", "--work_dir")
@@ -99,11 +101,7 @@ def record(
     }
     if path is None:
         return Row("", 0, data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(data) + "\n")
-    return Row(path.name, line + 1, data)
+    return Row(path.name, files.append_json(path, data), data)
 
 
 def model_cell(name: str, quantization: Quantization | None, adapter: str | None) -> dict[str, Any]:
@@ -216,16 +214,20 @@ def group(rows: Iterable[Row], *names: str, dtype: bool = True) -> list[list[Row
 
 
 def read_file(path: Path) -> list[Row]:
-    """All rows of a file. Raises InputError naming file and line where one cannot be read."""
+    """All rows of a file, but for an unfinished last line. Raises InputError naming file and line of a broken one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}; restore it") from None
-    rows = []
+    rows, lines = [], text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(Row(path.name, number, _checked(line)))
         except (ValueError, RecursionError) as error:
+            if number == len(lines) and not text.endswith("\n"):
+                unfinished = f"{path}:{number} is the beginning of a row, whose writing was interrupted; it is left out"
+                warnings.warn(unfinished, Notice, stacklevel=2)
+                break
             raise InputError(f"broken row in {path}:{number}: {error}; restore the line or remove it") from None
     return rows
 

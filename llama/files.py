@@ -11,13 +11,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 
@@ -25,6 +26,7 @@ from llama.errors import EnvironmentFailure, InputError
 
 MAX_JSON_BYTES = 64 << 20
 IS_WINDOWS = os.name == "nt"
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}")  # names of what is being written
 # What lies where a file belongs that was not downloaded, by how it begins.
 STAND_INS = {
     b"version https://git-lfs": "a git-LFS pointer, not the file itself; get that with `git lfs pull`",
@@ -78,7 +80,14 @@ def new_file(path: str | Path) -> Iterator[Path]:
         mode = scratch.stat().st_mode  # what this user's umask leaves; safetensors leaves 0o600
         yield scratch
         scratch.chmod(mode)
-        publish(scratch, target)
+        sync(scratch)
+        try:
+            os.link(scratch, target)  # unlike a rename, not over what another process has made meanwhile
+        except FileExistsError:
+            require_absent(target)
+        except OSError:  # a disk without hard links
+            publish(scratch, target)
+        sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise cannot_write(target, error) from error
     finally:
@@ -197,6 +206,52 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object, indented. Not atomic by itself: for files of a new directory."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def append_json(path: Path, content: dict[str, Any]) -> int:
+    """Append a JSON object to a file as one line, all of it or nothing; returns the number of the line, from 1.
+
+    Several processes take turns. What one that was killed left of a line is cut off. Raises EnvironmentFailure where it
+    cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            _wait_for_others(file)
+            file.seek(0)
+            present = file.read()
+            end, rest = present.rfind(b"\n") + 1, json.dumps(content).encode() + b"\n"
+            if _is_json(present[end:]):  # whole but for its end
+                end, rest = len(present), b"\n" + rest
+            file.truncate(end)
+            data = memoryview(rest)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return present[:end].count(b"\n") + rest.count(b"\n")
+
+
+def _wait_for_others(file: BinaryIO) -> None:
+    """Until no other process appends to the file; where there are no such locks, not at all."""
+    if not IS_WINDOWS:
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:

@@ -195,7 +195,7 @@ def _place(name: str) -> tuple[str, int]:
 def lock(root: Path) -> Iterator[None]:
     """Hold a run directory for this process; the system lets go of it when the process ends, however it ends.
 
-    Raises InputError naming the process that holds it. Scratch directories of killed processes are removed.
+    Raises InputError naming the process that holds it. What killed processes left half written is removed.
     """
     path = root / ".lock"
     try:
@@ -209,8 +209,10 @@ def lock(root: Path) -> Iterator[None]:
     with lock:
         path.write_text(f"{os.getpid()}\n")  # the library keeps no such number
         for scratch in [*root.glob(".*"), *root.glob("snapshots/.*")]:
-            if scratch.is_dir():
+            if files.SCRATCH.fullmatch(scratch.name) and scratch.is_dir():
                 shutil.rmtree(scratch, ignore_errors=True)
+            elif files.SCRATCH.fullmatch(scratch.name):
+                scratch.unlink(missing_ok=True)
         yield
 
 

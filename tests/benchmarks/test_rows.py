@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
 from conftest import ROOT
 
 from benchmarks import rows
+from llama.errors import InputError, Notice
 
 ROW = "rows.record(pathlib.Path('rows.jsonl'), 'x', {}, {}, torch.device('cpu'), 'float32')"
 
@@ -51,3 +54,25 @@ def test_changed_code_marks_the_commit_and_measured_rows_do_not(tmp_path, monkey
     assert rows.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")
     assert rows.commit() == "unknown"
+
+
+def test_a_row_whose_writing_was_interrupted_is_left_out_and_written_over(tmp_path):
+    """At any byte; a row that lacks only its end counts, and one that is broken elsewhere ends the reading."""
+    path, device = tmp_path / "a.jsonl", torch.device("cpu")
+    for number in (1, 2):
+        assert rows.record(path, "e", {"number": number}, {"x_n": [1]}, device, "float32").line == number
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first + 1, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.warns(Notice, match=r"a\.jsonl:2 is the beginning of a row"):
+            assert [row.line for row in rows.read_file(path)] == [1]
+    assert rows.record(path, "e", {"number": 3}, {"x_n": [1]}, device, "float32").line == 2
+    assert [row.cell["number"] for row in rows.read_file(path)] == [1, 3]
+    path.write_bytes(whole[:-1])
+    assert [row.line for row in rows.read_file(path)] == [1, 2]
+    assert rows.record(path, "e", {"number": 3}, {"x_n": [1]}, device, "float32").line == 3
+    assert [row.cell["number"] for row in rows.read_file(path)] == [1, 2, 3]
+    path.write_bytes(whole[: first - 2] + whole[first - 1 :])
+    with pytest.raises(InputError, match=r"broken row in .*a\.jsonl:1"):
+        rows.read_file(path)

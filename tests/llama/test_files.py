@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT
 
 from llama import checkpoint, cli, files
-from llama.errors import EnvironmentFailure
+from llama.errors import EnvironmentFailure, InputError
 
 
 def write(directory, error: Exception):
@@ -122,7 +123,8 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path):
 
 @pytest.mark.parametrize("new", [files.new_directory, files.new_file])
 def test_two_that_write_the_same_do_not_share_a_scratch_name(tmp_path, new):
-    with new(tmp_path / "out") as one, new(tmp_path / "out") as other:
+    taken = contextlib.suppress(InputError)  # the first to end has the name; an empty directory may be replaced
+    with taken, new(tmp_path / "out") as one, new(tmp_path / "out") as other:
         assert one != other
 
 
@@ -135,6 +137,34 @@ def test_who_may_read_a_checkpoint_is_what_the_umask_says(model, tmp_path, umask
     finally:
         os.umask(usual)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_new_file_does_not_take_the_place_of_one_that_came_meanwhile(tmp_path, monkeypatch):
+    target = tmp_path / "new"
+    with pytest.raises(InputError, match="already exists"), files.new_file(target) as scratch:
+        scratch.write_text("mine")
+        target.write_text("another's")
+    assert target.read_text() == "another's" and list(tmp_path.iterdir()) == [target]
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no such links")))
+    with files.new_file(tmp_path / "plain") as scratch:
+        scratch.write_text("x")
+    assert (tmp_path / "plain").read_text() == "x" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_line_that_finds_no_room_leaves_the_file_as_it_was(tmp_path):
+    """In a process that may write so many bytes and no more; then with room, after a line that was cut off."""
+    path = tmp_path / "lines"
+    path.write_text('{"a": 1}\n')
+    program = (
+        "import pathlib, resource, signal\nfrom llama import errors, files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        f"try: files.append_json(pathlib.Path({str(path)!r}), {{'b': 'x' * 9000}})\n"
+        "except errors.EnvironmentFailure as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "cannot write" in run.stdout and "is the disk full" in run.stdout and path.read_text() == '{"a": 1}\n'
+    path.write_text('{"a": 1}\n{"b":')
+    assert files.append_json(path, {"c": 3}) == 2 and path.read_text() == '{"a": 1}\n{"c": 3}\n'
 
 
 # A script that is in the middle of writing tensors for a minute.

@@ -299,11 +299,13 @@ def test_a_directory_is_one_runs_at_a_time(tmp_path):
         )
         run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode and f"in use by process {os.getpid()}" in run.stderr
-    leftover = tmp_path / "snapshots" / ".step-00000001.abc"
+    leftover, half = tmp_path / "snapshots" / f".step-00000001.{'0a' * 8}", tmp_path / f".settings.json.{'1b' * 8}"
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("x")
-    with snapshot.lock(tmp_path):  # the first has let go; what a killed process left is cleared away
-        assert not leftover.exists()
+    half.write_text("{")
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    with snapshot.lock(tmp_path):  # the first has let go; what a killed process left is cleared away, and nothing else
+        assert not leftover.exists() and not half.exists() and (tmp_path / ".git" / "objects").exists()
 
 
 def test_what_cannot_be_written_is_one_kind_of_error(tmp_path, monkeypatch):
