@@ -19,9 +19,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -43,6 +45,13 @@ FLAGS = {
 }  # fmt: skip
 
 
+def build_library(folder: Path) -> Path:
+    """fault.c, compiled."""
+    target, source = folder / "fault.so", Path(__file__).with_name("fault.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(target), str(source), "-ldl"], check=True)
+    return target
+
+
 def options_in(work: Path) -> TrainingOptions:
     """A random model, its tokenizer and records in `work`, and the settings of a run over them."""
     if not (work / "base").exists():
@@ -62,46 +71,28 @@ def make_quick() -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one killed while holding it stops the rest
 
 
-def attempt(
-    options: TrainingOptions,
-    root: Path,
-    output: Path,
-    fault: tuple[int, int, int] | None,
-    after: tuple[float, int] | None = None,
+def start(
+    work: Callable[[], None], output: Path, root: Path, fault: tuple[int, int, int] | None = None, jump: int = 0
 ) -> int:
-    """Run or resume in a fork; its exit code, negative for a signal.
+    """Begin work that changes files below `root`, in a fork; its process id. What it prints goes to a file.
 
-    fault: which operation, errno, lasting. after: seconds until a signal, and which.
+    fault: which operation on a file, errno, lasting; -1 for errno moves the directory away. jump: seconds by which the
+    time of day is wrong, forwards and backwards in turn.
     """
     pid = os.fork()
     if pid:
-        if after is not None:
-            end = time.monotonic() + after[0]
-            while time.monotonic() < end:
-                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                    break
-                time.sleep(0.005)
-            os.kill(pid, after[1])  # one that has ended keeps its exit code
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     code = 1
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         faulthandler.dump_traceback_later(30, file=2)  # where it hangs, if it does
-        save = snapshot.save
-
-        def announced(*args):
-            path = save(*args)
-            os.write(1, f"\nsaved {path.name}\n".encode())
-            return path
-
-        snapshot.save = announced
-        resume = bool(snapshot.listed(root / "snapshots"))
         library = ctypes.CDLL(None)  # the preloaded one
+        library.fault_clock(ctypes.c_long(jump))
         if fault is not None:
             library.fault_arm(str(root).encode(), *fault)
-        finetuning.main(dataclasses.replace(options, out_dir=str(root), resume=resume))
+        work()
         if fault is not None:
             os.write(1, f"\noperations {library.fault_count()}\n".encode())
         code = 0
@@ -110,6 +101,43 @@ def attempt(
         os.write(2, f"\nerror: {line}\n".encode())
     finally:
         os._exit(code)
+
+
+def end(pid: int, after: tuple[float, int] | None = None) -> int:
+    """The exit code of a fork, negative for a signal. after: seconds until it gets a signal, and which."""
+    if after is not None:
+        moment = time.monotonic() + after[0]
+        while (left := moment - time.monotonic()) > 0:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                break
+            time.sleep(min(0.005, left))
+        os.kill(pid, after[1])  # one that has ended keeps its exit code
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def train(options: TrainingOptions, root: Path) -> None:
+    """Begin a run or resume it, and say of each snapshot that it is there."""
+    save = snapshot.save
+
+    def announced(*args):
+        path = save(*args)
+        os.write(1, f"\nsaved {path.name}\n".encode())
+        return path
+
+    snapshot.save = announced
+    resume = bool(snapshot.listed(root / "snapshots"))
+    finetuning.main(dataclasses.replace(options, out_dir=str(root), resume=resume))
+
+
+def attempt(
+    options: TrainingOptions,
+    root: Path,
+    output: Path,
+    fault: tuple[int, int, int] | None,
+    after: tuple[float, int] | None = None,
+) -> int:
+    """Run or resume in a fork; its exit code, as of `end`."""
+    return end(start(lambda: train(options, root), output, root, fault), after)
 
 
 def digest(root: Path) -> str:
@@ -129,8 +157,20 @@ def digest(root: Path) -> str:
     return hashlib.sha256(b"".join([*content, json.dumps(state, sort_keys=True).encode()])).hexdigest()
 
 
-def saved_steps(output: Path) -> list[str]:
-    return [line.split()[1] for line in output.read_text(errors="replace").splitlines() if line.startswith("saved ")]
+def lost_step(root: Path, text: str) -> str | None:
+    """What is wrong where the newest snapshot is older than one that was announced."""
+    steps = [line.split()[1] for line in text.splitlines() if line.startswith("saved ")]
+    found = snapshot.latest(root / "snapshots")[0].name if steps else ""
+    return f"{steps[-1]} was announced, {found} is there" if steps and found < steps[-1] else None
+
+
+def wrong_end(code: int, text: str, expected: set[int]) -> str | None:
+    """What is wrong where a run has not ended as it should: with that code, and one line of an error if any."""
+    if code not in expected or "Traceback" in text:
+        return f"exit code {code}: {text[-300:]}"
+    if code > 0 and sum(line.startswith("error: ") for line in text.splitlines()) != 1:
+        return f"not one line: {text[-300:]}"
+    return None
 
 
 def trial(options: TrainingOptions, work: Path, wanted: str, fault: tuple[int, int, int]) -> str | None:
@@ -140,15 +180,9 @@ def trial(options: TrainingOptions, work: Path, wanted: str, fault: tuple[int, i
     code = attempt(options, root, output, fault)
     text = output.read_text(errors="replace")
     expected = {-signal.SIGKILL} if fault[1] == 0 else {0, 3}  # 0: what failed was the removal of something old
-    if code not in expected or "Traceback" in text:
-        return f"exit code {code}: {text[-300:]}"
-    if code == 3 and sum(line.startswith("error: ") for line in text.splitlines()) != 1:
-        return f"not one line: {text[-300:]}"
-    steps = saved_steps(output)
-    if steps:
-        found = snapshot.latest(root / "snapshots")[0].name
-        if found < steps[-1]:
-            return f"{steps[-1]} was announced, {found} is there"
+    problem = wrong_end(code, text, expected) or lost_step(root, text)
+    if problem is not None:
+        return problem
     code = attempt(options, root, output, None)
     if code != 0:
         return f"resuming ended with {code}: {output.read_text(errors='replace')[-300:]}"
@@ -173,12 +207,17 @@ def kill_often(options: TrainingOptions, work: Path, wanted: str, n: int, number
     return {"kills": kills, "runs": runs, "failures": failures}
 
 
+def n_operations(text: str) -> int:
+    """How many changes of files the run has counted that printed this."""
+    return int(text.rsplit("operations ", 1)[1])
+
+
 def try_faults(options: TrainingOptions, work: Path, error: int, lasting: int, every: int) -> dict:
     """Let one operation after another fail."""
     code = attempt(options, work / "run", work / "output", (0, 0, 0))
     text = (work / "output").read_text()
     assert code == 0, text
-    n = int(text.rsplit("operations ", 1)[1])
+    n = n_operations(text)
     wanted, failures = digest(work / "run"), {}
     points = range(1, n + 1, every)
     for point in points:

@@ -880,15 +880,27 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tmp_path, 
 # Faults
 
 
+def test_a_run_that_came_and_went_meanwhile_is_not_written_over(base, reference, tmp_path, monkeypatch):
+    """Between a look at the directory and the lock on it, while the model is read."""
+    prepare, root = finetuning.read_data, tmp_path / "run"
+
+    def slowly(options):
+        monkeypatch.setattr(finetuning, "read_data", prepare)
+        run_to(base, root)
+        return prepare(options)
+
+    monkeypatch.setattr(finetuning, "read_data", slowly)
+    with pytest.raises(InputError, match="is in use"):
+        finetuning.main(options_of(base, root))
+    assert crash.digest(root) == reference
+
+
 @functools.cache
 def fault_library(folder: Path) -> Path:
     """The compiled shim that makes file operations fail."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler is installed")
-    target = folder / "fault.so"
-    source = ROOT / "tests" / "fault.c"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(target), str(source), "-ldl"], check=True)
-    return target
+    return crash.build_library(folder)
 
 
 def crash_run(mode: str, tmp_path: Path, *numbers: int) -> dict:
