@@ -191,7 +191,8 @@ def quantize_groups(weight: Tensor, group_size: int, grid: Grid) -> Codes:
     """Codes of a matrix for the least squared error, a scale for each `group_size` columns of a row.
 
     In groups of int8 |w - codes * scales| <= 0.57 scales: half of one, and at the ends what rounding it to 11 bits
-    takes away, 127 / 2048 of one.
+    takes away, 127 / 2048 of one. Where a group's largest value is below 0.008, fp16 holds its scale less exactly:
+    then up to 127 * 2**-25 more.
     """
     k, parts = weight.shape[1], []
     n_rows, n_whole = max(1, CHUNK // k), k // group_size * group_size

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, one thread each, before torch is imported
 
+import hypothesis
 import pytest
 import torch
 from offline import sitecustomize  # noqa: F401 (no connection leaves this machine)
@@ -19,6 +20,13 @@ if not torch.cuda.is_available():
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 
+hypothesis.settings.register_profile(
+    "the same examples each time",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # on a busy machine everything is
+)
+hypothesis.settings.load_profile("the same examples each time")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny"
 REAL = ROOT / "models" / "smollm2-135m" / "smollm2-135m.gguf"

@@ -47,7 +47,7 @@ def test_labels_are_the_answer_and_its_end_token(tiny):
     assert batch.tokens[0, 0] == tiny.tokenizer.bos_id and (batch.tokens == tiny.tokenizer.bos_id).sum() == 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=40), st.text(max_size=20), st.text(min_size=1, max_size=40))
 def test_what_is_asked_is_how_training_samples_begin(tiny, instruction, input, output):
     texts = (instruction, input, output)

@@ -125,7 +125,7 @@ def test_tables_as_excel_writes_them(tmp_path):
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(ANY.filter(str.strip), ANY, ANY), min_size=1, max_size=5), st.sampled_from(",;\t"), st.booleans()
 )

@@ -111,7 +111,7 @@ def test_a_session_and_a_draft_exclude_each_other(tiny):
 @hypothesis.given(
     st.lists(st.text("ab#\n", max_size=4), max_size=12), st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=3)
 )
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 def test_a_text_ends_before_the_first_of_the_strings_however_it_comes(pieces, strings):
     text, stop, shown = "".join(pieces), StopStrings(strings), ""
     for piece in pieces:

@@ -69,7 +69,7 @@ def test_a_prompt_begins_once(tokenizer):
     assert ids == [tokenizer.bos_id, *tokenizer.encode("Hi", bos=False, eos=False)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_round_trips_and_stays_ordinary(text):
     ids = EMBEDDED.encode(text, bos=False, eos=False)
