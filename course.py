@@ -104,6 +104,9 @@ def parts(options: Options, quality: str | None, device_type: str) -> list[Part]
 
 def make_reports(course: Parts, label: str) -> None:
     """PDFs and page of the rows that there are."""
+    if not any((course.out / "rows").iterdir()):
+        course.state["reports"] = "not made: nothing was measured"
+        return
     given = f"--results={course.out / 'rows'}"
     pdf = ("-m", "reports.build", "pdf", f"--out_dir={course.out}", f"--model={label}", f"--device={course.device}")
     page = ("-m", "reports.build", "page", f"--page={course.out / 'index.html'}")

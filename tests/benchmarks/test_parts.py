@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from support import measured_row
+from test_finetuning import fault_library
 
 from benchmarks import parts, rows
 from benchmarks.parts import Part, Parts
@@ -163,3 +164,39 @@ def test_the_small_course_is_the_same_however_often_it_is_killed(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.pdf")} == {f"phase_{i}.pdf" for i in (1, 2, 3)}
     assert (tmp_path / "out" / "index.html").stat().st_size > 100_000
     assert kept.items() <= {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}.items()
+
+
+TROUBLE = """
+import ctypes, os, sys
+if not {"course.py", "reports.build"} & {arg.rpartition("/")[2] for arg in sys.orig_argv}:
+    if os.environ.get("FULL"):
+        ctypes.CDLL(None).fault_arm(os.environ["FULL"].encode(), 1, 28, 1)
+    else:
+        import torch
+        def embedding(*arguments, usual=torch.embedding, calls=iter(range(10**9))):
+            if next(calls) == 2:
+                raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
+            return usual(*arguments)
+        torch.embedding = embedding
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "said", "kept", "reports"),
+    [("memory", "out of memory", 1, "in {}"), ("disk", "No space left", 0, "not made: nothing was measured")],
+)
+def test_parts_in_trouble_end_no_other_and_leave_reports(tmp_path, trouble, said, kept, reports):
+    """Without memory in the third forward of each process that computes; with a full disk at each first write."""
+    (tmp_path / "sitecustomize.py").write_text(TROUBLE)
+    environment, out = {**os.environ, "PYTHONPATH": str(tmp_path)}, tmp_path / "out"
+    if trouble == "disk":
+        environment |= {"LD_PRELOAD": str(fault_library(tmp_path)), "FULL": str(out)}
+    command = [sys.executable, "course.py", "--model=tiny", f"--out_dir={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = dict(line.strip("| ").split(" | ") for line in done.stdout.partition("|---|---|")[2].split("\n") if line)
+    assert table.pop("reports") == reports.format(out) and bool(table.pop("page", "")) == bool(kept)
+    harmed = [state for state in table.values() if state.startswith("not measured: ") and said in state]
+    assert len(harmed) == len(table) - kept == 14 - kept, table  # kernels.py looks up no embedding
+    assert len(list(out.glob("rows/*"))) == kept and not list(out.glob(".*"))

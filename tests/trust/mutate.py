@@ -1,0 +1,225 @@
+"""Mutation testing: how many small mistakes in the program do its tests notice?
+
+    python -m pytest --cov --cov-context=test --junitxml=times.xml      # which test runs which line
+    python -m tests.trust.mutate --n=600 --seed=0 --coverage=.coverage --times=times.xml --state=mutants.jsonl
+
+Each mutant (mutants.py) is planted in a copy of the tree, and the tests that run its line are run there, cheap ones of
+every kind first, until one fails. Score: noticed / (all - equivalent); one that changes nothing that anybody could see
+is listed in EQUIVALENT with the reason. A run that is stopped goes on where it was. Processes are forks of one that has
+imported what takes long and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import coverage
+import pytest
+
+from tests.trust.mutants import Mutant, mutants
+
+ROOT = Path(__file__).parent.parent.parent
+EQUIVALENT = Path(__file__).with_name("equivalent.toml")
+SOURCES = ("llama/**/*.py", "data/**/*.py", "finetuning.py")
+CORE = ("model", "cache", "sampling", "lora", "training/loss", "training/lean_loss", "training/step")
+HEAVY = (
+    "torch transformers peft hypothesis safetensors tiktoken sentencepiece gguf matplotlib.pyplot fire triton".split()
+)
+SECONDS, TESTS = 40, 400  # of tests that are run on one mutant, and how many at most
+MEMORY = 12 << 30  # bytes that a process may take
+PHASE = re.compile(r"(\|(run|setup|teardown)| \((call|setup|teardown)\))$")  # of a test, behind its name
+KILLED, SURVIVED = "killed", "survived"
+
+
+def main() -> None:
+    """Run what the flags ask for; one line of JSON for each mutant, then the score."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--n", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage")
+    parser.add_argument("--times", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--only", default="", help="of files whose path contains this")
+    parser.add_argument("--again", action="store_true", help="try those that have survived once more")
+    parser.add_argument("--processes", type=int, default=2)
+    flags = parser.parse_args()
+    chosen = drawn(flags.n, flags.seed, flags.only)
+    done = {line["name"]: line for line in _lines(flags.state)}
+    left = [m for m in chosen if m.name not in done or (flags.again and done[m.name]["outcome"] == SURVIVED)]
+    tests = TestsOfLines(flags.coverage, flags.times)
+    for outcome in run(left, tests, flags.processes):
+        done[outcome["name"]] = outcome
+        with flags.state.open("a") as file:
+            file.write(json.dumps(outcome) + "\n")
+        print(outcome["outcome"], outcome["name"], outcome["by"], f"{outcome['seconds']:.0f} s", flush=True)
+    require_sound({outcome["by"] for outcome in done.values() if "::" in outcome["by"]})
+    print(summary([done[mutant.name] for mutant in chosen]))
+
+
+def require_sound(tests: set[str]) -> None:
+    """Those that have noticed something pass where nothing is planted; else what they noticed was something else."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = _copy(Path(scratch) / "plain")
+        flags = ["-n", "2", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", ""]
+        if subprocess.run([sys.executable, "-m", "pytest", *flags, *sorted(tests)], cwd=tree).returncode:
+            sys.exit("error: tests fail on the program as it is; mend them, and take their mutants out of the state")
+
+
+def drawn(n: int, seed: int, only: str = "") -> list[Mutant]:
+    """`n` of all mutants, each as likely as any other."""
+    paths = sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)})
+    names = [str(path.relative_to(ROOT)) for path in paths]
+    found = [mutant for name in names if only in name for mutant in mutants(name, (ROOT / name).read_text())]
+    return random.Random(seed).sample(found, min(n, len(found)))
+
+
+def run(chosen: list[Mutant], tests: TestsOfLines, processes: int) -> Iterator[dict]:
+    """What became of each, as they end."""
+    for name in HEAVY:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    waiting, running = collections.deque(chosen), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        free = [_copy(Path(scratch) / str(i)) for i in range(processes)]
+        while waiting or running:
+            while waiting and free:
+                mutant, tree = waiting.popleft(), free.pop()
+                found, seconds = tests.of(mutant)
+                running[_start(mutant, tree, found)] = mutant, tree, time.monotonic(), 60 + 6 * seconds
+            time.sleep(0.05)
+            for pid, (mutant, tree, start, limit) in list(running.items()):
+                took = time.monotonic() - start
+                if took > limit:
+                    os.killpg(pid, signal.SIGKILL)
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended:
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # what its tests have started
+                shutil.copy(ROOT / mutant.path, tree / mutant.path)
+                free.append(tree)
+                del running[pid]
+                yield _outcome(mutant, os.waitstatus_to_exitcode(status), tree, took)
+
+
+def _copy(tree: Path) -> Path:
+    """The project without its history, as it stands."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def _start(mutant: Mutant, tree: Path, tests: list[str]) -> int:
+    """A process that runs the tests on the mutant; it ends with pytest's exit code."""
+    (tree / mutant.path).write_text(mutant.apply((ROOT / mutant.path).read_text()))
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.chdir(tree)
+    output = os.open(tree / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    own = [name for name, module in sys.modules.items() if str(ROOT) in str(getattr(module, "__file__", ""))]
+    for name in own:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    flags = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={tree}.tmp", "-m", ""]
+    code = 3
+    try:
+        code = int(pytest.main([*flags, *tests])) if tests else 0
+    finally:
+        os._exit(code)
+
+
+def _outcome(mutant: Mutant, code: int, tree: Path, seconds: float) -> dict:
+    text = (tree / "output").read_text(errors="replace")
+    failed = next((line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    by = failed.split(" - ")[0].partition(" ")[2] or f"exit code {code}"
+    return {
+        "name": mutant.name, "path": mutant.path, "line": mutant.line, "seconds": seconds,
+        "outcome": SURVIVED if code in (0, 5) else KILLED, "by": "" if code in (0, 5) else by,
+    }  # fmt: skip
+
+
+class TestsOfLines:
+    """Which tests run a line, and how long each takes."""
+
+    __test__ = False
+
+    def __init__(self, data: Path, times: Path) -> None:
+        self.data = coverage.CoverageData(str(data))
+        self.data.read()
+        self.files = {os.path.relpath(path, ROOT): path for path in self.data.measured_files()}
+        self.seconds: dict[str, float] = {}
+        for case in xml.etree.ElementTree.parse(times).iter("testcase"):
+            path = case.get("classname").replace(".", "/") + ".py"
+            self.seconds[f"{path}::{case.get('name')}"] = float(case.get("time"))
+
+    def of(self, mutant: Mutant) -> tuple[list[str], float]:
+        """Node ids, and how long they take together: each function once, then each again with other parameters."""
+        contexts = self.data.contexts_by_lineno(self.files.get(mutant.path, "")).get(mutant.line, ())
+        names = {PHASE.sub("", context) for context in contexts}
+        mirror = Path("tests", mutant.path).with_name(f"test_{Path(mutant.path).name}")
+        times, chosen, total = collections.Counter(), [], 0.0
+        by_time = sorted((name for name in names if name in self.seconds), key=self.seconds.get)
+        ranked = []
+        for name in by_time:
+            function = name.partition("[")[0]
+            ranked.append((times[function], not name.startswith(str(mirror)), self.seconds[name], name))
+            times[function] += 1
+        for *_, seconds, name in sorted(ranked)[:TESTS]:
+            if total + seconds <= SECONDS or not chosen:
+                chosen.append(name)
+                total += seconds
+        return chosen, total
+
+
+def summary(outcomes: list[dict]) -> str:
+    """The score, of all and of the core, and those that nobody noticed."""
+    equivalent, lines = excused(), []
+    for title, group in (("all", outcomes), ("core", [o for o in outcomes if _is_core(o["path"])])):
+        counted = [outcome for outcome in group if outcome["outcome"] == KILLED or outcome["name"] not in equivalent]
+        killed = sum(outcome["outcome"] == KILLED for outcome in counted)
+        lines.append(f"{title}: {killed} of {len(counted)} noticed, {killed / max(1, len(counted)):.1%}")
+    return "\n".join([*lines, *(o["name"] for o in outcomes if o["outcome"] == SURVIVED and o["name"] not in excused)])
+
+
+def excused() -> set[str]:
+    """Names of mutants that change nothing that anybody could see."""
+    return {entry["name"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("mutant", ())}
+
+
+def _is_core(path: str) -> bool:
+    return path in (*(f"llama/{name}.py" for name in CORE), "finetuning.py")
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
