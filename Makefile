@@ -6,12 +6,13 @@
 # make model fetch a small trained model, SmolLM2-135M-Instruct, into models/
 # make test  lint, check formatting, run the tests
 # make test-slow  the tests that take minutes: every single fault, 10,000 flipped bits
+# make mutate  plants 600 small mistakes in the program, one at a time, and counts those that its tests notice; hours
 # make audit  look all installed packages up in the package index's list of vulnerabilities
 # Each sets up a virtual environment in .venv first; delete it to start over.
 
 PYTHON ?= python3
 
-.PHONY: run model demo course reports page test test-slow audit
+.PHONY: run model demo course reports page test test-slow mutate audit
 run: .venv/run.stamp
 	.venv/bin/python inference.py
 	.venv/bin/python inference.py --compare --max_gen_len=96 --prompt="Once upon a time, there was a little fox named"
@@ -43,6 +44,10 @@ test-slow: .venv/dev.stamp .venv/demo.stamp
 audit: .venv/dev.stamp .venv/demo.stamp
 	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1
 	.venv/audit/bin/pip-audit --strict --path $$(echo .venv/lib/python*/site-packages)
+
+mutate: .venv/dev.stamp
+	COVERAGE_FILE=$(CURDIR)/runs/coverage .venv/bin/python -m pytest --cov --cov-context=test --cov-report= --junitxml=runs/times.xml -o junit_duration_report=call
+	.venv/bin/python -m tests.trust.mutate --times=runs/times.xml --state=runs/mutants.jsonl
 
 .venv/bin/python:
 	@$(PYTHON) early.py

@@ -1,7 +1,6 @@
 """Mutation testing: how many small mistakes in the program do its tests notice?
 
-    python -m pytest --cov --cov-context=test --junitxml=times.xml      # which test runs which line
-    python -m tests.trust.mutate --n=600 --seed=0 --coverage=.coverage --times=times.xml --state=mutants.jsonl
+    make mutate     # which test runs which line; then 600 mutants, in runs/mutants.jsonl
 
 Each mutant (mutants.py) is planted in a copy of the tree, and the tests that run its line are run there, cheap ones of
 every kind first, until one fails. Score: noticed / (all - equivalent); one that changes nothing that anybody could see
@@ -53,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage")
+    parser.add_argument("--coverage", type=Path, default=ROOT / "runs" / "coverage")
     parser.add_argument("--times", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--only", default="", help="of files whose path contains this")
@@ -205,7 +204,8 @@ def summary(outcomes: list[dict]) -> str:
         counted = [outcome for outcome in group if outcome["outcome"] == KILLED or outcome["name"] not in equivalent]
         killed = sum(outcome["outcome"] == KILLED for outcome in counted)
         lines.append(f"{title}: {killed} of {len(counted)} noticed, {killed / max(1, len(counted)):.1%}")
-    return "\n".join([*lines, *(o["name"] for o in outcomes if o["outcome"] == SURVIVED and o["name"] not in excused)])
+    unnoticed = (outcome["name"] for outcome in outcomes if outcome["outcome"] == SURVIVED)
+    return "\n".join([*lines, *(name for name in unnoticed if name not in equivalent)])
 
 
 def excused() -> set[str]:
