@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +40,7 @@ ROOT = Path(__file__).parent.parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 SOURCES = ("llama/**/*.py", "data/**/*.py", "finetuning.py")
 CORE = ("model", "cache", "sampling", "lora", "training/loss", "training/lean_loss", "training/step")
-HEAVY = (
-    "torch transformers peft hypothesis safetensors tiktoken sentencepiece gguf matplotlib.pyplot fire triton".split()
-)
+HEAVY = "torch transformers peft safetensors tiktoken sentencepiece gguf matplotlib.pyplot fire triton".split()
 SECONDS, TESTS = 40, 400  # of tests that are run on one mutant, and how many at most
 MEMORY = 12 << 30  # bytes that a process may take
 PHASE = re.compile(r"(\|(run|setup|teardown)| \((call|setup|teardown)\))$")  # of a test, behind its name
@@ -74,6 +74,8 @@ def main() -> None:
 
 def require_sound(tests: set[str]) -> None:
     """Those that have noticed something pass where nothing is planted; else what they noticed was something else."""
+    if not tests:
+        return
     with tempfile.TemporaryDirectory() as scratch:
         tree = _copy(Path(scratch) / "plain")
         flags = ["-n", "2", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", ""]
@@ -97,6 +99,10 @@ def run(chosen: list[Mutant], tests: TestsOfLines, processes: int) -> Iterator[d
     waiting, running = collections.deque(chosen), {}
     with tempfile.TemporaryDirectory() as scratch:
         free = [_copy(Path(scratch) / str(i)) for i in range(processes)]
+        for mutant in chosen[:1]:  # unchanged: nothing may be noticed
+            pid = _start(dataclasses.replace(mutant, new=mutant.old), free[0], tests.of(mutant)[0])
+            if os.waitpid(pid, 0)[1] != 0:
+                raise RuntimeError((free[0] / "output").read_text()[-2000:])
         while waiting or running:
             while waiting and free:
                 mutant, tree = waiting.popleft(), free.pop()
@@ -139,18 +145,22 @@ def _start(mutant: Mutant, tree: Path, tests: list[str]) -> int:
     output = os.open(tree / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    own = [name for name, module in sys.modules.items() if str(ROOT) in str(getattr(module, "__file__", ""))]
-    for name in own:
-        del sys.modules[name]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # the copy has its own
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    flags = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={tree}.tmp", "-m", ""]
+    flags = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # imported before, all of it: see HEAVY
+    flags += ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={tree}.tmp", "-m", ""]
     code = 3
     try:
         code = int(pytest.main([*flags, *tests])) if tests else 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -180,7 +190,8 @@ class TestsOfLines:
 
     def of(self, mutant: Mutant) -> tuple[list[str], float]:
         """Node ids, and how long they take together: each function once, then each again with other parameters."""
-        contexts = self.data.contexts_by_lineno(self.files.get(mutant.path, "")).get(mutant.line, ())
+        by_line = self.data.contexts_by_lineno(self.files.get(mutant.path, ""))
+        contexts = set(by_line.get(mutant.line, ())) - {""} or set().union(*by_line.values())  # "": while imported
         names = {PHASE.sub("", context) for context in contexts}
         mirror = Path("tests", mutant.path).with_name(f"test_{Path(mutant.path).name}")
         times, chosen, total = collections.Counter(), [], 0.0
