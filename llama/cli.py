@@ -274,7 +274,12 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 def _report(line: str, code: int) -> int:
     stream = sys.stderr if processes.world().is_first else sys.__stderr__  # hushed in all but the first
-    processes.say_once(lambda: print("error: " + " ".join(line.split()), file=stream or sys.__stderr__, flush=True))
+
+    def say() -> None:
+        with contextlib.suppress(OSError):  # a log on a full disk: the code says it all the same
+            print("error: " + " ".join(line.split()), file=stream or sys.__stderr__, flush=True)
+
+    processes.say_once(say)
     return code
 
 

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import crash
 import psutil
 import pytest
 from conftest import ROOT
 from support import measured_row
-from test_finetuning import fault_library
 
 from benchmarks import parts, rows
 from benchmarks.parts import Part, Parts
@@ -184,14 +184,14 @@ if not {"course.py", "reports.build"} & {arg.rpartition("/")[2] for arg in sys.o
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "said", "kept", "reports"),
-    [("memory", "out of memory", 1, "in {}"), ("disk", "No space left", 0, "not made: nothing was measured")],
+    [("memory", "out of memory", 1, "in {}"), ("disk", "full disk", 0, "not made: nothing was measured")],
 )
 def test_parts_in_trouble_end_no_other_and_leave_reports(tmp_path, trouble, said, kept, reports):
     """Without memory in the third forward of each process that computes; with a full disk at each first write."""
     (tmp_path / "sitecustomize.py").write_text(TROUBLE)
     environment, out = {**os.environ, "PYTHONPATH": str(tmp_path)}, tmp_path / "out"
     if trouble == "disk":
-        environment |= {"LD_PRELOAD": str(fault_library(tmp_path)), "FULL": str(out)}
+        environment |= {"LD_PRELOAD": str(crash.build_library(tmp_path)), "FULL": str(out)}
     command = [sys.executable, "course.py", "--model=tiny", f"--out_dir={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
