@@ -140,7 +140,7 @@ def _start(mutant: Mutant, tree: Path, tests: list[str]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    os.setsid()
+    os.setpgrp()
     os.chdir(tree)
     output = os.open(tree / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
