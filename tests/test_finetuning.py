@@ -30,7 +30,7 @@ from data.samples import encode
 from llama import Llama, adapters, checkpoint, cli, files, lora, quantization
 from llama import device as devices
 from llama.config import PRESETS
-from llama.errors import InputError, Stopped
+from llama.errors import EnvironmentFailure, InputError, Stopped
 from llama.evaluation import perplexity
 from llama.tokenizer import ChatFormat, Tokenizer
 from llama.training import batch as batches
@@ -495,6 +495,71 @@ def test_verdicts_are_plain():
     assert "Held-out loss 3.0000 before, 2.5000 after; too few" in few and "It learned" not in few and "95 %" not in few
     assert "ALARM: the loss started at 9.00, above ln(vocabulary) = 8.32" in verdict(9.0, 2.0)
     assert "ALARM: the model is better at repeating" in verdict(3.0, 2.5, copied=1.0)
+
+
+def test_a_verdict_is_certain_only_where_the_records_agree():
+    """The fall of each record, in nats; the interval is that of the records, and says so."""
+    given = TrainingOptions.resolve({})
+
+    def said(falls: list[float]) -> str:
+        before = Evaluation([30.0 + i for i in range(len(falls))], [10] * len(falls), [90.0] * len(falls))
+        sums = [loss - 10 * fall for loss, fall in zip(before.sums, falls, strict=True)]
+        return " ".join(verdicts.verdict(given, 4096, before, Evaluation(sums, before.counts, before.copied), 0.5))
+
+    assert "It learned." in said([0.2, 0.3] * 10)
+    assert "It learned nothing that shows." in said([2.0, -1.8] * 10)  # a fall of 0.1 on average
+    assert "It learned nothing that shows." in said([0.009] * 20)  # certain, and too little to matter
+    assert "It learned." in said([0.011] * 20)
+    assert "It got worse" in said([-0.2, -0.3] * 10) and "It got worse" in said([-0.011] * 20)
+    for falls in ([-2.0, 1.8] * 10, [-0.009] * 20):
+        assert "It learned nothing that shows." in said(falls)
+    mixed = said([0.2, 0.3] * 10)
+    low, high = map(float, re.search(r"it fell by 0.2500 \[(\S+) to (\S+)\]", mixed).groups())
+    assert 0.22 < low < 0.25 < high < 0.28
+    low, high = map(float, re.search(r"after \[95 %: (\S+) to (\S+)\]", mixed).groups())
+    assert low < 3.95 - 0.25 < high and high - low > 0.3  # records differ more than their falls
+
+
+def test_copying_alarms_where_training_made_it_better_than_predicting():
+    def said(copied: tuple[float, float], losses: tuple[float, float]) -> str:
+        made = [Evaluation([10 * x] * 20, [10] * 20, [10 * c] * 20) for x, c in zip(losses, copied, strict=True)]
+        return " ".join(verdicts.verdict(TrainingOptions.resolve({}), 4096, *made, 0.5))
+
+    assert "labels that are not shifted" in said((5.0, 1.0), (3.0, 2.0))
+    assert "ALARM" not in said((5.0, 2.5), (3.0, 2.0))  # it predicts better than it copies
+    assert "ALARM" not in said((1.5, 1.0), (3.0, 2.0))  # predicting became better by more
+    assert "ALARM" not in said((1.0, 1.0), (2.0, 2.0))  # it did so before
+
+
+def test_answers_are_counted_before_and_after():
+    def made(*pairs: tuple[str, bool]) -> list[dict]:
+        return [{"text": text, "ended": ended} for text, ended in pairs]
+
+    before = made(("about it", True), ("a", False), ("x", True), ("c", False))
+    after = made(("about that", False), ("a", True), ("b", True), ("c", False))
+    text = verdicts.compared(["What is it?"], ["a", "b", "c"], before, after)
+    assert "2 of 4 answers (1 to the questions above, 3 held out) ended by themselves before, 2 after." in text
+    assert "0 of 3 held-out answers were the reference before, 2 after." in text
+    assert text.index("What is it?") < text.index("about it") < text.index("about that")
+
+
+@pytest.mark.parametrize(
+    ("flags", "copies", "exported"),
+    [
+        ({"optimizer": "sgd", "keep": 1, "export": "none"}, 3, 0),
+        ({"optimizer": "sgd", "momentum": 0.9, "keep": 2, "export": "none"}, 7, 0),
+        ({"optimizer": "adamw", "keep": 2, "export": "hf"}, 10, 1),
+    ],
+)
+def test_a_run_starts_only_where_its_files_will_fit(base, tmp_path, monkeypatch, flags, copies, exported):
+    """Snapshots of weights and moments, one more while it is written, the adapter, and what is exported."""
+    run = prepared(options_of(base, tmp_path / "run", **flags))
+    trained = sum(weight.nbytes for weight in run.trainer.weights.values())
+    needed = copies * trained + exported * sum(weight.nbytes for weight in run.model.parameters())
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+        with contextlib.nullcontext() if fits else pytest.raises(EnvironmentFailure, match="GB are free"):
+            run._check_disk()
 
 
 def test_updates_too_small_for_any_weight_end_the_run(base, tmp_path, monkeypatch, capsys):

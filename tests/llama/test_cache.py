@@ -190,3 +190,34 @@ def test_a_fused_step_which_knows_no_codes_is_not_taken(monkeypatch):
     plain, int8 = (Decoder(random_model(), "auto", kind) for kind in ("auto", "int8"))
     assert plain.name == "fused" and int8.name == "eager"
     assert "widens the int8 cache" in int8.why_slower and plain.why_slower is None
+
+
+@pytest.mark.parametrize("kind", [KVCache, Int8Cache])
+def test_a_part_is_the_same_storage_with_its_own_sequences(kind):
+    cache = kind(SMALL, 5, 9, torch.float32, "cpu")
+    part = cache.part(2, 4, 6)
+    assert part.max_len == 6 and cache.part(0, 5).max_len == cache.max_len == 9 and len(part.sequences) == 2
+    k, v = torch.randn(2, 2, SMALL.n_kv_heads, 1, SMALL.head_dim)
+    found = part.update(1, k, v, torch.tensor([[5], [3]]))
+    assert found[0].shape == (2, SMALL.n_kv_heads, 6, SMALL.head_dim)
+    where = cache.k[1].ne(0).any(-1).any(1).nonzero().tolist()
+    assert where == [[2, 5], [3, 3]] and not cache.k[[0, 2, 3]].any()
+    cache.clear()
+    assert not any(getattr(cache, name).any() for name in cache.parts)
+    assert cache.k.data_ptr() == kind.part(cache, 0, 5).k.data_ptr()
+
+
+def test_a_cache_of_some_layers_of_a_model():
+    assert KVCache(SMALL, 2, 7, torch.float32, "cpu", n_layers=3).k.shape == (3, 2, SMALL.n_kv_heads, 7, SMALL.head_dim)
+
+
+@pytest.mark.parametrize("kind", [KVCache, Int8Cache])
+def test_what_a_cache_is_not_for_is_refused(kind):
+    cache = kind(SMALL, 2, 7, torch.float32, "cpu")
+    k = torch.ones(2, SMALL.n_kv_heads, 1, SMALL.head_dim)
+    with pytest.raises(ValueError, match="for inference"):
+        cache.update(0, k.clone().requires_grad_(), k, None)
+    with pytest.raises(ValueError, match="made for 2 sequences, not 1"):
+        cache.update(0, k[:1], k[:1], None)
+    with pytest.raises(IndexError):
+        cache.update(0, k, k, torch.tensor([[0], [7]]))

@@ -166,7 +166,9 @@ def test_streams_that_the_caller_closed(closed, code, shown):
     assert run.returncode == code and re.fullmatch(shown, run.stdout + run.stderr)
 
 
-@pytest.mark.parametrize(("full", "flags", "code"), [("2>", [], 3), ("2>", ["--max_len=x"], 2), (">", ["--max_len=x"], 2)])
+@pytest.mark.parametrize(
+    ("full", "flags", "code"), [("2>", [], 3), ("2>", ["--max_len=x"], 2), (">", ["--max_len=x"], 2)]
+)
 def test_streams_on_a_full_disk_change_no_exit_code(full, flags, code):
     program = "from llama import cli; import test_cli; cli.run(test_cli.main)"
     command = ["sh", "-c", f'"$0" "$@" 2>/dev/full {full}/dev/full', sys.executable, "-c", program, *flags]

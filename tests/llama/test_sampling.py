@@ -98,3 +98,16 @@ def test_draw_has_the_right_distribution():
 def test_zero_probability_is_never_drawn():
     probs = torch.tensor([0.0, 1.0, 0.0]).expand(50_000, 3)
     assert (draw(probs, torch.Generator().manual_seed(0)) == 1).all()
+
+
+def test_the_next_token_is_drawn_with_all_settings_from_the_words_alone():
+    x = logits(40)
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.02}
+    drawn = set()
+    for seed in range(200):
+        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+        token = next_token(x, Sampling(**settings, generator=first, n_words=30))
+        assert token == draw(logits_to_probs(x[..., :30], *settings.values()), second)
+        drawn.add(token.item())
+    assert 1 < len(drawn) <= 5 and max(drawn) < 30
+    assert next_token(torch.arange(40.0), Sampling(temperature=0, n_words=30)) == 29

@@ -211,6 +211,26 @@ def test_a_lookup_that_could_find_nothing_is_refused():
             PromptLookup(*sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "text", "proposed"),
+    [
+        ((3, 1), [1, 2, 3, 4, 9, 4], [9, 4, 9]),  # one token is enough; past its end the text goes on as drafted
+        ((3, 2), [1, 2, 3, 4, 9, 4], []),
+        ((3, 2), [5, 6, 1, 8, 7, 6, 1, 8, 5, 6, 1, 2, 6, 1], [2, 6, 1]),  # of equally long matches the latest
+        ((3, 2), [5, 6, 1, 8, 7, 6, 1, 9, 0, 5, 6, 1], [8, 7, 6]),  # a longer match counts more than a later one
+        ((1, 1), [7, 7], [7, 7, 7]),
+    ],
+)
+def test_what_a_lookup_proposes(sizes, text, proposed):
+    draft = PromptLookup(*sizes)
+    with draft.start([text], 99, Sampling()) as propose:
+        assert propose([text], [3]).tokens == [proposed]
+    with draft.start([text[:2]], 99, Sampling()) as propose:  # token by token, as a text grows
+        for end in range(2, len(text)):
+            propose([text[:end]], [3])
+        assert propose([text], [3]).tokens == [proposed] and propose([text], [0]).tokens == [[]]
+
+
 def test_itself_is_always_accepted_also_after_pauses(llama, monkeypatch):
     """Every k in turn, 0 for rounds in which the draft falls behind; sampled too, where p = q accepts everything."""
     pattern = [3, 0, 0, 5, 0, 1, 8, 0, 0, 0, 0, 2, 2]

@@ -450,6 +450,25 @@ def test_adapters_over_16_bits_learn():
 # Settings
 
 
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.1}, {"weight_decay": 0.1, "momentum": 0.9}, {}])
+def test_sgd_by_formula(settings):
+    """Two steps: v = momentum v + g + weight_decay w; w = w - lr v."""
+    model = random_model()
+    trainer = Trainer(model, Settings(optimizer="sgd", lr=0.01, schedule="constant", **settings), 2)
+    before = {name: w.detach().double().clone() for name, w in trainer.weights.items()}
+    velocity, seen = dict.fromkeys(before, 0.0), []
+    keep = lambda *_: seen.append({name: w.grad.double().clone() for name, w in trainer.weights.items()})  # noqa: E731
+    trainer.optimizer.register_step_pre_hook(keep)
+    for window in (batches([samples(2)]), batches([samples(2, seed=1)])):
+        trainer.step(window)
+        for name, w in before.items():
+            velocity[name] = settings.get("momentum", 0) * velocity[name] + seen[-1][name]
+            velocity[name] = velocity[name] + settings.get("weight_decay", 0) * w
+            before[name] = w - 0.01 * velocity[name]
+    for name, w in trainer.weights.items():
+        torch.testing.assert_close(w.double(), before[name], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_learning_rate_by_formula(schedule, warmup):
@@ -532,6 +551,19 @@ def test_checkpointing_is_bit_equal_in_full_training():
             hashlib.sha256(b"".join(g.numpy().tobytes() for g in gradients_of(model, window).values())).hexdigest()
         )
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_checkpointing_packed_rows_is_bit_equal(lean):
+    """Rows of several samples have positions and a mask of their own, which the second run needs as well."""
+    seen = []
+    for layers in ((), (0, 2), range(4)):
+        model = lora_model(0.05)
+        checkpoint_layers(model, layers)
+        torch.manual_seed(3)
+        seen.append(gradients_of(model, [batching.collate([samples(3), samples(2, seed=9)], 0)], lean=lean))
+    for found in seen[1:]:
+        assert all(torch.equal(found[name], seen[0][name]) for name in seen[0])
 
 
 def test_checkpointing_recomputes_and_saves_memory():
