@@ -279,3 +279,13 @@ def test_mutants_are_records_or_one_line(tmp_path):
                 assert len(" ".join(str(error).split())) < 600
             assert time.perf_counter() - start < 2
     assert len(outcomes) == 7500 and 500 < sum(outcomes) < 7000
+
+
+def test_a_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", '{"text": "a fox"}\n')
+    monkeypatch.setattr(records, "MAX_FILE_BYTES", path.stat().st_size)
+    assert read(path)
+    with path.open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"a\.jsonl is larger than .*; split it"):
+        read(path)

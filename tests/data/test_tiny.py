@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -36,8 +37,12 @@ def test_documents_are_well_formed_and_never_repeat_a_story():
     assert len(set(stories)) == 3000
 
 
-def test_documents_are_a_function_of_the_seed():
-    assert documents(50) == documents(50)
+def test_documents_are_a_function_of_the_seed_and_those_that_the_embedded_model_was_trained_on():
+    """A change of their digest is another corpus, for which the model has to be trained again."""
+    found = documents(3000)
+    assert found[:50] == documents(50)
+    digest = hashlib.sha256(repr(found).encode()).hexdigest()
+    assert digest == "d813bd981b7040ba11972f763ced16eedf5486b4a4878fe60a4482c46bd0cd08"
 
 
 def test_sums_in_the_corpus_are_right():

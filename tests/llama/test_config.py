@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama import ModelArgs
-from llama.config import KNOWN_SHAPES
+from llama.config import KNOWN_SHAPES, PRESETS
 
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 128}
 BAD = [
@@ -51,3 +51,21 @@ def test_defaults_are_those_that_metas_loader_assumes():
     args = ModelArgs()
     assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.multiple_of) == (4096, 32, 32, 32, 256)
     assert (args.norm_eps, args.rope_theta, args.use_scaled_rope, args.head_dim) == (1e-5, 10_000.0, False, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "theta", "scaled", "n_parameters"),
+    [
+        ("llama3.2-1b", 8192, 500_000.0, True, 1_235_814_400),
+        ("llama3.2-3b", 8192, 500_000.0, True, 3_212_749_824),
+        ("llama3.1-8b", 14_336, 500_000.0, True, 8_030_261_248),
+        ("llama3.1-70b", 28_672, 500_000.0, True, 70_553_706_496),
+        ("llama2-7b", 11_008, 10_000.0, False, 6_738_415_616),
+        ("smollm2-135m", 1536, 100_000.0, False, 134_515_008),
+    ],
+)
+def test_shapes_by_name_are_those_of_the_released_models(name, hidden, theta, scaled, n_parameters):
+    """As their files on Hugging Face say."""
+    args = PRESETS[name]
+    assert (args.ffn_dim, args.rope_theta, args.use_scaled_rope) == (hidden, theta, scaled)
+    assert args.n_params() == n_parameters

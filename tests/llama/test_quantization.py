@@ -318,6 +318,22 @@ def test_weights_may_begin_at_any_byte(offset, n_rows):
     assert torch.allclose(layer(x).float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "offset", "is_packed"), [(1, 0, True), (3, 8, True), (32, 0, True), (33, 0, False), (4, 8, False)]
+)
+def test_a_few_rows_of_bfloat16_go_through_pytorchs_kernel_for_int8(monkeypatch, n_rows, offset, is_packed):
+    layer, calls, usual = make_layer(Quantization(8)), [], torch._weight_int8pack_mm
+    moved = torch.empty(layer.weight.numel() + 64, dtype=torch.int8)
+    start = -moved.data_ptr() % 64 + offset
+    layer.weight.data = moved[start : start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *given: calls.append(1) or usual(*given))
+    x = torch.randn(n_rows, layer.in_features, generator=torch.Generator().manual_seed(0))
+    for dtype, packed in ((torch.bfloat16, is_packed), (torch.float32, False)):
+        calls.clear()
+        layer(x.to(dtype))
+        assert bool(calls) == packed
+
+
 @needs_kernel
 def test_codes_that_are_widened_before_each_product_on_a_cpu_are_warned_of():
     model = random_model()

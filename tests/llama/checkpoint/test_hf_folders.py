@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, TINY, random_model
 from support import mutant, same_weights
 
 from llama import Llama, ModelArgs, checkpoint
-from llama.checkpoint import hf
+from llama.checkpoint import hf, hf_config
 from llama.errors import InputError, Notice
 from llama.model import rope_table
 
@@ -366,3 +366,13 @@ def test_mutants_load_or_end_in_one_line(tmp_path, file, n):
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 600
     assert refused > n // 4
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes():
+    from transformers import LlamaConfig
+
+    base = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    theirs, ours = LlamaConfig(**base), hf_config.args_of({"model_type": "llama", **base})
+    assert ours.norm_eps == theirs.rms_norm_eps and ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.n_kv_heads == theirs.num_key_value_heads and ours.head_dim == theirs.head_dim
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]

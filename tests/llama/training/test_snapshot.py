@@ -324,3 +324,12 @@ def test_what_cannot_be_written_is_one_kind_of_error(tmp_path, monkeypatch):
         snapshot.save(tmp_path / "s", 2, content(2), "run", keep=1)
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["step-00000001"]
     assert equal(snapshot.load(tmp_path / "s" / "step-00000001"), content(1))
+
+
+def test_an_old_one_that_cannot_be_deleted_is_out_of_the_way(tmp_path, monkeypatch):
+    """As where somebody else owns a file in it; the next save does not stumble over what is left."""
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else 1 / 0)
+    for step in (1, 2, 3):
+        snapshot.save(tmp_path, step, content(step), "run", keep=1)
+    assert [path.name for path in snapshot.listed(tmp_path)] == ["step-00000003"]
+    assert equal(snapshot.load(tmp_path / "step-00000003"), content(3))
