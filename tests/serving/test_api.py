@@ -180,6 +180,15 @@ def test_what_is_wrong_gets_its_status_and_one_line(site, status, request_):
     assert ask(site, body=WORK)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["/gradio_api/upload", "/gradio_api/file=/etc/passwd", "/gradio_api/%66ile/etc/passwd"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_files_are_refused_before_the_page_sees_their_path(site, method, path):
+    status, _, content = ask(site, method, path)
+    assert status == 404 and content["error"]["message"] == "files are not taken or given here"
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST:1"])
 def test_names_of_this_machine_are_taken(site, host):
     assert ask(site, body=WORK, host=host)[0] == 200
