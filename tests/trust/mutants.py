@@ -84,7 +84,7 @@ class _Finder:
                 continue
             if isinstance(node, ast.Raise) or (name == "test" and isinstance(node, ast.Assert)):
                 continue  # the text of an error; that it is raised is a change of its own
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
                 continue
             yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, ast.AST))
 

@@ -20,14 +20,15 @@ def width(a: int, b: int = 2, *, keep: bool = True) -> int:
         if i % 2:
             continue
         a += i
-    print(a, end="")
+    print(f"{a + 1:2}", end="")
     return max((a * 2), -b, key=abs)
 '''
 PLANTED = {
     ("2", "3"), ("True", "False"), ("not keep", "keep"), ("and", "or"), ("<", "<="), ("8", "9"), ("%", "*"),
     ("not keep and a < b", "(not (not keep and a < b))"), ("i % 2", "(not (i % 2))"), ("continue", "break"),
     ('raise ValueError(f"{a} is below {b + 1}")', "pass"), ("range(a, 8)", "range(8, a)"), ("a += i", "pass"),
-    ('print(a, end="")', "print(a)"), ('print(a, end="")', "pass"), ("*", "/"), ("-b", "b"),
+    ('print(f"{a + 1:2}", end="")', "print(f'{a + 1:2}')"), ('print(f"{a + 1:2}", end="")', "pass"), ("*", "/"),
+    ("-b", "b"),
     ("max((a * 2), -b, key=abs)", "max(-b, a * 2, key=abs)"), ("max((a * 2), -b, key=abs)", "max(a * 2, -b)"),
     ("return max((a * 2), -b, key=abs)", "return None"),
 }  # fmt: skip
