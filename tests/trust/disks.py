@@ -107,6 +107,7 @@ class Options(cli.Options):
 
 
 def main(options: Options) -> None:
+    operations.preload()
     lost, names = [], options.operations.split(",")
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(Path(work))
@@ -133,4 +134,4 @@ def spread(n: int, points: int | None) -> range:
 
 
 if __name__ == "__main__":
-    operations.preloaded(lambda: cli.run(main))
+    cli.run(main)

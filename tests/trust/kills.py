@@ -24,7 +24,7 @@ from benchmarks import rows as row_files
 from llama import cli, files
 from llama.cli import option
 from llama.errors import InputError, InternalError
-from tests.trust.operations import OPERATIONS, Bench, preloaded
+from tests.trust.operations import OPERATIONS, Bench, preload
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options(cli.Options):
 
 
 def main(options: Options) -> None:
+    preload()
     trials, names = read_state(options), options.operations.split(",")
     shares = {name: len(range(i, options.n, len(names))) for i, name in enumerate(names)}
     with tempfile.TemporaryDirectory() as work:
@@ -106,4 +107,4 @@ def counted(trials: list[dict]) -> dict[str, Counter]:
 
 
 if __name__ == "__main__":
-    preloaded(lambda: cli.run(main))
+    cli.run(main)
