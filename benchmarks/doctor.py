@@ -21,7 +21,6 @@ from llama.kernels import gpu
 from llama.kernels.cpu import decode_step, native
 
 GB = 1e9
-NO_AVX512 = "this CPU has no AVX-512 with VNNI and bfloat16"
 WEIGHTS_GB = 2.5  # of Llama 3.2 1B in 16 bits
 ROOM_GB = 8.0  # on the disk, for one random checkpoint in fp32, adapters and reports
 OLDEST_OF_PYPI = (7, 5)  # compute capability that PyPI's wheels of the pinned torch have kernels for
@@ -84,7 +83,9 @@ def look(places: list[Path]) -> Machine:
         sees_card=torch.cuda.is_available(),
         triton=_version("triton"),
         compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
-        no_kernels="" if decode_step.library() is not None else native.why_not.get("decode_step", NO_AVX512),
+        no_kernels=""
+        if decode_step.library() is not None
+        else native.why_not.get("decode_step", decode_step.NO_AVX512),
         cpus=torch.get_num_threads(),
         ram=devices.free_bytes(torch.device("cpu")),
         disk=shutil.disk_usage(Path.cwd()).free,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("the same examples each time")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 REAL = ROOT / "models" / "smollm2-135m" / "smollm2-135m.gguf"
 
 # 4 layers, grouped heads, tied head, scaled RoPE: every branch of the network in 0.18 M parameters.
@@ -79,6 +81,17 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["OFFLINE_LOG"] = str(log)
     yield
     assert not log.read_text(), "these tried to leave this machine"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium of this machine; playwright's own is not downloaded."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs Chromium, none of its names is in PATH")
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path) as found:
+        yield found
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -513,7 +512,6 @@ def test_the_committed_page_is_made_of_the_committed_rows():
 
 # In a browser
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DONE = "document.querySelector('#replay-1 [data-cache={}]').dataset.state === 'done'"
 # Tokens as they appear on each side, and when each side was done, read after every change of the page.
 WATCH = """
@@ -530,23 +528,12 @@ new MutationObserver(() => {
 """
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """The Chromium of this machine; playwright's own is not downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("needs Chromium, none of its names is in PATH")
-    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path) as browser:
-        yield browser
-
-
-def test_a_click_replays_tokens_in_order_and_the_cached_side_ends_first(chromium, tmp_path):
+def test_a_click_replays_tokens_in_order_and_the_cached_side_ends_first(browser, tmp_path):
     """And the keyboard does what the mouse does."""
     folder = write(tmp_path / "r", [*recordings(tokens=8, seconds=0.02, slow=5), *recordings(text=False)])
     file = tmp_path / "page.html"
     file.write_text(results_page.render(read_folder(folder)))
-    page, messages, requests = chromium.new_page(viewport={"width": 1280, "height": 900}), [], []
+    page, messages, requests = browser.new_page(viewport={"width": 1280, "height": 900}), [], []
     for event in ("console", "pageerror"):
         page.on(event, lambda message: messages.append(str(message)))
     page.on("request", lambda request: requests.append(request.url))
@@ -584,12 +571,12 @@ def test_a_click_replays_tokens_in_order_and_the_cached_side_ends_first(chromium
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_is_cut_or_overflows(chromium, tmp_path, width):
+def test_nothing_is_cut_or_overflows(browser, tmp_path, width):
     rows = [json.loads(line) for path in RESULTS.glob("*.jsonl") for line in path.read_text().splitlines()]
     file = tmp_path / "page.html"
     file.write_text(results_page.render(read_folder(write(tmp_path / "r", [*steps(), *losses(), *strange(), *rows]))))
     for scheme in ("light", "dark"):
-        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.goto(file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 
 import pytest
@@ -14,20 +13,8 @@ from llama import checkpoint
 from serving.engine import Engine
 from serving.room import Room
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PROMPT = "Once upon a time, there was a little fox named"
 TABS = ("Side by side", "Chat", "Tokens", "Results")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """playwright's own is not downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("needs Chromium, none of its names is in PATH")
-    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

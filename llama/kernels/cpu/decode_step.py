@@ -32,6 +32,7 @@ from llama.kernels.cpu import native
 from llama.model import Attention, FeedForward, RMSNorm, TokenEmbedding, Transformer, TransformerBlock, rope_table
 
 FLAGS = tuple(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq", "bf16", "vnni"))
+NO_AVX512 = "this CPU has no AVX-512 with VNNI and bfloat16"
 LAYER_WEIGHTS = (
     "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w2 feed_forward.w3 "
     "attention_norm ffn_norm"
@@ -119,7 +120,7 @@ def why_not(model: Transformer) -> str | None:
     if model.norm.weight.device.type != "cpu" or model.dtype is not torch.bfloat16:
         return None
     if not has_instructions():
-        return "this CPU has no AVX-512 with VNNI and bfloat16"
+        return NO_AVX512
     if library() is None:
         return native.why_not.get("decode_step")
     return None if supports(model) else "the model has layers that the C step does not have"
