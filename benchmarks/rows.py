@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shlex
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from llama.device import device_name
 from llama.errors import InputError, Notice
 from llama.quantization import CALIBRATED, TRAINED, Quantization
 
-OUTPUT_FLAGS = ("--results", "--figures", "--out_dir", "--work_dir")
+OUTPUT_FLAGS = ("--state", "--results", "--figures", "--out_dir", "--work_dir")
 FIELDS = {"experiment": str, "cell": dict, "metrics": dict, "device": dict, "dtype": str, "threads": int}
 FIELDS |= {"torch": str, "commit": str, "command": str, "time": str}
 SPREAD = ("median", "min", "max", "n")
@@ -215,6 +214,8 @@ def group(rows: Iterable[Row], *names: str, dtype: bool = True) -> list[list[Row
 
 def read_file(path: Path) -> list[Row]:
     """All rows of a file, but for an unfinished last line. Raises InputError naming file and line of a broken one."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; restore it, or take it out of the folder")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -252,7 +253,8 @@ def _checked(line: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Not an integer that is too large to be drawn, either."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _refuse(name: str) -> None:

@@ -49,6 +49,7 @@ import torch
 from llama import processes
 from llama.errors import EnvironmentFailure, InputError, InternalError, NonFinite, Notice, Stopped
 
+LINE = 2000  # characters of an error
 COLUMN = 38  # two of them and a rule fit a terminal of 80
 # The help of options that several scripts have.
 CKPT_DIR = (
@@ -250,7 +251,18 @@ def _show_help(component: Any, script: str) -> None:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The line and the exit code for an exception."""
+    """The line and the exit code for an exception.
+
+    A line may quote a file that somebody made: it stays one, of a length to read, and a terminal obeys nothing in it.
+    """
+    text, code = _reason(error)
+    line = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.split())
+    )
+    return (line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"), code
+
+
+def _reason(error: Exception) -> tuple[str, int]:
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return str(error), code
@@ -277,7 +289,7 @@ def _report(line: str, code: int) -> int:
 
     def say() -> None:
         with contextlib.suppress(OSError):  # a log on a full disk: the code says it all the same
-            print("error: " + " ".join(line.split()), file=stream or sys.__stderr__, flush=True)
+            print(f"error: {line}", file=stream or sys.__stderr__, flush=True)
 
     processes.say_once(say)
     return code

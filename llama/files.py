@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import tempfile
+import types
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import safetensors
 
 from llama.errors import EnvironmentFailure, InputError
+
+Made = TypeVar("Made")
 
 MAX_JSON_BYTES = 64 << 20
 IS_WINDOWS = os.name == "nt"
@@ -194,13 +200,47 @@ def read_json(path: Path) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it cannot be a configuration")
     try:
-        content = json.loads(data)
+        content = parse_json(data)
     except (ValueError, RecursionError) as error:
         reason = stand_in(path)
         raise InputError(f"{path} is {reason}" if reason else f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object")
     return content
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says. Raises ValueError, also for half of a surrogate pair, which no text has, or RecursionError."""
+    content = json.loads(data)
+    if b"\\u" in data:
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def from_json(kind: type[Made], content: Any, place: str) -> Made:
+    """A dataclass of numbers, texts and lists of them, as `asdict` gave it to JSON. Raises InputError."""
+    hints = _hints(kind)
+    if not isinstance(content, dict) or content.keys() - hints.keys():
+        raise InputError(f"{place}: is not an object of {', '.join(hints)}")
+    for name, value in content.items():
+        if not fits(value, hints[name]):
+            raise InputError(f"{place}.{name}: {reprlib.repr(value)} is not of the type {hints[name]}")
+    return kind(**content)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type such as float, list[int], int | None; every integer is a float as well."""
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (inner,) = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(item, inner) for item in value)
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) < 1 << 53)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

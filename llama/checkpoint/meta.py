@@ -160,6 +160,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     )
     if not plain:
         raise InputError(f"{path} must hold a flat dictionary of plain tensors")
+    # One stored number can stand for a tensor of any size. Twice the file: a tied head may be the table once more.
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * path.stat().st_size:
+        raise InputError(f"{path} holds tensors that are larger than the file; save them as they are, with .clone()")
     return state
 
 

@@ -33,7 +33,16 @@ from llama.evaluation.intervals import LEAST_PIECES, confidence
 from llama.quantization import Quantization
 from llama.training import batch, dpo, memory, qat, several, snapshot, verdict
 from llama.training.options import SETTINGS, TrainingOptions
-from llama.training.step import Evaluation, Movement, Report, Trainer, checkpoint_layers, checkpointed_layers, evaluate
+from llama.training.step import (
+    Evaluation,
+    Movement,
+    Report,
+    Trainer,
+    checkpoint_layers,
+    checkpointed_layers,
+    evaluate,
+    require_same,
+)
 
 MAX_ASKED = 20  # held-out samples whose answers are compared with the reference
 EXPORTS = {"meta": {"merged": "meta"}, "hf": {"merged-hf": "hf"}, "none": {}}  # what is written, in which layouts
@@ -90,6 +99,8 @@ class Log:
         """Go on after the first `n_bytes`; what a later, lost part of the run wrote is cut off."""
         if not self.is_written:
             return
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.path} is not a file; restore it")
         present = self.path.stat().st_size if self.path.exists() else 0
         if present < n_bytes:
             raise InputError(f"{self.path} has {present} bytes, the snapshot was taken at {n_bytes}; restore the file")
@@ -110,7 +121,18 @@ class Log:
         return self.path.stat().st_size
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        """Raises InputError for one that `append` did not write."""
+        lines = []
+        for number, text in enumerate(files.read_text(self.path).splitlines(), 1):
+            try:
+                line = files.parse_json(text.encode())
+                is_step = isinstance(line, dict) and files.fits(line.get("step"), int)
+            except (ValueError, RecursionError):
+                is_step = False
+            if not is_step:
+                raise InputError(f"{self.path}:{number}: is not what a step has written; restore the file")
+            lines.append(line)
+        return lines
 
 
 @dataclass
@@ -345,15 +367,35 @@ class Run:
         missing = {"start", "before", "answers_before", "log_bytes"} - {*saved.tensors, *saved.state}
         if missing:
             raise InputError(f"{path}: has no {', '.join(sorted(missing))}; it is not of this version")
-        self.trainer.restore(saved)
+        self._restore_what_is_beside(path / snapshot.STATE, saved.state)
         self.movement = Movement(self.trainer.weights)
+        require_same("start", self.movement.start, saved.tensors["start"])
         self.movement.start = {name: tensor.to(self.device) for name, tensor in saved.tensors["start"].items()}
-        self.before = (dpo.Preferences if self.options.of_pairs else Evaluation)(**saved.state["before"])
-        self.answers_before = saved.state["answers_before"]
-        done = self.trainer.progress.windows
-        self.figures = Figures(**saved.state.get("figures", {"steps_before": done}))  # older snapshots have none
+        self.trainer.restore(saved)
         self.log.start(saved.state["log_bytes"])
+        done = self.trainer.progress.windows
         print(f"resumed    after step {done}")
+
+    def _restore_what_is_beside(self, place: Path, state: dict[str, Any]) -> None:
+        """Figures and answers; a snapshot comes with the run's directory, which anybody may have made."""
+        done = state.get("progress")
+        done = done.get("windows") if isinstance(done, dict) else None
+        figures = state.get("figures", {"steps_before": done})  # older snapshots have none
+        self.figures = files.from_json(Figures, figures, f"{place}:figures")
+        kind = dpo.Preferences if self.options.of_pairs else Evaluation
+        self.before = files.from_json(kind, state["before"], f"{place}:before")
+        if any(len(values) != len(self.data.held_out) for values in vars(self.before).values()):
+            raise InputError(f"{place}:before: is not of the {len(self.data.held_out)} samples that are held out")
+        answers, log_bytes = state["answers_before"], state["log_bytes"]
+        fields = {"text": str, "ended": bool}
+        whole = files.fits(answers, list[dict]) and all(
+            [type(answer.get(name)) for name in fields] == [*fields.values()] for answer in answers
+        )
+        if not whole or len(answers) != len(self.prompts):
+            raise InputError(f"{place}:answers_before: is not an answer to each of {len(self.prompts)} prompts")
+        if not files.fits(log_bytes, int) or log_bytes < 0:
+            raise InputError(f"{place}:log_bytes: is not a number of bytes")
+        self.answers_before = answers
 
     def save(self) -> None:
         """Keep everything that resuming needs."""

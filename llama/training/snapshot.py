@@ -170,6 +170,8 @@ def load(path: Path) -> Snapshot:
     groups: dict[str, dict[str, list[Tensor]]] = {}
     for name, entry in sorted(manifest["files"].items(), key=lambda item: _place(item[0])):
         file = path / name
+        if not file.is_file():
+            raise InputError(f"{file}: is not a file; resume from another snapshot")
         try:
             whole = file.stat().st_size == entry["bytes"] and files.sha256(file) == entry["sha256"]
             content = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else None

@@ -15,6 +15,7 @@ Left out on purpose: data (batch.py), files (snapshot.py, run.py), what is print
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -313,12 +314,9 @@ class Trainer:
         """Continue from a snapshot, to the bit. Raises InputError where anything is missing, extra or misshapen."""
         found, state = snapshot.tensors, snapshot.state
         for group, wanted in (("model", self.weights), ("masks", self.masks), ("rng", self.random_state())):
-            _require_same(group, wanted, found.get(group, {}))
+            require_same(group, wanted, found.get(group, {}))
         for part, content in self._state().items():
-            if part not in state or state[part].keys() != content.keys():
-                raise InputError(
-                    f"state.json:{part}: is not of this version, or of a run with a different amp or dtype"
-                )
+            _require_like(f"state.json:{part}", content, state.get(part))
         if "optimizer" not in found:
             raise InputError("the snapshot has no 'optimizer'; it is not of this version or not whole")
         with torch.no_grad():
@@ -339,6 +337,9 @@ class Trainer:
         is_begun = bool(saved) or self.progress.steps > 0
         slots = [{key: f"{name}:{key}" for key in keys} for name in self.weights] if is_begun else []
         _require_names("optimizer", {name for slot in slots for name in slot.values()}, saved)
+        for slot, weight in zip(slots, self.weights.values(), strict=False):
+            alike = {name: torch.empty(()) if key == "step" else weight for key, name in slot.items()}
+            require_same("optimizer", alike, {name: saved[name] for name in alike})
         state = {
             i: {
                 key: several.share_of(saved[name], weight) if key != "step" else saved[name]
@@ -425,7 +426,16 @@ def _require_names(group: str, wanted: Collection[str], found: Collection[str]) 
         raise InputError(f"{group}:{name}: is {'missing from the snapshot' if name in wanted else 'not expected'}")
 
 
-def _require_same(group: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _require_like(place: str, wanted: dict[str, float], found: Any) -> None:
+    """The same names, with numbers of the same types; none of them counts down, and none is beyond counting."""
+    if not isinstance(found, dict) or found.keys() != wanted.keys():
+        raise InputError(f"{place}: is not of this version, or of a run with a different amp or dtype")
+    for name, usual in wanted.items():
+        if type(found[name]) is not type(usual) or not 0 <= found[name] < 1 << 53:
+            raise InputError(f"{place}.{name}: {reprlib.repr(found[name])} is no number that a training can have")
+
+
+def require_same(group: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     _require_names(group, wanted, found)
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:

@@ -55,7 +55,7 @@ def _byte_pairs(path: Path, own: dict[str, Any], tokens: list[str], types: list[
     pre = own.get("pre", "default")
     if pre == "default" and "<|begin_of_text|>" in tokens:  # Llama 3 in files from before there were names
         pre = "llama-bpe"
-    if pre not in CUTS:
+    if not isinstance(pre, str) or pre not in CUTS:
         raise InputError(f"{path}:{PREFIX}pre: {pre!r} is not supported, only {', '.join(CUTS)}; pass tokenizer_path")
     if "eos_token_id" not in own:
         raise InputError(f"{path}:{PREFIX}eos_token_id: is missing; nothing says which token ends a text")

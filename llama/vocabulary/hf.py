@@ -162,7 +162,7 @@ def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 def read(data: bytes, path: Path) -> HfVocabulary:
     """The vocabulary, with its special ids from the files beside it. Raises InputError naming file and field."""
     try:
-        content = json.loads(data.decode())
+        content = files.parse_json(data)
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
     except (ValueError, RecursionError) as error:

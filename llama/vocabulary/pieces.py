@@ -26,11 +26,8 @@ class Pieces:
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.pad_id = self.model.pad_id() if self.model.pad_id() >= 0 else self.eos_id
         self.stop_ids = [self.eos_id]
-        self.special = {
-            self.model.id_to_piece(i): i
-            for i in range(self.n_words)
-            if self.model.is_control(i) or self.model.is_unknown(i)
-        }
+        names = self.model.id_to_piece(list(range(self.n_words)))  # a UnicodeDecodeError where one is no text
+        self.special = {name: i for i, name in enumerate(names) if self.model.is_control(i) or self.model.is_unknown(i)}
         self.leading_space = self.model.encode("a", out_type=str)[0].startswith("\u2581")
         self.template = template
 

@@ -174,3 +174,11 @@ def test_streams_on_a_full_disk_change_no_exit_code(full, flags, code):
     command = ["sh", "-c", f'"$0" "$@" 2>/dev/full {full}/dev/full', sys.executable, "-c", program, *flags]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])}
     assert subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode == code
+
+
+def test_a_line_quotes_nothing_that_a_terminal_would_obey():
+    """What a file holds may be in it: colours and cursors, half a surrogate pair, a book."""
+    line, code = cli.explain(InputError("a.json:\n name \x1b[2J\x07\u202e\ud800 \t is wrong"))
+    assert (line, code) == ("a.json: name \\x1b[2J\\x07\\u202e\\ud800 is wrong", 2)
+    line, _ = cli.explain(InputError("a.json:" + "x" * 10**6 + "; delete it"))
+    assert len(line) < 2100 and line.startswith("a.json:xxx") and line.endswith("xxx; delete it")
