@@ -144,6 +144,8 @@ def read_fields(names: Mapping[str, str], given: Mapping[str, Any], **others: An
     for ours in REQUIRED:
         if ours not in values:
             raise ValueError(f"{ours}: is missing")
+    if values["vocab_size"] == -1:  # in Meta's files, "as many as the table has"
+        raise ValueError("vocab_size: -1 is no number of words")
     ffn_dim = values.pop("ffn_dim")
     args = ModelArgs(**values, **others)
     implied = dataclasses.replace(args, max_seq_len=None)

@@ -48,7 +48,7 @@ SECONDS = 5.0
 MB = 1_000_000
 MEMORY_MB = 1000
 ADDRESS_SPACE = 4 << 30  # over what the process has: what is asked for beyond is refused by the system
-CHUNK = 1000  # mutants of one fork
+CHUNK = 250  # mutants of one fork
 LINE = cli.LINE + 10  # characters of an error
 MEMORY = "/dev/shm"
 LIBRARIES = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))
@@ -421,6 +421,8 @@ def scratch() -> Iterator[Path]:
 
 def prepare() -> None:
     torch.set_num_threads(1)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        "a".encode(encoding)  # json guesses which of them a file has, and imports it
     sys.addaudithook(GUARD)
 
 

@@ -65,6 +65,7 @@ FOUND = [
     ("tokenizer.model, sentencepiece", "tokenizer.model", with_piece, "is neither a tiktoken rank file"),
     ("tokenizer.json", "special_tokens_map.json", changed(bos_token="\ud800"), "surrogates not allowed"),
     ("GGUF", "model.gguf", with_list, r"tokenizer.ggml.pre: \[7\] is not supported"),
+    ("config.json", "config.json", changed(vocab_size=-1), "config.json:vocab_size: -1 is no number of words"),
     (".pth", "consolidated.00.pth", stretched, "holds tensors that are larger than the file"),
 ]
 
