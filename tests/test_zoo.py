@@ -123,7 +123,7 @@ class Forks:
 
     def run(self, test: str, tree: Path) -> tuple[int, str]:
         """pytest's exit code, and what it printed."""
-        output = tree.with_suffix(".output")
+        output = tree / ".output"
         self._process.stdin.write(json.dumps([str(tree), str(output), test]) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline()), output.read_text(encoding="utf-8", errors="replace")
