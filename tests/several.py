@@ -4,14 +4,19 @@
 
     first, second = several.run(2, work, directory)     # what it returns in each
 
-Starting processes directly takes half the time of torchrun. Arguments and results travel in files, so that they may be
-whatever torch.save takes. The function stands at the top of a module, by whose name each process finds it.
+The processes are forks of one that has imported what all of them need, which takes seconds. Arguments and results
+travel in files, so that they may be whatever torch.save takes. The function stands at the top of a module, by whose
+name each process finds it.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,40 +43,75 @@ def run(n: int, work: Callable[..., Any], *arguments: Any, limit: float = LIMIT)
     """What `work(*arguments)` returns in each of `n` processes. Raises AssertionError where one fails; all end."""
     import torch
 
-    folders = ROOT, ROOT / "tests", Path(sys.modules[work.__module__].__file__).parent
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    folder = str(Path(sys.modules[work.__module__].__file__).parent)
     with tempfile.TemporaryDirectory() as scratch:
         torch.save(arguments, f"{scratch}/arguments")
-        command = [sys.executable, __file__, work.__module__, work.__name__, scratch]
-        processes = []
-        for rank, environment in enumerate(environments(n)):
-            with open(f"{scratch}/{rank}.log", "w") as log:
-                environment["PYTHONPATH"] = path
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-        codes = wait(processes, limit)  # -9 for all where the time was up
+        work_by_name = [folder, work.__module__, work.__name__, scratch]
+        print(json.dumps([environments(n), work_by_name, limit]), file=server().stdin, flush=True)
+        codes = json.loads(server().stdout.readline())  # -9 for all where the time was up
         logs = [Path(f"{scratch}/{rank}.log").read_text() for rank in range(n)]
         assert codes == [0] * n, "\n".join(f"process {i} ended with {codes[i]}\n{logs[i]}" for i in range(n))
         return [torch.load(f"{scratch}/{rank}", weights_only=False) for rank in range(n)]
 
 
-def wait(processes: list[subprocess.Popen], limit: float) -> list[int]:
-    """Their exit codes; all are killed where one fails or the time is up."""
-    end = time.monotonic() + limit
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes) or time.monotonic() > end:
-                break
-            time.sleep(0.02)
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.wait() for process in processes]
+@functools.cache
+def server() -> subprocess.Popen:
+    """The process whose forks do the work; it ends with this one."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ["PYTHONPATH"]])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, **pipes)
+    atexit.register(process.communicate)
+    return process
+
+
+def serve() -> None:
+    """For each line, which `run` writes: the exit codes of its forks. Returns in each fork, once its work is done."""
+    for line in sys.stdin:
+        given, work_by_name, limit = json.loads(line)
+        children = []
+        for environment in given:
+            child = os.fork()
+            if not child:
+                return do_work(environment, *work_by_name)
+            children.append(child)
+        print(json.dumps(wait(children, limit)), flush=True)
+
+
+def do_work(environment: dict[str, str], folder: str, module: str, name: str, scratch: str) -> None:
+    """In a fork: as if it had been started with this environment and its output sent to a file."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(f"{scratch}/{environment['RANK']}.log", "w") as log, open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdin = os.fdopen(0, closefd=False)  # the other has read ahead
+    sys.path.insert(0, folder)
+    given = torch.load(f"{scratch}/arguments", weights_only=False)
+    result = getattr(importlib.import_module(module), name)(*given)
+    torch.save(result, f"{scratch}/{environment['RANK']}")
+
+
+def wait(children: list[int], limit: float) -> list[int]:
+    """The exit codes of processes; all are killed where one fails or the time is up."""
+    end, codes = time.monotonic() + limit, {}
+    while len(codes) < len(children) and not any(codes.values()) and time.monotonic() < end:
+        for child in set(children) - codes.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            codes |= {child: os.waitstatus_to_exitcode(status)} if found else {}
+        time.sleep(0.01)
+    for child in set(children) - codes.keys():
+        os.kill(child, signal.SIGKILL)
+        codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [codes[child] for child in children]
 
 
 if __name__ == "__main__":
-    import torch
+    import conftest  # noqa: F401
+    import torch.distributed.tensor  # noqa: F401
 
-    module, name, scratch = sys.argv[1:]
-    given = torch.load(f"{scratch}/arguments", weights_only=False)
-    result = getattr(importlib.import_module(module), name)(*given)
-    torch.save(result, f"{scratch}/{os.environ['RANK']}")
+    import finetuning  # noqa: F401
+
+    serve()

@@ -134,8 +134,11 @@ def test_a_look_at_a_value_would_be_noticed(card):
     card.moved.clear()
 
 
-@pytest.mark.parametrize("config", [None, Quantization(8), Quantization(4, 32, zero_points=True)])
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.6, 0.9, top_k=50, min_p=0.01)])
+SAMPLED = Sampling(0.6, 0.9, top_k=50, min_p=0.01)
+FORMATS = [None, Quantization(8), Quantization(4, 32, zero_points=True)]
+
+
+@pytest.mark.parametrize(("config", "sampling"), [(None, Sampling(0.0)), *((config, SAMPLED) for config in FORMATS)])
 def test_prefill_decode_and_sampling_never_wait(card, capability, config, sampling):
     half = devices.half_dtype(CUDA)
     assert half == (torch.bfloat16 if capability >= (8, 0) else torch.float16)

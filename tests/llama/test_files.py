@@ -187,7 +187,11 @@ SCRIPTS = {
 
 @pytest.mark.parametrize(
     ("script", "number"),
-    [("inference.py", signal.SIGTERM), ("inference.py", signal.SIGHUP), ("compress.py", signal.SIGTERM)],
+    [
+        ("inference.py", signal.SIGHUP),
+        ("compress.py", signal.SIGTERM),
+        pytest.param("inference.py", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_script_that_is_terminated_leaves_nothing_half_written(tmp_path, script, number):
     """Its code is what a shell would say. As `timeout` does, the signal is sent twice."""

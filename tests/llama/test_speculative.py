@@ -410,8 +410,11 @@ def assert_distribution(drawn: torch.Tensor, probs: torch.Tensor) -> None:
 @pytest.mark.parametrize("draft", ["other", "equal", "certain", "disjoint"])
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, None), (0.7, 0.9, 10)])
 def test_what_verify_draws_has_the_targets_distribution(draft, temperature, top_p, top_k):
-    """100,000 rounds of two draft tokens over 16 words: each of the three positions, given that it was reached."""
-    n = 100_000
+    """Rounds of two draft tokens over 16 words: each of the three positions, given that it was reached.
+
+    100,000 of a draft that is now right and now wrong, 25,000 of those that always are one or the other.
+    """
+    n = 100_000 if draft == "other" else 25_000
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature, top_p, top_k, generator=generator)
     logits_TV = 2 * torch.randn(3, 16, generator=generator)

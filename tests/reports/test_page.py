@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -219,12 +220,12 @@ def write(folder, rows: list[dict]):
     return folder
 
 
-@pytest.fixture(params=["committed", "every kind"])
-def results(request, tmp_path):
+@pytest.fixture(scope="module", params=["committed", "every kind"])
+def results(request, tmp_path_factory):
     if request.param == "committed":
         return RESULTS
     return write(
-        tmp_path / "results",
+        tmp_path_factory.mktemp("page") / "results",
         [
             *steps(),
             *recordings(),
@@ -241,14 +242,30 @@ def results(request, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def rendered(results) -> str:
+    return results_page.render(read_folder(results))
+
+
+@pytest.fixture(scope="module")
+def page(rendered) -> Element:
+    """The parsed page, which the tests only read."""
+    return Page(rendered).top
+
+
 def value_of(folder, source: str) -> float:
     """What a source on the page stands for, looked up in the files by the rules that the page gives."""
     place = re.compile(r"([\w.-]+):(\d+) ([^\s()]+)")
     return eval(place.sub(lambda match: repr(field_of(folder, *match.groups())), source), {"exp": math.exp})
 
 
+@functools.cache
+def rows_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def field_of(folder, file: str, line: str, path: str) -> float:
-    found = json.loads((folder / file).read_text().splitlines()[int(line) - 1])
+    found = rows_of(folder / file)[int(line) - 1]
     for part in path.split("."):
         found = found[int(part)] if isinstance(found, list) else found[part]
     return found
@@ -266,8 +283,7 @@ def source_of(figure: Element) -> str:
     return figure.attrs["title"].split(" (median of")[0]
 
 
-def test_every_figure_is_what_its_row_says(results):
-    page = Page(results_page.render(read_folder(results))).top
+def test_every_figure_is_what_its_row_says(results, page):
     figures = page.all("data")
     assert len(figures) > 50
     for figure in figures:
@@ -280,9 +296,8 @@ def test_every_figure_is_what_its_row_says(results):
                 assert float(shown) == pytest.approx(value, rel=1e-5), source
 
 
-def test_no_other_number_is_on_the_page(results):
+def test_no_other_number_is_on_the_page(results, page):
     """Every number in the text outside of figures stands literally in some row, is a row's place, or is in a name."""
-    page = Page(results_page.render(read_folder(results))).top
 
     def is_checked_elsewhere(element: Element) -> bool:
         is_tick = "tick_" in element.attrs.get("id", "")  # round numbers beside an axis
@@ -297,22 +312,20 @@ def test_no_other_number_is_on_the_page(results):
     assert not set(found) - literal
 
 
-def test_every_row_is_on_the_page(results):
+def test_every_row_is_on_the_page(results, rendered):
     rows = read_folder(results)
-    text = results_page.render(rows)
     for row in (row for found in rows.values() for row in found if row.metrics):
-        assert f"{row.file}:{row.line} " in text
+        assert f"{row.file}:{row.line} " in rendered
     for row in (row for found in rows.values() for row in found):
         for name in ("commit", "command", "torch"):
-            assert row.data[name] in text
-        assert row.data["device"]["name"] in text and row.data["time"][:10] in text
+            assert row.data[name] in rendered
+        assert row.data["device"]["name"] in rendered and row.data["time"][:10] in rendered
 
 
-def test_charts_are_those_of_the_rows(results):
+def test_charts_are_those_of_the_rows(results, rendered, page):
     """Every curve, bar and mark that reports/charts.py draws, in the page's colours; what they are: test_charts.py."""
     rows = read_folder(results)
-    text = results_page.render(rows)
-    shown = [set(path.attrs["d"] for path in svg.all("path")) for svg in Page(text).top.all("svg")]
+    shown = [set(path.attrs["d"] for path in svg.all("path")) for svg in page.all("svg")]
     drawn = [
         {path.attrs["d"] for path in Page(render.svg(figure)).top.all("path")}
         for anchor, _, experiment, *_ in results_page.SECTIONS
@@ -320,12 +333,11 @@ def test_charts_are_those_of_the_rows(results):
         for figure in charts.CHARTS[experiment](rows.get(experiment, [])).values()
     ]
     assert shown == drawn and len(drawn) >= 6
-    bodies = re.findall(r"(?s)<svg.*?</svg>", text)
+    bodies = re.findall(r"(?s)<svg.*?</svg>", rendered)
     assert not any(colour in svg for colour in results_page.COLOURS for svg in bodies)
 
 
-def test_replays_are_the_recorded_runs(results):
-    page = Page(results_page.render(read_folder(results))).top
+def test_replays_are_the_recorded_runs(results, page):
     assert len(page.all(class_="replay")) == 2
     assert [side.attrs["data-cache"] for side in page.all(class_="side")] == ["on", "off"] * 2
     assert [title.text() for title in page.all("h4")] == ["with KV cache", "without"] * 2
@@ -479,10 +491,8 @@ def test_the_newest_row_of_a_cell_counts(tmp_path):
     assert ">222<" in text and ">111<" not in text
 
 
-def test_the_page_is_one_file_and_what_rows_hold_is_no_markup(results):
-    text = results_page.render(read_folder(results))
-    page = Page(text).top
-    assert not re.search(r"https?:|@import|url\((?!#)|<(img|iframe|object)", text)
+def test_the_page_is_one_file_and_what_rows_hold_is_no_markup(rendered, page):
+    assert not re.search(r"https?:|@import|url\((?!#)|<(img|iframe|object)", rendered)
     links = [element.attrs["href"] for element in page.all() if "href" in element.attrs]
     anchors = {f"#{element.attrs['id']}" for element in page.all() if "id" in element.attrs}
     assert set(links) <= anchors | {"data:,"} and not any("src" in element.attrs for element in page.all())
@@ -490,23 +500,25 @@ def test_the_page_is_one_file_and_what_rows_hold_is_no_markup(results):
     assert len(page.all("script")) == 1 and "alert(1)" not in page.all("script")[0].text()
 
 
-def test_charts_and_tables_can_be_read_without_seeing_them(results):
-    page = Page(results_page.render(read_folder(results))).top
+def test_charts_and_tables_can_be_read_without_seeing_them(page):
+    by_id = {element.attrs["id"]: element for element in page.all() if "id" in element.attrs}
     for svg in page.all("svg"):
         assert svg.attrs["role"] == "img"
         named = svg.attrs["aria-labelledby"].split()
-        assert all(page.all(id=name)[0].text() for name in named) and len(named) == 2
+        assert all(by_id[name].text() for name in named) and len(named) == 2
     for table in page.all("table"):
         assert table.all("caption")[0].text()
         assert all(cell.attrs["scope"] for cell in table.all("th"))
+    shown = [source_of(figure) for figure in page.all("data")]
     for svg in page.all("svg"):  # what a chart shows is in a table too
         sources = {element.attrs["data-from"] for element in svg.all() if "data-from" in element.attrs}
         rows = {source.split(" ")[0] for source in sources}
-        assert all(any(row in source_of(figure) for figure in page.all("data")) for row in rows)
+        assert all(any(row in source for source in shown) for row in rows)
 
 
-def test_the_committed_page_is_made_of_the_committed_rows():
-    assert build.PAGE.read_text(encoding="utf-8") == results_page.render(read_folder(RESULTS)), "run make page"
+@pytest.mark.parametrize("results", ["committed"], indirect=True)
+def test_the_committed_page_is_made_of_the_committed_rows(rendered):
+    assert build.PAGE.read_text(encoding="utf-8") == rendered, "run make page"
     assert build.PAGE.stat().st_size < 1.2e6
 
 

@@ -200,8 +200,13 @@ def test_loss_survives_confident_and_hopeless_logits():
 # Whole steps
 
 
-@pytest.mark.parametrize("checkpointed", [(), (0, 2), (0, 1, 2, 3)])
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointed", "tie"),
+    [
+        *(((), True), ((0, 2), False), ((0, 1, 2, 3), True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (((), False), ((0, 2), True), ((0, 1, 2, 3), False))),
+    ],
+)
 def test_sgd_inside_the_backward_pass_is_sgd(checkpointed, tie):
     """20 steps in fp64: losses and weights are those of the plain step, with tied and untied output tables."""
     before = random_model(dataclasses.replace(SMALL, tie_word_embeddings=tie)).double().requires_grad_(True)

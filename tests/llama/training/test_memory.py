@@ -144,8 +144,13 @@ def test_accumulation_keeps_gradients_through_the_next_forward():
     assert peaks[1].at_peak["gradients"] == WEIGHTS
 
 
-@pytest.mark.parametrize("amp", ["none", "fp16"])
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("n_kv_heads", "amp"),
+    [
+        *((1, "none"), (2, "fp16"), (4, "none")),
+        *(pytest.param(*others, marks=pytest.mark.slow) for others in ((1, "fp16"), (2, "none"), (4, "fp16"))),
+    ],
+)
 def test_a_gpu_without_flash_attention_keeps_repeated_keys_and_values(amp, n_kv_heads):
     """On a P100 `attend` repeats K and V in each layer for each query head, and autograd keeps those."""
     args, shape = dataclasses.replace(SMALL, n_kv_heads=n_kv_heads), Shape(2, 48, 20)
