@@ -1,6 +1,6 @@
 """Documents from measured rows.
 
-    python -m reports.build readme    # the tables of README.md, docs/results.md and data/tiny/README.md, and the charts
+    python -m reports.build readme    # the tables of README.md, docs/ and data/tiny/README.md, and the charts
     python -m reports.build page      # all that was measured: reports/index.html, which needs no network
     python -m reports.build pdf       # the three course reports: reports/phase_1.pdf, phase_2.pdf, phase_3.pdf
     python -m reports.build pdf --device=P100    # with the rows of another measured device
@@ -30,13 +30,13 @@ from reports.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES, PAGE = (ROOT / "reports" / name for name in ("results", "figures", "index.html"))
-DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md")
+DOCUMENTS = ("README.md", "docs/results.md", "data/tiny/README.md", "docs/trust.md")
 PART = re.compile(r"(<!-- begin: (\w+) (\w+)( in short)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ReadmeOptions(cli.Options):
-    """Draw the charts and fill the tables of README.md, docs/results.md and data/tiny/README.md from measured rows."""
+    """Draw the charts and fill the tables of README.md, docs/ and data/tiny/README.md from measured rows."""
 
     results: str | None = option(None, "folder of measured rows; default: reports/results")
 

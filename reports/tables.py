@@ -583,6 +583,12 @@ def generic(rows: Sequence[Row]) -> list[Table]:
     return [_generic(found) for found in of_keys.values()]
 
 
+@per_setting()
+def trust(rows: list[Row]) -> list[Table]:
+    """What was tried to break the project, a table for each kind of attempt."""
+    return generic(rows)
+
+
 def _generic(rows: list[Row]) -> Table:
     cells = [{**row.cell, "dtype": row.data["dtype"], "device": row.device_name} for row in rows]
     texts = {name: [_words(cell[name]) for cell in cells] for name in cells[0]}
@@ -643,4 +649,5 @@ TABLES: dict[str, tuple[Tables, ...]] = {  # of an experiment's rows
     "attention": (attention,),
     "pruning": (pruning_quality, pruning_speed),
     "tiny": (embedded,),
+    "trust": (trust,),
 }
