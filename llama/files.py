@@ -159,11 +159,19 @@ def sha256(path: Path) -> str:
 
 def head(path: Path) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
+    if not path.is_file():
+        return b""
     try:
         with path.open("rb") as file:
             return file.read(256)
     except OSError:
         return b""
+
+
+def require_no_device(path: Path) -> None:
+    """Raise InputError for a pipe or a device: opening one waits for whoever writes there, reading may have no end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is no file but a pipe or a device; put the file itself there")
 
 
 def stand_in(path: Path) -> str | None:

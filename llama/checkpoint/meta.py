@@ -144,6 +144,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise EnvironmentFailure(
             f"torch {torch.__version__} can be made to run code by a .pth file; install torch >= 2.10"
         )
+    files.require_no_device(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

@@ -116,6 +116,7 @@ def unwrapped(keys: list[str]) -> list[str]:
 
 def open_safetensors(path: Path) -> Any:
     """A handle on a file. Raises InputError for one that is damaged."""
+    files.require_no_device(path)
     try:
         return safetensors.safe_open(path, framework="pt")
     except (OSError, safetensors.SafetensorError) as error:

@@ -99,8 +99,7 @@ class Log:
         """Go on after the first `n_bytes`; what a later, lost part of the run wrote is cut off."""
         if not self.is_written:
             return
-        if self.path.exists() and not self.path.is_file():
-            raise InputError(f"{self.path} is not a file; restore it")
+        files.require_no_device(self.path)
         present = self.path.stat().st_size if self.path.exists() else 0
         if present < n_bytes:
             raise InputError(f"{self.path} has {present} bytes, the snapshot was taken at {n_bytes}; restore the file")

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import random
 import resource
@@ -423,6 +424,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         "a".encode(encoding)  # json guesses which of them a file has, and imports it
+    for module in ("schema_check_mode", "functional_tensor", "fake_tensor"):  # which torch imports when it needs them
+        importlib.import_module(f"torch._subclasses.{module}")
     sys.addaudithook(GUARD)
 
 
