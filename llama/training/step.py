@@ -357,10 +357,15 @@ class Trainer:
         return state
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from an earlier `random_state`."""
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        """Continue from an earlier `random_state`. Raises InputError for what is none."""
+        try:
+            torch.set_rng_state(state["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], self.device)
+        except RuntimeError as error:
+            raise InputError(
+                f"rng: is no state of a random generator ({error}); resume from another snapshot"
+            ) from error
 
 
 class Movement:
