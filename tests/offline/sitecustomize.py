@@ -20,7 +20,8 @@ def is_here(host: Any, is_name: bool) -> bool:
     import ipaddress
 
     host = host.decode("latin-1") if isinstance(host, bytes) else host
-    if not host or host in ("localhost", os.uname().nodename):
+    own = os.uname().nodename.partition(".")[0]
+    if not host or host.partition(".")[0] in ("localhost", own):  # also with the domain, or as Jupyter asks, .local
         return True
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
