@@ -82,7 +82,7 @@ def attempt(bench: Bench, name: str, seed: int, number: int) -> dict:
     rng, (_, n_operations, seconds) = random.Random(f"{seed} {name} {number}"), bench.whole(name)
     before = bench.fresh(name)
     if number % 2:
-        moment = f"after {(after := rng.uniform(0, seconds)):.3f} s"
+        moment = f"after {(after := rng.uniform(0, bench.seconds.get(name, seconds))):.3f} s"
         code = bench.run(name, after=after)
     else:
         moment = f"at file operation {(at := rng.randint(1, n_operations))} of {n_operations}"

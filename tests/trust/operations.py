@@ -239,6 +239,7 @@ class Bench:
         row_files.commit = lambda: "0" * 12
         compress.load_text = lambda *_: None
         self.given, self.root, self.output = give(work), work / "run", work / "output"
+        self.seconds: dict[str, float] = {}  # of the last run from the start that nothing disturbed
         (work / "warm up").mkdir()
         make_page(self.given, work / "warm up")  # what is imported late is there for all forks
 
@@ -300,7 +301,10 @@ class Bench:
             elif problem is None and code == 0 and state != "new":
                 problem = "ended well, without the result"
             is_there = operation.is_new and operation.view(self.root) == wanted
+            began = time.perf_counter()
             again = self.run(name)
+            if state == "old" and again == 0:  # the machine may be faster or slower than it was
+                self.seconds[name] = time.perf_counter() - began
             problem = problem or crash.wrong_end(again, text_of(self.output), {2} if is_there else {0})
             if problem is None and operation.view(self.root) != wanted:
                 problem = "the run after it gives something else"

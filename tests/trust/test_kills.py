@@ -57,6 +57,7 @@ class Careless(operations.Bench):
 
     def __init__(self, root: Path, is_careful: bool, ends_at: int | None) -> None:
         self.root, self.output, self.is_careful, self.ends_at = root, root / "output", is_careful, ends_at
+        self.seconds = {}
 
     def fresh(self, name):
         return {}
