@@ -151,6 +151,7 @@ def old_rows(given: Path, root: Path) -> None:
 
 
 def add_row(given: Path, root: Path) -> None:
+    row_files.commit = lambda: "0" * 12  # in this fork alone
     device, series = torch.device("cpu"), {"points_nats": [[step, 1 / (1 + step)] for step in range(N_POINTS)]}
     row_files.record(root / "rows.jsonl", "loading", CELL, {"runtime_s": [1.0, 2.0]}, device, "float32", series=series)
 
@@ -236,7 +237,6 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         crash.make_quick()
-        row_files.commit = lambda: "0" * 12
         compress.load_text = lambda *_: None
         self.given, self.root, self.output = give(work), work / "run", work / "output"
         self.seconds: dict[str, float] = {}  # of the last run from the start that nothing disturbed
