@@ -55,6 +55,9 @@ MEMORY = "/dev/shm"
 LIBRARIES = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))
 HARMLESS = ("/dev/null", "/proc/self/status", "/proc/meminfo")
 OPENED = ("open", "os.listdir", "os.scandir")
+# What torch imports when it needs it.
+LATE = [f"torch._subclasses.{module}" for module in ("schema_check_mode", "functional_tensor", "fake_tensor")]
+LATE += ["torch.nested._internal.ops", "torch.nested._internal.nested_tensor"]
 # What no reading of a file does.
 FORBIDDEN = (
     "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn",
@@ -424,8 +427,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         "a".encode(encoding)  # json guesses which of them a file has, and imports it
-    for module in ("schema_check_mode", "functional_tensor", "fake_tensor"):  # which torch imports when it needs them
-        importlib.import_module(f"torch._subclasses.{module}")
+    for module in LATE:
+        importlib.import_module(module)
     sys.addaudithook(GUARD)
 
 
