@@ -129,7 +129,7 @@ class Parts:
         if code is None or code == 0:
             return None if code == 0 else "the time was up"
         ended = f"killed by signal {-code}, which may be for memory" if code < 0 else f"exit code {code}"
-        if code == 3 and not path.stat().st_size:
+        if code > 0 and not path.stat().st_size:
             ended += " and nothing said, as on a full disk"
         return said[-1].removeprefix("error: ") if said else f"{ended}; see {path}"
 

@@ -199,4 +199,4 @@ def test_parts_in_trouble_end_no_other_and_leave_reports(tmp_path, trouble, said
     assert table.pop("reports") == reports.format(out) and bool(table.pop("page", "")) == bool(kept)
     harmed = [state for state in table.values() if state.startswith("not measured: ") and said in state]
     assert len(harmed) == len(table) - kept == 14 - kept, table  # kernels.py looks up no embedding
-    assert len(list(out.glob("rows/*"))) == kept and not list(out.glob(".*"))
+    assert len(list(out.glob("rows/*"))) == kept and not list(out.glob(".*.jsonl"))
