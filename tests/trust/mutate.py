@@ -34,12 +34,21 @@ from pathlib import Path
 import coverage
 import pytest
 
+# Nothing of ours but this: a fork that had it already would not take it from the changed copy.
 from tests.trust.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parent.parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 SOURCES = ("llama/**/*.py", "data/**/*.py", "finetuning.py")
-CORE = ("model", "cache", "sampling", "lora", "training/loss", "training/lean_loss", "training/step")
+CORE = {  # and the tests that are there for each
+    "llama/model.py": ["tests/llama/test_model.py"],
+    "llama/cache.py": ["tests/llama/test_cache.py", "tests/llama/test_model.py"],
+    "llama/sampling.py": ["tests/llama/test_sampling.py"],
+    "llama/lora.py": ["tests/llama/test_lora.py"],
+    "llama/training/loss.py": ["tests/llama/training/test_training.py"],
+    "llama/training/lean_loss.py": ["tests/llama/training/test_lean.py"],
+    "llama/training/step.py": ["tests/llama/training/test_training.py"],
+}
 HEAVY = "torch transformers peft safetensors tiktoken sentencepiece gguf matplotlib.pyplot fire triton".split()
 SECONDS, TESTS = 40, 400  # of tests that are run on one mutant, and how many at most
 MEMORY = 12 << 30  # bytes that a process may take
@@ -53,23 +62,36 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coverage", type=Path, default=ROOT / "runs" / "coverage")
-    parser.add_argument("--times", type=Path, required=True)
+    parser.add_argument("--times", type=Path, help="how long each test takes, as pytest's --junitxml writes it")
+    parser.add_argument("--core", action="store_true", help="of the core alone, and all tests of each file")
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--only", default="", help="of files whose path contains this")
     parser.add_argument("--again", action="store_true", help="try those that have survived once more")
+    parser.add_argument("--results", type=Path, help="rows of the score")
     parser.add_argument("--processes", type=int, default=2)
     flags = parser.parse_args()
-    chosen = drawn(flags.n, flags.seed, flags.only)
+    chosen = drawn(flags.n, flags.seed, flags.only, flags.core)
     done = {line["name"]: line for line in _lines(flags.state)}
     left = [m for m in chosen if m.name not in done or (flags.again and done[m.name]["outcome"] == SURVIVED)]
-    tests = TestsOfLines(flags.coverage, flags.times)
+    tests = TestsOfFiles() if flags.core else TestsOfLines(flags.coverage, flags.times)
     for outcome in run(left, tests, flags.processes):
         done[outcome["name"]] = outcome
         with flags.state.open("a") as file:
             file.write(json.dumps(outcome) + "\n")
         print(outcome["outcome"], outcome["name"], outcome["by"], f"{outcome['seconds']:.0f} s", flush=True)
     require_sound({outcome["by"] for outcome in done.values() if "::" in outcome["by"]})
-    print(summary([done[mutant.name] for mutant in chosen]))
+    outcomes = [done[mutant.name] for mutant in chosen]
+    print(summary(outcomes))
+    if flags.results is not None:
+        import torch
+
+        from benchmarks import rows
+
+        for part, group in {"all": outcomes, "core": [o for o in outcomes if o["path"] in CORE]}.items():
+            noticed, counted = score(group)
+            runs = {"planted_n": [len(group)], "equivalent_n": [len(group) - counted], "noticed_n": [noticed]}
+            cell = {"kind": "mutants", "part": part}
+            rows.record(flags.results, "trust", cell, runs, torch.device("cpu"), "float32", flags.seed)
 
 
 def require_sound(tests: set[str]) -> None:
@@ -83,15 +105,16 @@ def require_sound(tests: set[str]) -> None:
             sys.exit("error: tests fail on the program as it is; mend them, and take their mutants out of the state")
 
 
-def drawn(n: int, seed: int, only: str = "") -> list[Mutant]:
+def drawn(n: int, seed: int, only: str = "", core: bool = False) -> list[Mutant]:
     """`n` of all mutants, each as likely as any other."""
     paths = sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)})
     names = [str(path.relative_to(ROOT)) for path in paths]
-    found = [mutant for name in names if only in name for mutant in mutants(name, (ROOT / name).read_text())]
+    names = [name for name in names if only in name and (name in CORE or not core)]
+    found = [mutant for name in names for mutant in mutants(name, (ROOT / name).read_text())]
     return random.Random(seed).sample(found, min(n, len(found)))
 
 
-def run(chosen: list[Mutant], tests: TestsOfLines, processes: int) -> Iterator[dict]:
+def run(chosen: list[Mutant], tests: TestsOfLines | TestsOfFiles, processes: int) -> Iterator[dict]:
     """What became of each, as they end."""
     for name in HEAVY:
         with contextlib.suppress(ImportError):
@@ -174,6 +197,15 @@ def _outcome(mutant: Mutant, code: int, tree: Path, seconds: float) -> dict:
     }  # fmt: skip
 
 
+class TestsOfFiles:
+    """All tests that are there for a file of the core: nothing need be measured before."""
+
+    __test__ = False
+
+    def of(self, mutant: Mutant) -> tuple[list[str], float]:
+        return CORE[mutant.path], SECONDS
+
+
 class TestsOfLines:
     """Which tests run a line, and how long each takes."""
 
@@ -208,13 +240,19 @@ class TestsOfLines:
         return chosen, total
 
 
+def score(outcomes: list[dict]) -> tuple[int, int]:
+    """How many were noticed, of how many that are not equivalent."""
+    equivalent = excused()
+    counted = [outcome for outcome in outcomes if outcome["outcome"] == KILLED or outcome["name"] not in equivalent]
+    return sum(outcome["outcome"] == KILLED for outcome in counted), len(counted)
+
+
 def summary(outcomes: list[dict]) -> str:
     """The score, of all and of the core, and those that nobody noticed."""
     equivalent, lines = excused(), []
-    for title, group in (("all", outcomes), ("core", [o for o in outcomes if _is_core(o["path"])])):
-        counted = [outcome for outcome in group if outcome["outcome"] == KILLED or outcome["name"] not in equivalent]
-        killed = sum(outcome["outcome"] == KILLED for outcome in counted)
-        lines.append(f"{title}: {killed} of {len(counted)} noticed, {killed / max(1, len(counted)):.1%}")
+    for title, group in (("all", outcomes), ("core", [o for o in outcomes if o["path"] in CORE])):
+        noticed, counted = score(group)
+        lines.append(f"{title}: {noticed} of {counted} noticed, {noticed / max(1, counted):.1%}")
     unnoticed = (outcome["name"] for outcome in outcomes if outcome["outcome"] == SURVIVED)
     return "\n".join([*lines, *(name for name in unnoticed if name not in equivalent)])
 
@@ -222,10 +260,6 @@ def summary(outcomes: list[dict]) -> str:
 def excused() -> set[str]:
     """Names of mutants that change nothing that anybody could see."""
     return {entry["name"] for entry in tomllib.loads(EQUIVALENT.read_text()).get("mutant", ())}
-
-
-def _is_core(path: str) -> bool:
-    return path in (*(f"llama/{name}.py" for name in CORE), "finetuning.py")
 
 
 def _lines(path: Path) -> list[dict]:

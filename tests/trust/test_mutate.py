@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-import random
+import json
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 from tests.trust import mutate
-from tests.trust.mutants import Mutant, mutants
+from tests.trust.mutants import mutants
 
 TEXT = '''
 def width(a: int, b: int = 2, *, keep: bool = True) -> int:
@@ -32,24 +34,6 @@ PLANTED = {
     ("max((a * 2), -b, key=abs)", "max(-b, a * 2, key=abs)"), ("max((a * 2), -b, key=abs)", "max(a * 2, -b)"),
     ("return max((a * 2), -b, key=abs)", "return None"),
 }  # fmt: skip
-TESTS = {
-    "llama/model.py": ["tests/llama/test_model.py"],
-    "llama/cache.py": ["tests/llama/test_cache.py", "tests/llama/test_model.py"],
-    "llama/sampling.py": ["tests/llama/test_sampling.py"],
-    "llama/lora.py": ["tests/llama/test_lora.py"],
-    "llama/training/loss.py": ["tests/llama/training/test_training.py"],
-    "llama/training/lean_loss.py": ["tests/llama/training/test_lean.py"],
-    "llama/training/step.py": ["tests/llama/training/test_training.py"],
-}
-
-
-class TestsOfFiles:
-    """All tests of a file, in place of those that run a line: nothing need be measured before."""
-
-    __test__ = False
-
-    def of(self, mutant: Mutant) -> tuple[list[str], float]:
-        return TESTS[mutant.path], mutate.SECONDS
 
 
 def test_every_kind_of_mistake_is_planted_once_and_nothing_that_people_read():
@@ -74,11 +58,12 @@ def test_equivalent_mutants_are_not_counted():
 
 
 @pytest.mark.slow
-def test_forty_mistakes_in_the_core_are_noticed():
+def test_forty_mistakes_in_the_core_are_noticed(tmp_path):
     """Of 40, as they fall with the code as it is; `make mutate` counts more of them, and all of the project's."""
-    everything = [m for path in TESTS for m in mutants(path, (ROOT / path).read_text())]
-    excused = mutate.excused()
-    chosen = random.Random(0).sample([mutant for mutant in everything if mutant.name not in excused], 40)
-    outcomes = list(mutate.run(chosen, TestsOfFiles(), processes=1))
-    survivors = [outcome["name"] for outcome in outcomes if outcome["outcome"] == mutate.SURVIVED]
-    assert len(survivors) <= 4, survivors
+    flags = ["--core", "--n=40", f"--state={tmp_path / 'state'}", "--processes=1"]
+    command = [sys.executable, "-m", "tests.trust.mutate", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    ended = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    survivors = {outcome["name"] for outcome in ended if outcome["outcome"] == mutate.SURVIVED} - mutate.excused()
+    assert len(ended) == 40 and len(survivors) <= 4, survivors
