@@ -168,6 +168,7 @@ def _start(mutant: Mutant, tree: Path, tests: list[str]) -> int:
     output = os.open(tree / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    assert "llama" not in sys.modules
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]  # the copy has its own
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
