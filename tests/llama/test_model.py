@@ -270,3 +270,17 @@ def test_a_masked_query_of_several_tokens_never_repeats_the_cache(monkeypatch, T
     assert taken[0][1] is k and taken[0][2] is v
     torch.testing.assert_close(attend(q.double(), k.double(), v.double(), mask), exact, atol=1e-12, rtol=0)
     assert folded.shape == exact.shape and (folded - exact).norm() <= 2 * (plain - exact).norm() + 1e-7 * exact.norm()
+
+
+def test_random_weights_are_small_and_those_into_the_residual_smaller():
+    args = dataclasses.replace(SMALL, dim=256, n_heads=8, n_kv_heads=4, n_layers=8, tie_word_embeddings=False)
+    model = Transformer(args)
+    fresh = model.tok_embeddings.weight
+    assert 0.0199 < fresh.abs().max() <= 0.02 and fresh.mean().abs() < 1e-3
+    model.init_weights(torch.Generator().manual_seed(0), std=0.1)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (weight == 1).all()
+        else:
+            expected = 0.1 / 4 if name.endswith(("wo.weight", "w2.weight")) else 0.1  # sqrt(2 * 8 layers) is 4
+            assert weight.std().item() == pytest.approx(expected, rel=0.05) and weight.mean().abs() < 0.05 * expected
