@@ -299,7 +299,9 @@ def test_an_adapter_file_holds_what_it_should(tmp_path):
     assert 4 * n_values < (tmp_path / "a" / adapters.WEIGHTS).stat().st_size < 4 * n_values + 6000  # and a header
     with safetensors.safe_open(tmp_path / "a" / adapters.WEIGHTS, "pt") as file:
         assert file.metadata()["base_sha256"] == BASE
-    assert json.loads((tmp_path / "a" / adapters.CONFIG).read_text())["base_model_name_or_path"] == "the base"
+    config = json.loads((tmp_path / "a" / adapters.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "the base"
+    assert (config["r"], config["lora_alpha"]) == (SMALL_LORA.r, SMALL_LORA.alpha)
     with pytest.raises(InputError, match="already exists"):
         adapters.save(model, SMALL_LORA, tmp_path / "a", BASE)
     for i in range(8):  # the library alone writes one of two files, as chance has it

@@ -142,13 +142,13 @@ def test_no_more_than_the_active_ones_begin_and_a_full_queue_refuses(engine):
 def test_whoever_leaves_ends_the_work(engine):
     async def run():
         seen = []
-        with engine.run(steps(10_000, 0.001, seen)) as job:
+        with engine.run(steps(1_000_000, 0.001, seen)) as job:
             async for item in job:
                 if item == 3:
                     break
         await until(lambda: engine.n_jobs == 0)
         assert seen == ["began", "ended"]
-        task = asyncio.create_task(results(engine, steps(10_000, 0.001, seen)))
+        task = asyncio.create_task(results(engine, steps(1_000_000, 0.001, seen)))
         await until(lambda: len(seen) == 3)
         task.cancel()  # as a server does with the handler of a closed connection
         await until(lambda: engine.n_jobs == 0)
