@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import TINY
@@ -25,7 +27,12 @@ def site(tiny):
     patch, connect = pytest.MonkeyPatch(), socket.socket.connect
     patch.setattr(socket.socket, "connect", lambda self, place: reached.append(place) or connect(self, place))
     room = Room(tiny, engine, draft=checkpoint.load(TINY / "draft", tiny.model.dtype, tiny.device))
-    page = pages.application(pages.page(room, "tiny", 400, said.append))
+
+    async def made():
+        return pages.application(pages.page(room, "tiny", 400, said.append))
+
+    with ThreadPoolExecutor(1) as thread:  # where no loop runs, gradio makes one for each lock, and closes none
+        page = thread.submit(asyncio.run, made()).result()
     with serve(tiny, page=page, engine=engine) as found:
         found.room, found.said = room, said
         yield found
