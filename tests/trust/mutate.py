@@ -176,7 +176,7 @@ def _start(mutant: Mutant, tree: Path, tests: list[str]) -> int:
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     flags = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # imported before, all of it: see HEAVY
-    flags += ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", f"--basetemp={tree}.tmp", "-m", ""]
+    flags += ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", f"--basetemp={tree}.tmp"]
     code = 3
     try:
         code = int(pytest.main([*flags, *tests])) if tests else 0
