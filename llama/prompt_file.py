@@ -111,6 +111,8 @@ def read(path: str | Path, encode: Callable[[str], list[int]]) -> SavedPrompt:
     model_sha256, sha256 = (hashes.get(name, "") for name in HASHES)
     if sha256 != _digest(tensors, model_sha256):
         raise InputError(f"{path}:sha256: differs from that of the content, which is damaged; save the prompt anew")
+    if [tensors[name].dtype for name in ("tokens", "text")] != [torch.int64, torch.uint8]:
+        raise InputError(f"{path}: tokens and text are not what a saved prompt holds; save the prompt anew")
     tokens, text = tensors.pop("tokens").tolist(), tensors.pop("text").numpy().tobytes().decode(errors="replace")
     if tokens != encode(text):
         raise InputError(

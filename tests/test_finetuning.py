@@ -960,6 +960,16 @@ def test_a_run_that_came_and_went_meanwhile_is_not_written_over(base, reference,
     assert crash.digest(root) == reference
 
 
+def test_saved_settings_of_another_type_are_refused(base, tmp_path):
+    run_to(base, tmp_path / "run", max_steps=1)
+    path = tmp_path / "run" / "settings.json"
+    content = json.loads(path.read_text())
+    content["options"]["targets"] = 1.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"settings\.json:options: is not of this version"):
+        TrainingOptions.resolve({"resume": True, "out_dir": str(tmp_path / "run")})
+
+
 @functools.cache
 def fault_library(folder: Path) -> Path:
     """The compiled shim that makes file operations fail."""

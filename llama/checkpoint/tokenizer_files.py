@@ -60,15 +60,15 @@ def write(path: Path, directory: Path, args: ModelArgs | None = None) -> dict[st
     config, generation = tokenizer_config(tokenizer), special_ids(tokenizer)
     generation["pad_token_id"] = tokenizer.pad_id  # may be end-of-text here, where nothing is trained
     if tokenizer.kind == "tiktoken":
-        byte_level(tokenizer).save(str(directory / TOKENIZER))
+        _save(byte_level(tokenizer), directory)
         (directory / "original").mkdir()  # beside the weights, other programs would take it for sentencepiece
         shutil.copyfile(path, directory / "original/tokenizer.model")
     elif tokenizer.kind == "sentencepiece":
-        from_pieces(tokenizer).save(str(directory / TOKENIZER))
+        _save(from_pieces(tokenizer), directory)
         (directory / "tokenizer.model").write_bytes(tokenizer.vocabulary.model.serialized_model_proto())
     elif is_gguf(path):
         model = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.model.to_str())
-        put_bos_first(model, tokenizer).save(str(directory / TOKENIZER))
+        _save(put_bos_first(model, tokenizer), directory)
     else:
         for name in (path.name, *NEIGHBOURS):
             if (path.parent / name).is_file():
@@ -82,6 +82,11 @@ def write(path: Path, directory: Path, args: ModelArgs | None = None) -> dict[st
     files.write_json(directory / TOKENIZER_CONFIG, config)
     files.write_json(directory / GENERATION_CONFIG, generation | sampling_of(path.parent))
     return special_ids(tokenizer)
+
+
+def _save(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+    """As its own `save` does, whose error for a full disk is no OSError."""
+    (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def copy(path: Path | None, directory: Path) -> None:

@@ -303,7 +303,7 @@ class TrainingOptions(Settings):
                 saved[name] = str(found[0])
         try:
             return cls(**{**saved, **typed})
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:  # an option that is missing, unknown or of another type
             raise InputError(f"{path}:options: is not of this version ({error})") from error
 
 

@@ -110,4 +110,6 @@ def test_the_next_token_is_drawn_with_all_settings_from_the_words_alone():
         assert token == draw(logits_to_probs(x[..., :30], *settings.values()), second)
         drawn.add(token.item())
     assert 1 < len(drawn) <= 5 and max(drawn) < 30
+    plain = Sampling(generator=torch.Generator().manual_seed(0))  # temperature 1 draws, too
+    assert len({next_token(torch.zeros(40), plain).item() for _ in range(20)}) > 1
     assert next_token(torch.arange(40.0), Sampling(temperature=0, n_words=30)) == 29

@@ -121,7 +121,7 @@ class _Finder:
                 swapped = [*call.args[:i], second, first, *call.args[i + 2 :]]
                 yield *self._at(call), ast.unparse(ast.Call(call.func, swapped, call.keywords))
         for keyword in call.keywords:
-            if keyword.arg not in (None, "help", "desc"):
+            if keyword.arg not in (None, "help", "desc", "unit"):
                 rest = [each for each in call.keywords if each is not keyword]
                 yield *self._at(call), ast.unparse(ast.Call(call.func, call.args, rest))
 

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 SOURCES = ("llama/**/*.py", "data/**/*.py", "finetuning.py")
 CORE = {  # and the tests that are there for each
-    "llama/model.py": ["tests/llama/test_model.py"],
+    "llama/model.py": ["tests/llama/test_model.py", "tests/llama/checkpoint/test_checkpoint.py"],
     "llama/cache.py": ["tests/llama/test_cache.py", "tests/llama/test_model.py"],
     "llama/sampling.py": ["tests/llama/test_sampling.py"],
     "llama/lora.py": ["tests/llama/test_lora.py"],
