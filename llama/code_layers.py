@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llama.codes import BLOCK
 from llama.frozen import FrozenLinear
@@ -60,6 +61,11 @@ class Quantized(FrozenLinear):
         return dx.to(dy.dtype)
 
 
+def _is_aligned(weight: Tensor) -> bool:
+    """Whether it begins at 16 bytes; one without content, of which memory is planned, would."""
+    return isinstance(weight, FakeTensor) or weight.data_ptr() % 16 == 0
+
+
 class _Int8(Quantized):
     """int8 [N, K], and scales fp32 [N], one for each row, or fp16 [N, ceil(K / group_size)]."""
 
@@ -77,7 +83,7 @@ class _Int8(Quantized):
             return super().multiply(x)
         is_small = x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS and self.in_features % 32 == 0
         # From 4 rows on, the kernel crashes where a weight does not begin at 16 bytes: a memory-mapped one may not.
-        if x.device.type == "cpu" and is_small and (len(x) < 4 or self.weight.data_ptr() % 16 == 0):
+        if x.device.type == "cpu" and is_small and (len(x) < 4 or _is_aligned(self.weight)):
             # PyTorch's own kernel, with the scales left to fp32: it would round them to 8 bits.
             y = torch._weight_int8pack_mm(x.contiguous(), self.weight, x.new_ones(self.out_features))
             return y.mul_(self.scales)

@@ -328,16 +328,23 @@ def test_a_text_is_trained_on_and_another_measured_on(no_estimate, base, tmp_pat
     assert "owl" in summary["answers"][0]["instruction"]
 
 
-def test_a_run_through_the_rounding_resumes_to_the_same_bytes_and_writes_its_codes(no_estimate, base, tmp_path, texts):
-    """The exported checkpoint has the loss that the run has measured last."""
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_a_run_through_the_rounding_resumes_to_the_same_bytes_and_writes_its_codes(
+    no_estimate, base, tmp_path, texts, is_adapted
+):
+    """The exported checkpoint has the loss that the run has measured last; an adapter is in its codes, not beside."""
     changes = texts | {"qat": 4, "max_steps": 2}
+    if is_adapted:
+        changes |= {"lora": True, "dropout": 0.0, "targets": "wq,wk,wv,wo,w1,w2,w3", "max_steps": 4}
     run = run_to(base, tmp_path / "whole", **changes)
-    assert "all weights through int4 with zero-points," in run.describe()
+    method = "on wq,wk,wv,wo,w1,w2,w3" if is_adapted else "all weights"
+    assert f"{method} through int4 with zero-points," in run.describe()
     run_to(base, tmp_path / "run", 1, **changes)
     run_to(base, tmp_path / "run", resume=True, **changes)
     results = []
     for root in (tmp_path / "whole", tmp_path / "run"):
-        (last,) = list((root / "snapshots").glob("*2"))
+        assert not (root / "adapter").exists()
+        (last,) = list((root / "snapshots").glob(f"*{changes['max_steps']}"))
         written = [root / "loss.jsonl", root / "merged" / "model.safetensors", *sorted(last.glob("*.safetensors"))]
         results.append([path.read_bytes() for path in written])
     assert results[0] == results[1]
@@ -350,7 +357,8 @@ def test_a_run_through_the_rounding_resumes_to_the_same_bytes_and_writes_its_cod
 
 
 ROUNDED = {
-    "": "--qat=4 trains all weights through their rounding; use --lora=False",
+    "": "--dropout=0.05 with --qat=4: an update that is rounded with its weight has no input of its own; use",
+    "--dropout=0 --adapter=runs/adapter": "--adapter=runs/adapter with --qat=4: merge it first",
     "--lora=False --lean --accumulation=1": "--qat=4 with --lean=True",
     "--lora=False --keep_zeros": "--keep_zeros=True with --qat=4",
     "--lora=False --export=gguf": "--export=gguf: has no place for codes of 4 bits; use meta or none",

@@ -324,10 +324,11 @@ def fake_trainer(
     model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), _RepeatedHeads() if device_type == "cuda" else nullcontext():
         model = model.to_empty(device="cpu")
-        if adapters is not None:
-            lora.apply(model, adapters)
         if settings.qat is not None:
             qat.lay_out(model, qat.FORMATS[settings.qat])
+        if adapters is not None:
+            adapt = lora.apply if settings.qat is None else qat.adapt
+            adapt(model, adapters)
         checkpoint_layers(model, layers)
         yield Trainer(model, settings, 1)
 

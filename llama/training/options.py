@@ -83,8 +83,8 @@ class Settings(cli.Options):
     )
     qat: int | None = option(
         None,
-        "4 or 8: all weights are trained through their rounding to so many bits, and the codes are exported; without "
-        "lora and lean",
+        "4 or 8: weights are trained through their rounding to so many bits, with lora what it adapts, and the codes "
+        "are exported; without lean",
         choices=(4, 8),
     )
 
@@ -223,8 +223,13 @@ class TrainingOptions(Settings):
 
     def _require_codes_alone(self) -> None:
         """Raise InputError for what does not go with training through the rounding."""
-        if self.lora:
-            raise InputError(f"qat={self.qat} trains all weights through their rounding; use lora=False")
+        if self.lora and self.dropout:
+            raise InputError(
+                f"dropout={self.dropout:g} with qat={self.qat}: an update that is rounded with its weight has no input "
+                "of its own; use dropout=0, or lora=False to train all weights"
+            )
+        if self.adapter is not None:
+            raise InputError(f"adapter={self.adapter} with qat={self.qat}: merge it first, then train through rounding")
         if self.keep_zeros:
             raise InputError(
                 f"keep_zeros=True with qat={self.qat}: codes round zeros as they do any weight; use one of them"

@@ -1,10 +1,11 @@
-"""Quantization-aware training: all weights are trained through the rounding to the codes that are written at the end.
+"""Quantization-aware training: weights are trained through the rounding to the codes that are written at the end.
 
     begin(model, FORMATS[4])     # swaps the layers in; whatever trains all weights now trains them for 4 bits
     ...
     finish(model, FORMATS[4])    # the codes that the last forward pass computed with: a quantized model, to be saved
 
     begin(model, config, start)  # the same from the codes of a quantized model, such as calibration.py chooses
+    adapt(model, lora_config)    # behind it: low-rank updates are trained, inside the rounding, in place of all weights
 
 A layer keeps its weight in fp32 and computes with the values of its codes, those of the very layer that will be
 written. Their gradient goes to the weight as if it had not been rounded (the straight-through estimator, Bengio et al.
@@ -14,8 +15,8 @@ Scales and offsets of groups start as those with the least squared error and are
 Esser et al. 2020; LSQ+, Bhalgat et al. 2020). To search for them anew before each step would take a good part of
 its time. Where each row has one scale, in tables and in int8, it follows from the row.
 
-Left out on purpose: adapters; formats other than these. Groups of 64 with zero-points have 4.5 bits per weight, as many
-as groups of 32 without.
+Left out on purpose: formats other than these. Groups of 64 with zero-points have 4.5 bits per weight, as many as
+groups of 32 without.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from tqdm import tqdm
 
 from llama import quantization
 from llama.code_layers import Quantized
-from llama.codes import Codes
+from llama.codes import Codes, quantize_rows
 from llama.errors import InputError
 from llama.frozen import compute_dtype
+from llama.lora import LoRAConfig, LoRALinear
 from llama.model import TokenEmbedding, Transformer
 from llama.quantization import TRAINED, Quantization
-from llama.surgery import replace_modules
+from llama.surgery import plain_linear, replace_modules, take_over
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
 HALF = 0.45  # of a scale: how far from the value of its code a weight starts at most; a few small steps do not undo it
@@ -54,14 +56,13 @@ class _StraightThrough(Function):
     def forward(
         ctx, weight: Tensor, scales: Tensor | None, offsets: Tensor | None, layer: _Rounded, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(weight)
         ctx.layer = layer
         return layer.value(dtype).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dv: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), layer = ctx.saved_tensors, ctx.layer
+        layer, weight = ctx.layer, ctx.layer.exact()
         dv = dv.to(weight.dtype)
         if layer.scales is None:
             return dv, None, None, None, None
@@ -89,17 +90,22 @@ class _Rounded(nn.Module):
         self._values: dict[torch.dtype, Tensor] = {}
         self._versions: list[tuple[int, int]] = []
 
+    def exact(self) -> Tensor:
+        """The weight that is rounded."""
+        return self.weight
+
     @torch.no_grad()
     def codes(self) -> Quantized:
         """The layer that is written: the codes closest to the weight as it is now."""
         if self.scales is None:
-            return quantization.rounded(self, "", self.config)
-        q = self.grid.nearest(self.weight, *self.of_columns()).to(torch.int8)
+            q, scales = quantize_rows(self.exact())
+            return quantization.of_codes(self, Codes(q, scales[:, None], None), self.config)
+        q = self.grid.nearest(self.exact(), *self.of_columns()).to(torch.int8)
         return quantization.linear(Codes(q, *self._stored()), self.config)
 
     def rounded(self, x: Tensor) -> Tensor:
         """What to multiply x by, in its dtype or that of autocast."""
-        return _StraightThrough.apply(self.weight, self.scales, self.offsets, self, compute_dtype(x))
+        return _StraightThrough.apply(self.exact(), self.scales, self.offsets, self, compute_dtype(x))
 
     @torch.no_grad()
     def value(self, dtype: torch.dtype) -> Tensor:
@@ -145,6 +151,17 @@ class RoundedLinear(_Rounded):
         return F.linear(x, self.rounded(x))
 
 
+class RoundedLoRA(RoundedLinear):
+    """y = x v^T with the value v of the codes of W + (alpha / r) B A, of which B, A, scales and offsets are trained."""
+
+    def __init__(self, layer: RoundedLinear, adapted: LoRALinear) -> None:
+        take_over(self, layer)
+        self.lora_A, self.lora_B, self.scale = adapted.lora_A, adapted.lora_B, adapted.scale
+
+    def exact(self) -> Tensor:
+        return self.weight + (self.lora_B @ self.lora_A) * self.scale
+
+
 class RoundedEmbedding(_Rounded, TokenEmbedding):
     """The table of token vectors, whose rows are looked up and multiplied as the values of their codes."""
 
@@ -172,6 +189,28 @@ def begin(model: Transformer, config: Quantization, start: Transformer | None = 
             model.get_submodule(name).take(codes[name])
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+
+
+def adapt(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
+    """Train low-rank updates of some matrices, with their scales and offsets, in place of all weights.
+
+    The update is rounded together with its weight, so dropout on its input has no place. All other matrices keep the
+    codes that they have now, and nothing else of them. `seed` draws the A matrices.
+    """
+    model.requires_grad_(False)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, _Rounded)}
+    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(seed)
+
+    def make(layer: _Rounded) -> nn.Module:
+        of_layer = config.of(names[layer])
+        if of_layer is None:
+            return layer.codes()
+        for numbers in (layer.scales, layer.offsets):
+            if numbers is not None:
+                numbers.requires_grad_(True)
+        return RoundedLoRA(layer, LoRALinear(plain_linear(layer.weight), of_layer, generator))
+
+    replace_modules(model, lambda _, module: module in names, make)
 
 
 def lay_out(model: Transformer, config: Quantization) -> None:

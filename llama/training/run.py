@@ -213,7 +213,7 @@ class Run:
             adapters.load(self.model, options.adapter, None if options.any_base else lambda: self.base)
             for module in lora.layers(self.model).values():
                 module.dropout.p = options.dropout
-        elif self.lora is not None:
+        elif self.lora is not None and self.rounding is None:
             lora.apply(self.model, self.lora, options.seed)
         else:
             self.model.requires_grad_(True)
@@ -222,6 +222,8 @@ class Run:
         if self.rounding is not None:
             start = options.qat_start and checkpoint.load(options.qat_start, dtype, self.device, progress=True)
             qat.begin(self.model, self.rounding, start, progress=True)
+            if self.lora is not None:
+                qat.adapt(self.model, self.lora, options.seed)
         checkpoint_layers(self.model, self.layers)
         if is_shared:
             several.shard(self.model, self.device)
@@ -277,7 +279,8 @@ class Run:
         name += f", int{self.quantized.bits}" if self.quantized is not None else ""
         method = f"LoRA r={options.r}, alpha={options.alpha:g}, dropout={options.dropout:g} on {options.targets}"
         method += f", from {options.adapter}" if options.adapter is not None else ""
-        whole = "all weights" + (f" through {self.rounding.name}" if self.rounding is not None else "")
+        method = method if options.lora else "all weights"
+        method += f" through {self.rounding.name}" if self.rounding is not None else ""
         held = ", ".join(f"{name} {size / devices.MB:,.0f}" for name, size in self.expected.at_peak.items() if size)
         how = "weights in shares" if options.shard else "copies of the weights"
         together = f", over {self.me.size} processes, {how}" if self.me.size > 1 else ""
@@ -292,7 +295,7 @@ class Run:
             (
                 *[beyond] * (longest > context),
                 f"model      {name}, {options.dtype} on {devices.device_name(self.device)}, seed {options.seed}",
-                f"training   {method if options.lora else whole}, amp {options.amp}, "
+                f"training   {method}, amp {options.amp}, "
                 f"{len(self.layers)} of {self.model.args.n_layers} layers checkpointed{', lean' * options.lean}",
                 f"trainable  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.4%})",
                 f"optimizer  {options.optimizer}, lr {options.lr:g} {options.schedule}, "
@@ -551,9 +554,10 @@ class Run:
         self._put_together()
         if not self.me.is_first:
             return []
-        if options.lora and not adapter.exists():
+        has_adapter = options.lora and self.rounding is None
+        if has_adapter and not adapter.exists():
             adapters.save(self.model, self.lora, adapter, self.base, str(self.directory.resolve()))
-        if options.lora and options.export != "none":
+        if has_adapter and options.export != "none":
             lost = lora.merge(self.model)
             lora.remove(self.model)
             if lost > 0.01:
@@ -567,7 +571,7 @@ class Run:
         for name, layout in EXPORTS[options.export].items():
             if not (self.root / name).exists():
                 checkpoint.save(self.model, self.root / name, layout, self.tokenizer_file)
-        names = [*["adapter"] * options.lora, *EXPORTS[options.export]]
+        names = [*["adapter"] * has_adapter, *EXPORTS[options.export]]
         return lines + [f"{name:<10} {self.root / name}" for name in names]
 
     def _put_together(self) -> None:

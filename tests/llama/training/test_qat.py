@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, random_model
 from support import batches, gap, gradients, hard_rows, samples, widened
+from torch import nn
 
 from llama import checkpoint, quantization
 from llama.calibration import calibrate
 from llama.errors import InputError
+from llama.lora import LoRAConfig
 from llama.quantization import Quantization, rounded
 from llama.surgery import plain_linear
 from llama.training import qat
@@ -181,6 +183,59 @@ def test_a_restored_training_continues_to_the_same_bits(amp):
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     for name, weight in whole.weights.items():
         assert torch.equal(weight, again.weights[name])
+
+
+def adapted_model(bits: int = 4, targets=("wq", "wv", "w2")):
+    model = rounded_model(bits)
+    qat.adapt(model, LoRAConfig(r=2, alpha=8.0, dropout=0.0, targets=targets), seed=1)
+    return model
+
+
+@bits_of
+def test_an_update_is_rounded_with_its_weight(bits):
+    """Its gradients are those by B and A of a plain matrix W + (alpha / r) B A, at the value of the codes."""
+    model, x = adapted_model(bits), torch.randn(5, SMALL.dim)
+    layer = model.layers[0].attention.wq
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.1)
+        w = layer.weight + 4 * layer.lora_B @ layer.lora_A
+        codes = rounded(plain_linear(nn.Parameter(w)), "", layer.config)
+        if bits == 8:  # scales follow from the row; groups of 4 bits keep those that are trained
+            assert torch.equal(layer.value(torch.float32), widened(codes).float())
+        assert (layer.value(torch.float32) - w).norm() < 0.2 * w.norm() < (layer.weight - w).norm()
+    a, b = (part.detach().clone().requires_grad_(True) for part in (layer.lora_A, layer.lora_B))
+    straight = layer.weight + 4 * b @ a
+    (F.linear(x, straight + (layer.value(torch.float32) - straight).detach()).square().sum()).backward()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, a.grad, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(layer.lora_B.grad, b.grad, atol=1e-4, rtol=1e-5)
+
+
+@bits_of
+def test_adapters_start_as_the_quantized_model_and_all_else_keeps_its_codes(bits, tmp_path):
+    """Trained are B, A and the numbers of their groups; what is written is what was computed."""
+    model, twin, start = adapted_model(bits), rounded_model(bits), random_model()
+    quantization.quantize(start, qat.FORMATS[bits])
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), twin(TOKENS), atol=1e-5, rtol=1e-5)
+    numbers = {"lora_A", "lora_B"} | ({"scales", "offsets"} if bits == 4 else set())
+    trainer = Trainer(model, SETTINGS, 5)
+    assert {tuple(name.split(".")[-2:]) for name in trainer.weights} == {
+        (layer, number) for layer in ("wq", "wv", "w2") for number in numbers
+    }
+    (window,) = [batches([samples(3, seed=7)])]
+    reports = [trainer.step(window) for _ in range(5)]
+    assert reports[-1].loss < reports[0].loss - 0.02
+    with torch.no_grad():
+        logits = model(TOKENS)
+    qat.finish(model, qat.FORMATS[bits])
+    checkpoint.save(model, tmp_path / "out")
+    found = checkpoint.load(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(found(TOKENS), logits, atol=1e-5, rtol=1e-5)
+    before, after = (dict(model.named_modules())["layers.0.attention.wk"].weight for model in (start, found))
+    assert torch.equal(before, after)
+    assert not torch.equal(start.layers[0].attention.wq.weight, found.layers[0].attention.wq.weight)
 
 
 def test_what_is_quantized_is_not_trained():
