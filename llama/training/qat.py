@@ -21,6 +21,7 @@ groups of 32 without.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -42,6 +43,7 @@ from llama.surgery import plain_linear, replace_modules, take_over
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
 HALF = 0.45  # of a scale: how far from the value of its code a weight starts at most; a few small steps do not undo it
+SLAB = 1 << 17  # weights at a time, half a megabyte in fp32
 FAR = 0.5  # relative error of a matrix beyond which codes are not of this weight
 
 
@@ -67,12 +69,17 @@ class _StraightThrough(Function):
         if layer.scales is None:
             return dv, None, None, None, None
         low, high = layer.grid.low, layer.grid.high
-        scales, offsets = layer.of_columns()
-        u = (weight if offsets is None else weight - offsets) / scales
-        is_inside = (u >= low) & (u <= high)
-        by_scale = dv * (u.round().clamp_(low, high) - u * is_inside)
-        by_offset = None if offsets is None else layer.of_groups(dv * ~is_inside)
-        return dv, layer.of_groups(by_scale), by_offset, None, None
+        by_scale = torch.empty_like(layer.scales)
+        by_offset = None if layer.offsets is None else torch.empty_like(layer.offsets)
+        for rows, scales, offsets in layer.slabs():
+            w, d = layer.in_groups(weight[rows]), layer.in_groups(dv[rows])
+            u = (w if offsets is None else w - offsets) / scales
+            q = u.round().clamp_(low, high)
+            is_cut = (u < low) | (u > high)
+            by_scale[rows] = torch.where(is_cut, q, q - u).mul_(d).sum(2)
+            if by_offset is not None:
+                by_offset[rows] = torch.where(is_cut, d, 0).sum(2)
+        return dv, by_scale, by_offset, None, None
 
 
 class _Rounded(nn.Module):
@@ -100,7 +107,10 @@ class _Rounded(nn.Module):
         if self.scales is None:
             q, scales = quantize_rows(self.exact())
             return quantization.of_codes(self, Codes(q, scales[:, None], None), self.config)
-        q = self.grid.nearest(self.exact(), *self.of_columns()).to(torch.int8)
+        weight, q = self.exact(), torch.empty(self.weight.shape, dtype=torch.int8, device=self.weight.device)
+        for rows, scales, offsets in self.slabs():
+            nearest = self.grid.nearest(self.in_groups(weight[rows]), scales, offsets).flatten(1)
+            q[rows] = nearest[:, : weight.shape[1]]
         return quantization.linear(Codes(q, *self._stored()), self.config)
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -114,8 +124,35 @@ class _Rounded(nn.Module):
         if versions != self._versions:
             self._versions, self._values = versions, {}
         if dtype not in self._values:
-            self._values[dtype] = self.codes().widen(slice(None), self.weight.new_empty(self.weight.shape, dtype=dtype))
+            codes, value = self.codes(), self.weight.new_empty(self.weight.shape, dtype=dtype)
+            for rows in self._rows():
+                codes.widen(rows, value[rows])
+            self._values[dtype] = value
         return self._values[dtype]
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Some rows after others, with their scales and offsets as they are stored, fp32 [rows, groups, 1].
+
+        What is computed of so few rows stays in a CPU's cache, and in memory that is used again.
+        """
+        scales, offsets = (None if part is None else part.float()[:, :, None] for part in self._stored())
+        for rows in self._rows():
+            yield rows, scales[rows], None if offsets is None else offsets[rows]
+
+    def in_groups(self, values: Tensor) -> Tensor:
+        """Rows [rows, K] by group, [rows, groups, group_size]; what the last one lacks is 0."""
+        size = self.config.group_size
+        missing = -values.shape[1] % size
+        return (F.pad(values, (0, missing)) if missing else values).unflatten(1, (-1, size))
+
+    def scale_of_each(self) -> Tensor:
+        """The scale of every weight, fp32 [N, K]."""
+        of_columns = self._stored()[0].float().repeat_interleave(self.config.group_size, 1)
+        return of_columns[:, : self.weight.shape[1]]
+
+    def _rows(self) -> Iterator[slice]:
+        n_rows = max(1, SLAB // self.weight.shape[1])
+        return (slice(start, start + n_rows) for start in range(0, len(self.weight), n_rows))
 
     @torch.no_grad()
     def take(self, codes: Quantized) -> None:
@@ -124,20 +161,9 @@ class _Rounded(nn.Module):
         if not (value - self.weight).norm() <= FAR * self.weight.norm():
             raise InputError("the codes to start from are not those of this weight; quantize the model that is trained")
         if self.scales is not None:
-            half = HALF * self.of_columns()[0].abs()
+            half = HALF * self.scale_of_each().abs()
             inside = self.weight.clamp(value - half, value + half)
             self.weight.copy_(torch.where(self.value(value.dtype) == value, self.weight, inside))
-
-    def of_columns(self) -> tuple[Tensor, Tensor | None]:
-        """Scales and offsets as they are stored, fp32 [N, K]."""
-        n_columns, size = self.weight.shape[1], self.config.group_size
-        parts = (None if part is None else part.float().repeat_interleave(size, 1) for part in self._stored())
-        return tuple(None if part is None else part[:, :n_columns] for part in parts)
-
-    def of_groups(self, values: Tensor) -> Tensor:
-        """Sums over the columns [N, K] of each group."""
-        size = self.config.group_size
-        return F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
 
     def _stored(self) -> tuple[Tensor, Tensor | None]:
         dtype = self.grid.dtype
