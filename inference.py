@@ -145,11 +145,11 @@ class Options(cli.Options):
             raise InputError("a saved prompt is a KV cache of one model; leave out --compare, --draft and --use_cache")
         if self.save_prompt is not None and self.prompt is None and self.prompt_file is None:
             raise InputError("--save_prompt needs a text to keep: --prompt or --prompt_file")
-        in_one = self.is_conversation or self.keeps_cache or self.adapter is not None or self.draft in OWN_DRAFTS
+        in_one = self.is_conversation or self.keeps_cache or self.draft in OWN_DRAFTS
         if processes.world().size > 1 and in_one:
             raise InputError(
-                "a conversation, a saved prompt, an adapter and a draft of the model's own weights need one process; "
-                "start it without torchrun; a merged checkpoint from finetuning.py has an adapter in its weights"
+                "a conversation, a saved prompt and a draft of the model's own weights need one process; start it "
+                "without torchrun"
             )
 
     @property
@@ -273,7 +273,8 @@ def load(options: Options, source: Source, tokenizer: Tokenizer) -> Llama:
     llama = Llama.build(source, tokenizer, progress=True, **{name: getattr(options, name) for name in names})
     if options.adapter is not None:
         base = None if options.any_base else partial(checkpoint.fingerprint, source)
-        adapters.load(llama.model, options.adapter, base)
+        adapters.load(llama.model, options.adapter, base, processes.world())
+        processes.require_same("adapters", adapters.fingerprint(options.adapter).encode())
         llama.model.eval()
     return llama
 

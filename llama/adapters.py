@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from llama import files
+from llama import files, parallel
 from llama.checkpoint import hf, meta, source
 from llama.checkpoint.locate import locate
 from llama.checkpoint.source import open_safetensors
@@ -34,6 +34,7 @@ from llama.config import ModelArgs
 from llama.errors import InputError
 from llama.lora import META_NAMES, LoRAConfig, apply, layers, state_dict
 from llama.model import Transformer
+from llama.processes import ALONE, World
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
@@ -100,15 +101,18 @@ def fingerprint(adapter: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load(model: Transformer, adapter: str | Path, base: Callable[[], str] | None = None) -> LoRAConfig:
+def load(
+    model: Transformer, adapter: str | Path, base: Callable[[], str] | None = None, me: World = ALONE
+) -> LoRAConfig:
     """Apply the adapter of a directory, or the sum of several ("one,two"), and return the configuration.
 
     base: gives the fingerprint of the checkpoint under the model. It is asked only where an adapter says what it was
-    trained on: with the wrong weights it gives fluent nonsense. None: any base whose shapes fit will do. Raises
-    InputError naming file and field for anything missing, unexpected, of a wrong shape, not finite or not supported;
-    then the model is as it was.
+    trained on: with the wrong weights it gives fluent nonsense. None: any base whose shapes fit will do.
+    me: of several processes, each has a part of the model, and gets the same part of the update (parallel.py).
+    Raises InputError naming file and field for anything missing, unexpected, of a wrong shape, not finite or not
+    supported; then the model is as it was.
     """
-    adapters = [_read(folder, model) for folder in folders(adapter)]
+    adapters = [_read(folder, model, me) for folder in folders(adapter)]
     asked = base is not None and any(one.base_sha256 is not None for one in adapters)
     actual = base() if asked else None
     for one in adapters:
@@ -125,6 +129,8 @@ def load(model: Transformer, adapter: str | Path, base: Callable[[], str] | None
         module.lora_A.data.copy_(torch.cat([part["lora_A"] for part, _ in parts]))
         scaled = [part["lora_B"] * (of.alpha / of.r / module.scale) for part, of in parts]
         module.lora_B.data.copy_(torch.cat(scaled, 1))
+        if me.size > 1:
+            parallel.sum_with_update(name, module)
     return config
 
 
@@ -274,7 +280,7 @@ def _shown(value: Any) -> str:
 # The tensors
 
 
-def _read(folder: Path, model: Transformer) -> Adapter:
+def _read(folder: Path, model: Transformer, me: World) -> Adapter:
     config, path = read_config(folder, model.args), _weights(folder)
     about: dict[str, str] = {}
     if path.name == PICKLED:
@@ -285,7 +291,7 @@ def _read(folder: Path, model: Transformer) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle)
     base = files.read_json(folder / CONFIG).get("base_model_name_or_path")
     try:
-        matrices = _fit(path, tensors, config, model)
+        matrices = _fit(path, tensors, config, model, me)
     except InputError as error:
         raise InputError(f"{error}; it was made for {_shown(base)}" if base else str(error)) from None
     return Adapter(path, config, matrices, about.get("base_sha256"), base)
@@ -299,9 +305,9 @@ def _weights(folder: Path) -> Path:
 
 
 def _fit(
-    path: Path, tensors: dict[str, Tensor], config: LoRAConfig, model: Transformer
+    path: Path, tensors: dict[str, Tensor], config: LoRAConfig, model: Transformer, me: World
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors by module and matrix, in fp32 and Meta's order, once each is known to be there and to fit."""
+    """This process's part of each tensor by module and matrix, in fp32 and Meta's order, once all are there and fit."""
     names: dict[str, str] = {}
     for name in sorted(tensors):
         match = TENSOR.fullmatch(source.WRAPPERS.sub("", name))
@@ -319,10 +325,13 @@ def _fit(
             if name is None:
                 raise InputError(f"{path}:{PREFIX}{hf_name}.{matrix}.weight: is missing for {CONFIG}")
             tensor = tensors[name]
+            if (axis := parallel.axis_of(f"{module}.{matrix}")) is not None:
+                shape[axis] *= me.size
             if list(tensor.shape) != shape:
                 raise InputError(f"{path}:{name}: has shape {list(tensor.shape)}, expected {shape}")
             if tensor.dtype not in DTYPES or not (tensor := tensor.float()).isfinite().all():
                 raise InputError(f"{path}:{name}: holds values that are not finite numbers")
+            tensor = parallel.shard(f"{module}.{matrix}", tensor, me)
             if matrix == "lora_B":  # its rows are those of the projection
                 tensor = hf.swap_rotary_order(tensor, META_NAMES[module.split(".")[-1]], model.args, to_hf=False)
             matrices.setdefault(module, {})[matrix] = tensor

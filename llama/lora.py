@@ -86,7 +86,8 @@ class LoRALinear(nn.Module):
         self.is_merged = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight) if self.layer is None else self.layer(x)
+        # not self.layer(x): in one of several processes that would be summed without the update (parallel.py)
+        y = F.linear(x, self.weight) if self.layer is None else self.layer.project(x)
         if self.is_merged:
             return y
         update = F.linear(F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A), self.lora_B)

@@ -30,6 +30,8 @@ from llama.surgery import replace_modules
 
 # The dimension along which a matrix [out, in] is cut. What is not listed, the norms, every process has whole.
 SPLIT = {"tok_embeddings": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
+# The dimension of an adapter's matrices, A [rank, in] and B [out, rank], that every process has whole.
+RANK = {"lora_A": 0, "lora_B": 1}
 
 
 class Summed:
@@ -96,13 +98,21 @@ def part_of(args: ModelArgs, size: int) -> ModelArgs:
 
 
 def shard(name: str, whole: Tensor, me: World) -> Tensor:
-    """This process's part of the weight of that name, or of its scales or offsets."""
+    """This process's part of the weight of that name, or of its scales, offsets or adapter."""
     return _cut(whole, axis_of(name), me)
 
 
 def axis_of(name: str) -> int | None:
     """The dimension along which the weight of that name is cut; None where every process has it whole."""
-    return SPLIT.get(name.split(".")[-2])
+    *_, leaf, tensor = name.split(".")
+    axis = SPLIT.get(leaf)
+    return None if axis == RANK.get(tensor) else axis
+
+
+def sum_with_update(name: str, adapted: nn.Module) -> None:
+    """Let an adapted wo or w2 sum its product and its update together, in one message."""
+    if ROLES.get(name.rpartition(".")[2]) is Summed:
+        adapted.__class__ = _class(Summed, type(adapted))
 
 
 def _cut(whole: Tensor, axis: int | None, me: World) -> Tensor:

@@ -18,7 +18,8 @@ import several
 import torch
 from conftest import ROOT, TINY
 
-from llama import checkpoint
+from llama import adapters, checkpoint, lora
+from llama.lora import LoRAConfig
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +57,21 @@ def end_all(process: subprocess.Popen) -> None:
             each.kill()
 
 
-@pytest.mark.parametrize("flags", ["--compare", "--stream", "--draft=lookup --temperature=0", "--temperature=0.9"])
-def test_several_processes_write_what_one_writes(flags):
+def write_adapter(directory: Path, seed: int = 0) -> None:
+    """Of the embedded model, as after some training: B is not zero."""
+    model, config = checkpoint.load(TINY), LoRAConfig(4, targets=("wq", "wo", "w2"))
+    lora.apply(model, config, seed)
+    for module in lora.layers(model).values():
+        module.lora_B.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    adapters.save(model, config, directory, checkpoint.fingerprint(TINY))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--compare", "--stream", "--draft=lookup --temperature=0", "--temperature=0.9", "--compare --adapter"]
+)
+def test_several_processes_write_what_one_writes(tmp_path, flags):
+    write_adapter(tmp_path / "adapter")
+    flags = flags.replace("--adapter", f"--adapter={tmp_path / 'adapter'}")
     flags = (*flags.split(), "--max_gen_len=24", "--dtype=float32", "--device=cpu")
     process = start(2, "inference.py", *flags)
     out, err = process.communicate(timeout=240)
@@ -123,8 +137,8 @@ BAD = {
     "3 inference.py --prompt=x": "3 processes cannot share n_kv_heads=2 evenly; start fewer",
     "2 inference.py --promt=x": "unknown flag --promt; did you mean --prompt?",
     "2 inference.py --max_gen_len=-1": "--max_gen_len=-1: expected at least 0",
-    "2 inference.py --chat": "a conversation, a saved prompt, an adapter and a draft",
-    "2 inference.py --draft=int8": "a conversation, a saved prompt, an adapter and a draft",
+    "2 inference.py --chat": "a conversation, a saved prompt and a draft",
+    "2 inference.py --draft=int8": "a conversation, a saved prompt and a draft",
     "2 inference.py --ckpt_dir=/nowhere": "checkpoint directory /nowhere does not exist",
     "2 evaluate.py": "this script runs in one process; start it with python, without torchrun",
 }
@@ -139,6 +153,7 @@ def test_bad_input_is_one_line_of_one_process(command):
 
 # What one of two processes has that the other has not, and what is said of it.
 UNLIKE = {
+    "os.chdir(f'{here}/{rank}'); sys.argv += ['--adapter=adapter', '--any_base']": "process 1 of 2 has other adapters",
     "sys.argv.append(f'--seed={rank}')": "process 1 of 2 has other flags than process 0",
     "os.chdir(f'{here}/{rank}'); sys.argv.append('--ckpt_dir=model')": "process 1 of 2 has other weights than",
     "os.chdir(f'{here}/{rank}'); sys.argv.append('--prompt_file=prompts')": "process 1 of 2 has other prompts than",
@@ -154,6 +169,7 @@ def test_processes_that_are_not_alike_end_in_one_line(tmp_path, setup):
             model.norm.weight += rank
         checkpoint.save(model, tmp_path / f"{rank}" / "model", tokenizer_path=TINY / "tokenizer.model")
         (tmp_path / f"{rank}" / "prompts").write_text(f"The fox {rank}")
+        write_adapter(tmp_path / f"{rank}" / "adapter", seed=rank)
     (tmp_path / "program.py").write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport inference\nfrom llama import cli, device\n"
         f"rank, here = int(os.environ['RANK']), {str(tmp_path)!r}\n{setup}\ncli.run(inference.main)\n"

@@ -17,10 +17,25 @@ import several
 import torch
 import torch.distributed as dist
 from conftest import SMALL, random_model, write_shards
+from support import ALL
 
-from llama import KVCache, Llama, ModelArgs, Transformer, checkpoint, cli, memory, parallel, processes, quantization
+from llama import (
+    KVCache,
+    Llama,
+    ModelArgs,
+    Transformer,
+    adapters,
+    checkpoint,
+    cli,
+    lora,
+    memory,
+    parallel,
+    processes,
+    quantization,
+)
 from llama.errors import InputError
-from llama.processes import World
+from llama.lora import LoRAConfig
+from llama.processes import ALONE, World
 from llama.quantization import Quantization
 from llama.speculative import ModelDraft, PromptLookup, Speculation, is_form_of
 
@@ -45,6 +60,23 @@ def written(directory: Path, args: ModelArgs, config: Quantization | None = None
         quantization.quantize(model, config)
     checkpoint.save(model, directory)
     return directory
+
+
+def with_adapter(directory: Path) -> Path:
+    """A checkpoint, with an adapter of all projections beside it, as after some training: B is not zero."""
+    model, config = random_model(checkpoint.read_args(directory)), LoRAConfig(5, targets=ALL)
+    lora.apply(model, config)
+    for module in lora.layers(model).values():
+        module.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    adapters.save(model, config, directory / "adapter", "")
+    return directory
+
+
+def load(directory: Path, me: World) -> Transformer:
+    model = checkpoint.load(directory, torch.float32, me=me)
+    if (directory / "adapter").exists():
+        adapters.load(model, directory / "adapter", me=me)
+    return model
 
 
 def ids(*shape: int, below: int) -> torch.Tensor:
@@ -123,7 +155,7 @@ def work(directories: dict[Path, int], draft: Path) -> list[dict[str, Any]]:
     me, results = processes.start(), []
     proposer = checkpoint.load(draft, torch.float32)
     for directory, n_tokens in directories.items():
-        model = checkpoint.load(directory, torch.float32, me=me)
+        model = load(directory, me)
         fitting = proposer if proposer.args.vocab_size == model.args.vocab_size else None
         texts = texts_of(model, fitting, n_tokens) if n_tokens else {}
         results.append({"logits": logits_of(model), "texts": texts, "sent": sent_by(model)})
@@ -149,9 +181,15 @@ def assert_equal(whole: dict[str, Any], parts: list[dict[str, Any]]) -> None:
     ],
 )
 def test_several_processes_compute_what_one_does(tmp_path, n, n_tokens, shapes):
-    """Logits, with the cache and without; texts, greedy, sampled, streamed, with drafts, an int8 cache; all formats."""
+    """Logits, with the cache and without; texts, greedy, sampled, streamed, with drafts, an int8 cache; all formats.
+
+    The same with an adapter, over weights and over codes, with which no more is sent.
+    """
     directories = {written(tmp_path / f"{i}", args): n_tokens for i, args in enumerate(shapes)}
     directories |= {written(tmp_path / name, GROUPED, config): 0 for name, config in CODES.items()}
+    directories[with_adapter(written(tmp_path / "adapted", shapes[-1]))] = min(n_tokens, 16)
+    for name in ("int8", "int4, some int8"):
+        directories[with_adapter(written(tmp_path / f"adapted {name}", GROUPED, CODES[name]))] = 0
     write_shards(random_model(GROUPED), tmp_path / "shards", 2, 0)
     given = directories | {tmp_path / "shards": 0}, written(tmp_path / "draft", DRAFT, seed=1)
     parts = several.run(n, work, *given, limit=600)
@@ -250,6 +288,20 @@ def test_parts_make_the_whole_and_are_what_was_estimated(tmp_path, config, n):
         needed, alone = memory.estimate(*sizes, me=World(rank, n)), memory.estimate(*sizes)
         assert needed.weights == sum(weight.nbytes for weight in part.state_dict().values())
         assert needed.cache * n == alone.cache and needed.activations < alone.activations
+
+
+def test_an_adapter_is_cut_as_its_model_and_refused_by_the_whole_shape(tmp_path):
+    directory = with_adapter(written(tmp_path / "model", GROUPED))
+    whole, *parts = (lora.state_dict(load(directory, me)) for me in (ALONE, World(0, 2), World(1, 2)))
+    for name, expected in whole.items():
+        *_, leaf, matrix = name.split(".")
+        axis = {"lora_A": 1, "lora_B": 0}[matrix]
+        is_cut = (leaf in ("wo", "w2")) == (matrix == "lora_A")
+        made = torch.cat([part[name] for part in parts], axis) if is_cut else parts[1][name]
+        assert torch.equal(made, expected), name
+    written(tmp_path / "odd", ODD)
+    with pytest.raises(InputError, match=r"q_proj\S*: has shape \[5, 128\], expected \[5, 75\]"):
+        adapters.load(checkpoint.load(tmp_path / "odd", me=World(0, 2)), directory / "adapter", me=World(0, 2))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
