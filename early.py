@@ -11,8 +11,8 @@ import sys
 from types import TracebackType
 
 OLDEST = (3, 11)
-# oneDNN prepares each product for its shapes and keeps the last 1,024: 500 MB where every sample of a training has another
-# length, as much as all else in a step of SmolLM2-135M in bfloat16. Read when torch loads; with 64 it is as fast.
+# oneDNN prepares each product for its shapes and keeps the last 1,024: 500 MB where every sample of a training has a
+# length of its own, as much as all else in a step of SmolLM2-135M in bfloat16. Read when torch loads; 64 are as fast.
 KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
