@@ -609,8 +609,6 @@ def require_shareable(options: TrainingOptions) -> None:
             raise InputError(f"{name}={value} needs whole weights in every process; use shard=False")
     if options.shard and options.loss_normalization != "tokens":
         raise InputError(f"loss_normalization={options.loss_normalization} with shard=True: use tokens")
-    if options.shard and options.amp == "fp16":
-        raise InputError("amp=fp16 with shard=True: a share does not see the overflows of others; use bf16 or none")
 
 
 def rounding_of(options: TrainingOptions, args: checkpoint.ModelArgs) -> Quantization | None:

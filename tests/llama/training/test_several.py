@@ -106,6 +106,34 @@ def test_twenty_steps_are_those_of_one_process(n, alone):
             assert all(torch.equal(result[way][1][name], results[0][way][1][name]) for name in weights), way
 
 
+def train_past_an_overflow() -> tuple[list[float], dict[str, torch.Tensor], list[float], int]:
+    """Losses, weights, scales and skipped steps, where only the share of the first process overflows, in window 4."""
+    run = Steps(TrainingOptions(lora=False, lr=0.03, clip_norm=0.5, shard=True, amp="fp16"))
+    scaler, scales = run.trainer.scaler, []
+    usual = scaler.unscale_
+
+    def unscale(optimizer: torch.optim.Optimizer) -> None:
+        scales.append(scaler.get_scale())
+        if len(scales) == 5 and run.me.rank == 0:
+            gradient = run.trainer.weights["tok_embeddings.weight"].grad
+            (gradient.to_local() if over_processes.is_share(gradient) else gradient)[0, 0] = torch.inf
+        usual(optimizer)
+
+    scaler.unscale_ = unscale
+    finetuning.train(run, run.stop)
+    return run.losses, run.weights(), scales, run.trainer.progress.skipped
+
+
+def test_an_overflow_in_one_share_skips_the_step_of_all():
+    losses, weights, scales, skipped = train_past_an_overflow()
+    assert skipped == 1 and scales[5] == scales[4] / 2
+    for other_losses, others, other_scales, other_skipped in several.run(2, train_past_an_overflow):
+        assert (other_scales, other_skipped) == (scales, skipped)
+        assert other_losses == pytest.approx(losses, rel=1e-10)
+        for name, weight in weights.items():
+            assert (weight - others[name]).abs().max() / weight.abs().max() < 1e-10, name
+
+
 def count_messages() -> int:
     sent = []
     usual = dist.all_reduce
@@ -159,7 +187,6 @@ def test_every_batch_goes_to_one_process(size, n_batches):
         ({"lean": True, "shard": True}, "lean=True needs whole weights"),
         ({"qat": 4, "lora": False, "shard": True}, "qat=4 needs whole weights"),
         ({"shard": True, "loss_normalization": "microbatch"}, "use tokens"),
-        ({"shard": True, "amp": "fp16"}, "use bf16 or none"),
     ],
 )
 def test_what_processes_cannot_share_is_refused(settings, message):
