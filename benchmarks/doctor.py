@@ -75,6 +75,7 @@ class Finding:
 
 def look(places: list[Path]) -> Machine:
     """This machine; checkpoints are looked for in `places`."""
+    has_kernels = decode_step.library() is not None  # before why_not, which it fills
     return Machine(
         torch=torch.__version__,
         cuda=torch.version.cuda,
@@ -83,9 +84,7 @@ def look(places: list[Path]) -> Machine:
         sees_card=torch.cuda.is_available(),
         triton=_version("triton"),
         compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
-        no_kernels=""
-        if decode_step.library() is not None
-        else native.why_not.get("decode_step", decode_step.NO_AVX512),
+        no_kernels="" if has_kernels else native.why_not.get("decode_step", decode_step.NO_AVX512),
         cpus=torch.get_num_threads(),
         ram=devices.free_bytes(torch.device("cpu")),
         disk=shutil.disk_usage(Path.cwd()).free,

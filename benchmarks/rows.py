@@ -146,12 +146,17 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def require_writable(path: Path) -> None:
-    """Raise InputError now rather than after an hour of measuring, where rows could not be appended to `path`."""
+    """Raise now rather than after an hour of measuring, where rows could not be appended to `path`.
+
+    EnvironmentFailure on a full disk, InputError where the path is at fault.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
             pass
     except OSError as error:
+        if error.errno in files.NO_SPACE:
+            raise files.cannot_write(path, error) from None
         raise InputError(f"results file {path} cannot be written: {error.strerror}; choose another --results") from None
 
 

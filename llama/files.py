@@ -31,6 +31,7 @@ from llama.errors import EnvironmentFailure, InputError
 Made = TypeVar("Made")
 
 MAX_JSON_BYTES = 64 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a full disk says so: no space, over quota, file too large
 IS_WINDOWS = os.name == "nt"
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}")  # names of what is being written
 # What lies where a file belongs that was not downloaded, by how it begins.
@@ -126,7 +127,7 @@ def require_writable(path: str | Path) -> None:
 
 def cannot_write(path: Path, error: Exception) -> EnvironmentFailure:
     """safetensors and torch say no number."""
-    is_space = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_space = getattr(error, "errno", None) in (None, *NO_SPACE)
     remedy = "is the disk full?" if is_space else "choose another directory"
     return EnvironmentFailure(f"cannot write {path}: {error}; {remedy}")
 
@@ -267,7 +268,7 @@ def append_json(path: Path, content: dict[str, Any]) -> int:
         with path.open("ab+", buffering=0) as file:
             _wait_for_others(file)
             file.seek(0)
-            present = file.read()
+            present = file.read()  # all of it, for the number of the line: megabytes, once per measurement
             end, rest = present.rfind(b"\n") + 1, json.dumps(content).encode() + b"\n"
             if _is_json(present[end:]):  # whole but for its end
                 end, rest = len(present), b"\n" + rest

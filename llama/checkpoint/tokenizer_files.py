@@ -214,11 +214,12 @@ def from_pieces(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def types_and_spec(model: Any) -> tuple[list[int], dict[int, Any]]:
     """The type of each piece of a sentencepiece model of byte pairs, else InputError, and its normalizer_spec."""
-    fields = list(wire_fields(model.serialized_model_proto()))  # 1: pieces, 2: trainer_spec, 3: normalizer_spec
-    if dict(wire_fields(dict(fields)[2])).get(3) != 2:
+    data = model.serialized_model_proto()  # 1: pieces, 2: trainer_spec, 3: normalizer_spec
+    specs = last_values(data)
+    if last_values(specs[2]).get(3) != 2:
         raise InputError("a sentencepiece model has a form in other layouts only where it is of byte pairs")
-    types = [dict(wire_fields(value)).get(3, 1) for number, value in fields if number == 1]
-    return types, dict(wire_fields(dict(fields)[3]))
+    types = [last_values(value).get(3, 1) for number, _, value in wire_fields(data) if number == 1]
+    return types, last_values(specs[3])
 
 
 def spacing(spec: dict[int, Any]) -> Iterator[normalizers.Normalizer]:
@@ -233,8 +234,11 @@ def spacing(spec: dict[int, Any]) -> Iterator[normalizers.Normalizer]:
     yield normalizers.Replace(" ", "\u2581")
 
 
-def wire_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value (int or bytes) of each field of a protobuf message that its own library has read before."""
+def wire_fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
+    """Number, wire type and value (int or bytes) of each field of a protobuf message.
+
+    Raises ValueError or IndexError where it is cut short, or has a wire type that protobuf has given up.
+    """
     at = 0
 
     def varint() -> int:
@@ -247,13 +251,22 @@ def wire_fields(data: bytes) -> Iterator[tuple[int, Any]]:
                 return value
 
     while at < len(data):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        else:
-            size = {1: 8, 5: 4}.get(kind) or varint()
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, wire, varint()
+        elif wire in (1, 2, 5):
+            size = {1: 8, 5: 4}.get(wire) or varint()
             at += size
-            yield number, data[at - size : at]
+            if at > len(data):
+                raise ValueError(f"field {number} is cut short")
+            yield number, wire, data[at - size : at]
+        else:
+            raise ValueError(f"field {number} has wire type {wire}")
+
+
+def last_values(data: bytes) -> dict[int, Any]:
+    """The value of each field by its number; of a repeated one the last."""
+    return {number: value for number, _, value in wire_fields(data)}
 
 
 def with_special(result: tokenizers.Tokenizer, tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
 from benchmarks import rows
-from llama.errors import InputError, Notice
+from llama.errors import EnvironmentFailure, InputError, Notice
 
 ROW = "rows.record(pathlib.Path('rows.jsonl'), 'x', {}, {}, torch.device('cpu'), 'float32')"
 
@@ -76,3 +79,22 @@ def test_a_row_whose_writing_was_interrupted_is_left_out_and_written_over(tmp_pa
     path.write_bytes(whole[: first - 2] + whole[first - 1 :])
     with pytest.raises(InputError, match=r"broken row in .*a\.jsonl:1"):
         rows.read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (errno.ENOSPC, EnvironmentFailure, "cannot write .*rows.jsonl: .*No space left.*; is the disk full"),
+        (errno.EDQUOT, EnvironmentFailure, "is the disk full"),
+        (errno.EACCES, InputError, "rows.jsonl cannot be written: Permission denied; choose another --results"),
+    ],
+)
+def test_a_full_disk_is_no_wrong_option(tmp_path, monkeypatch, number, error, message):
+    """So a program ends with the exit code of what the machine lacks."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(error, match=message):
+        rows.require_writable(tmp_path / "rows.jsonl")

@@ -22,6 +22,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from llama.checkpoint.tokenizer_files import wire_fields
+
 CANARY = "/dev/shm/llama-fuzz-canary"  # what a payload would make, and nothing else does
 OUTSIDE = ("../decoy.safetensors", "../../decoy.safetensors", "a/../../decoy.safetensors", "/etc/hostname", "/dev/zero",
            "/proc/self/environ", "..", ".", "/", "~", "file:///etc/hostname", "..\\decoy.safetensors")  # fmt: skip
@@ -468,7 +470,7 @@ def _gguf_value(rng: random.Random) -> bytes:
 def protobuf(rng: random.Random, data: bytes, depth: int = 0) -> bytes:
     """Fields of a message, or of messages in it, left out, repeated, changed, of other numbers and types."""
     try:
-        fields = list(_fields(data))
+        fields = list(wire_fields(data))
     except (IndexError, ValueError):
         return any_bytes(rng, data, data)
     if not fields:
@@ -502,33 +504,6 @@ def protobuf(rng: random.Random, data: bytes, depth: int = 0) -> bytes:
         if not fields:
             return b""
     return b"".join(map(_field, fields))
-
-
-def _fields(data: bytes) -> Any:
-    """Number, wire type and value of each field of a message."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, wire, varint()
-        elif wire in (1, 2, 5):
-            size = {1: 8, 5: 4}.get(wire) or varint()
-            if at + size > len(data):
-                raise ValueError
-            at += size
-            yield number, wire, data[at - size : at]
-        else:
-            raise ValueError
 
 
 def _field(field: tuple[int, int, Any]) -> bytes:

@@ -20,7 +20,7 @@ import vocabularies
 from conftest import ROOT
 
 from llama import Tokenizer
-from llama.checkpoint.tokenizer_files import wire_fields
+from llama.checkpoint.tokenizer_files import last_values
 from llama.errors import InputError
 from llama.tokenizer import StreamDecoder
 
@@ -212,7 +212,7 @@ def test_tables_of_characters_to_replace(tmp_path):
     model, rng, found = io.BytesIO(), random.Random(0), Counter()
     options = {"vocab_size": 20, "hard_vocab_limit": False, "normalization_rule_name": "nmt_nfkc", "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), model_writer=model, **options)
-    good = dict(wire_fields(dict(wire_fields(model.getvalue()))[3]))[2]
+    good = last_values(last_values(model.getvalue())[3])[2]
     path = vocabularies.write(tmp_path, "tinyllama")
     content = json.loads(path.read_text(encoding="utf-8"))
     for number in range(60):
