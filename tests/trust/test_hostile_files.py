@@ -28,7 +28,7 @@ def changed(**fields) -> Callable[[bytes], bytes]:
 
 def with_piece(data: bytes) -> bytes:
     """A sentencepiece model whose last piece is no UTF-8."""
-    parts = list(forms._fields(data))
+    parts = list(forms.wire_fields(data))
     at = max(i for i, (number, _, _) in enumerate(parts) if number == 1)
     parts[at] = 1, 2, b"\x0a\x01\xff" + parts[at][2][parts[at][2].index(b"\x15") :]
     return b"".join(map(forms._field, parts))
