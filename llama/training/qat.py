@@ -42,7 +42,6 @@ from llama.quantization import TRAINED, Quantization
 from llama.surgery import plain_linear, replace_modules, take_over
 
 FORMATS = {4: Quantization(4, 64, zero_points=True), 8: Quantization(8)}
-HALF = 0.45  # of a scale: how far from the value of its code a weight starts at most; a few small steps do not undo it
 SLAB = 1 << 17  # weights at a time, half a megabyte in fp32
 FAR = 0.5  # relative error of a matrix beyond which codes are not of this weight
 
@@ -145,25 +144,21 @@ class _Rounded(nn.Module):
         missing = -values.shape[1] % size
         return (F.pad(values, (0, missing)) if missing else values).unflatten(1, (-1, size))
 
-    def scale_of_each(self) -> Tensor:
-        """The scale of every weight, fp32 [N, K]."""
-        of_columns = self._stored()[0].float().repeat_interleave(self.config.group_size, 1)
-        return of_columns[:, : self.weight.shape[1]]
-
     def _rows(self) -> Iterator[slice]:
         n_rows = max(1, SLAB // self.weight.shape[1])
         return (slice(start, start + n_rows) for start in range(0, len(self.weight), n_rows))
 
     @torch.no_grad()
     def take(self, codes: Quantized) -> None:
-        """Change the weight as little as it takes for its codes to be these, which have the same scales and offsets."""
+        """Have these codes, of the same scales and offsets: what is nearer to another starts at the value of its own.
+
+        Were it moved no further than the border, a few steps of Adam in whatever direction would undo the choice.
+        """
         value = codes.widen(slice(None), torch.empty_like(self.weight))
         if not (value - self.weight).norm() <= FAR * self.weight.norm():
             raise InputError("the codes to start from are not those of this weight; quantize the model that is trained")
         if self.scales is not None:
-            half = HALF * self.scale_of_each().abs()
-            inside = self.weight.clamp(value - half, value + half)
-            self.weight.copy_(torch.where(self.value(value.dtype) == value, self.weight, inside))
+            self.weight.copy_(torch.where(self.value(value.dtype) == value, self.weight, value))
 
     def _stored(self) -> tuple[Tensor, Tensor | None]:
         dtype = self.grid.dtype
