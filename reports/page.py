@@ -76,7 +76,7 @@ def section(rows: dict[str, list[Row]], experiment: str, make: Sequence[Tables] 
 
 def inline(name: str, found: charts.Figure) -> dict[str, str]:
     """A chart as part of the page: in its colours, with unique ids, and in words for readers who cannot see it."""
-    text = svg(found)
+    text = svg(found).replace(" font-family: 'DejaVu Sans';", "")  # style.css says it once
     for colour, ours in COLOURS.items():
         text = text.replace(colour, ours)
     text = re.sub(r'\b(id="|href="#)|(url\(#)', lambda match: f"{match[0]}{name}-", text)

@@ -68,7 +68,7 @@ def test_every_figure_stands_at_its_place(table):
 def test_no_other_number_stands_in_a_table(table):
     """What is no figure stands literally in a row, or is a batch size, a row's number or a threshold."""
     known = json.dumps([row.data for row in table.rows]) + f" {CHANGED:.0%} {SLOWER:.0%}"
-    known += " 1.00 16-bit 16 bits 1 x 2 2 x 1 float32 Share 0 95 %"
+    known += " 1.00 16-bit 16 bits 8 bits 1 x 2 2 x 1 float32 Share 0 95 %"
     known += "".join(f" {link} {rate:g}" for link, rate in LINKS.items()) + " none of up to 64"
     known += "".join(f" {row.cell['limit_gb']:g}" for row in table.rows if "limit_gb" in row.cell)
     words = [part for cell in (*table.head, *table.note) for part in parts(cell) if isinstance(part, str)]
@@ -97,7 +97,10 @@ def test_no_rows_no_tables():
 def test_settings_do_not_mix(experiment, make):
     """Rows of another device make tables of their own, with the same figures."""
     rows = ROWS.get(experiment, [])
-    others = [Row("other.jsonl", row.line, {**row.data, "device": {"kind": "cuda", "name": "Other"}}) for row in rows]
+    others = []
+    for row in rows:
+        device = {"kind": "cuda", "name": f"Other {row.data['device']['name']}"}
+        others.append(Row("other.jsonl", row.line, {**row.data, "device": device}))
     alone, both = make(rows), make([*rows, *others])
     assert len(both) == 2 * len(alone)
     for table in both:
